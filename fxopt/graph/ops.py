@@ -1,0 +1,230 @@
+"""The one table of what an operator means.
+
+Everything that fxopt knows of an operator stands here: what kind of work it is to a cost model, how channels flow
+through it, whether it is an activation function, whether a fusing runtime merges it into its producer. What is not in
+the table is a *barrier*: its channels are frozen, its cost is reported as unknown, and nothing crashes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+__all__ = ["BARRIER", "OpSemantics", "is_activation", "register_function", "register_module", "semantics"]
+
+
+@dataclass(frozen=True)
+class OpSemantics:
+    """What an operator means.
+
+    Attributes:
+        name: The operator's name, for people.
+        kind: What a cost model calls the work: ``conv``, ``linear``, ``matmul``, ``elementwise``, ``pool``, ``norm``,
+            ``softmax``, ``embedding``, ``copy``; ``none`` for what costs nothing; ``unknown`` for a barrier.
+        flow: How channels flow, a rule of :mod:`fxopt.graph.channels`; ``barrier`` freezes them.
+        activation: Whether it is a unary, channel-wise activation function.
+        fuses: Whether a fusing runtime merges it into the operator that makes its input.
+    """
+
+    name: str
+    kind: str
+    flow: str
+    activation: bool = False
+    fuses: bool = False
+
+
+BARRIER = OpSemantics("unknown", "unknown", "barrier")
+
+_MODULES: dict[type[nn.Module], OpSemantics] = {}
+_FUNCTIONS: dict[str, OpSemantics] = {}
+
+
+def register_module(cls: type[nn.Module], semantics: OpSemantics) -> None:
+    """Say what a leaf module class (and its subclasses) means."""
+    _MODULES[cls] = semantics
+
+
+def register_function(name: str, semantics: OpSemantics) -> None:
+    """Say what an ATen operator means.
+
+    Args:
+        name: The operator's name, without overload for all its overloads: ``aten::add`` or ``mylib::op``.
+        semantics: Its meaning.
+    """
+    _FUNCTIONS[name] = semantics
+
+
+def semantics(gm: fx.GraphModule, node: fx.Node) -> OpSemantics:
+    """The meaning of a node; a barrier if the table does not know the operator."""
+    if node.op == "call_module":
+        return _module_semantics(type(gm.get_submodule(str(node.target))))
+    if node.op in ("placeholder", "get_attr", "output"):
+        return _ENDS[node.op]
+    if isinstance(node.target, torch._ops.OpOverload):
+        if node.target._schema.is_mutable:
+            return OpSemantics(str(node.target), "unknown", "barrier")
+        known = _FUNCTIONS.get(node.target._schema.name)
+        return known or OpSemantics(str(node.target), "unknown", "barrier")
+    if getattr(node.target, "__name__", "") == "getitem":
+        return OpSemantics("getitem", "none", "getitem")
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return OpSemantics(getattr(node.target, "__name__", str(node.target)), "none", "scalar")
+    return OpSemantics(str(node.target), "unknown", "barrier")
+
+
+def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is a unary, channel-wise activation function."""
+    return semantics(gm, node).activation
+
+
+def _module_semantics(cls: type[nn.Module]) -> OpSemantics:
+    for base in cls.__mro__:
+        if base in _MODULES:
+            return _MODULES[base]
+    return OpSemantics(cls.__name__, "unknown", "barrier")
+
+
+_ENDS = {
+    "placeholder": OpSemantics("input", "none", "input"),
+    "get_attr": OpSemantics("parameter", "none", "parameter"),
+    "output": OpSemantics("output", "none", "output"),
+}
+
+
+def _fill_modules() -> None:
+    for dimension in ("1d", "2d", "3d"):
+        named = {
+            f"Conv{dimension}": ("conv", "conv", False),
+            f"ConvTranspose{dimension}": ("conv", "conv_transpose", False),
+            f"BatchNorm{dimension}": ("norm", "norm_channels", True),
+            f"InstanceNorm{dimension}": ("norm", "norm_channels", False),
+            f"MaxPool{dimension}": ("pool", "spatial", False),
+            f"AvgPool{dimension}": ("pool", "spatial", False),
+            f"AdaptiveAvgPool{dimension}": ("pool", "spatial", False),
+            f"AdaptiveMaxPool{dimension}": ("pool", "spatial", False),
+            f"Dropout{dimension}": ("none", "unary", False),
+        }
+        for name, (kind, flow, fuses) in named.items():
+            register_module(getattr(nn, name), OpSemantics(name, kind, flow, fuses=fuses))
+    for cls, kind, flow in (
+        (nn.Linear, "linear", "linear"),
+        (nn.Embedding, "embedding", "embedding"),
+        (nn.LayerNorm, "norm", "norm_across"),
+        (nn.GroupNorm, "norm", "norm_across"),
+        (nn.RMSNorm, "norm", "norm_across"),
+        (nn.Softmax, "softmax", "softmax"),
+        (nn.Flatten, "none", "reshape"),
+        (nn.Identity, "none", "unary"),
+        (nn.Dropout, "none", "unary"),
+        (nn.AlphaDropout, "none", "unary"),
+        (nn.FeatureAlphaDropout, "none", "unary"),
+        (nn.PixelShuffle, "copy", "barrier"),
+    ):
+        register_module(cls, OpSemantics(cls.__name__, kind, flow))
+    register_module(nn.PReLU, OpSemantics("PReLU", "elementwise", "norm_channels", activation=True, fuses=True))
+    for cls in (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU, nn.Mish, nn.GELU):
+        register_module(cls, OpSemantics(cls.__name__, "elementwise", "unary", activation=True, fuses=True))
+    for cls in (nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus):
+        register_module(cls, OpSemantics(cls.__name__, "elementwise", "unary", activation=True, fuses=True))
+
+
+_ACTIVATIONS = (
+    "relu relu6 hardtanh leaky_relu elu celu selu silu mish gelu hardswish hardsigmoid sigmoid tanh softplus"
+)
+_UNARY = "neg abs exp log sqrt rsqrt reciprocal erf sign floor ceil round sin cos clamp clamp_min clamp_max square"
+_UNARY_FREE = "contiguous clone to alias detach detach_ lift_fresh_copy dropout feature_dropout type_as _to_copy"
+_BINARY = "add sub mul div rsub maximum minimum pow remainder fmod floor_divide atan2 where masked_fill"
+_COMPARE = "eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or __and__ __or__"
+_NARY_RULES = {
+    "view": ("none", "reshape"),
+    "reshape": ("none", "reshape"),
+    "_unsafe_view": ("none", "reshape"),
+    "flatten": ("none", "reshape"),
+    "unflatten": ("none", "barrier"),
+    "squeeze": ("none", "reshape"),
+    "unsqueeze": ("none", "reshape"),
+    "permute": ("copy", "permute"),
+    "transpose": ("copy", "permute"),
+    "t": ("copy", "permute"),
+    "expand": ("none", "expand"),
+    "expand_as": ("none", "expand"),
+    "cat": ("copy", "cat"),
+    "chunk": ("copy", "split"),
+    "split": ("copy", "split"),
+    "split_with_sizes": ("copy", "split"),
+    "slice": ("copy", "slice"),
+    "narrow": ("copy", "barrier"),
+    "select": ("copy", "select"),
+    "stack": ("copy", "barrier"),
+    "unbind": ("copy", "barrier"),
+    "roll": ("copy", "barrier"),
+    "index": ("copy", "barrier"),
+    "gather": ("copy", "barrier"),
+    "repeat": ("copy", "barrier"),
+    "pad": ("copy", "pad"),
+    "constant_pad_nd": ("copy", "pad"),
+    "mean": ("pool", "reduce"),
+    "sum": ("pool", "reduce"),
+    "amax": ("pool", "reduce"),
+    "max": ("pool", "barrier"),
+    "cumsum": ("elementwise", "barrier"),
+    "topk": ("elementwise", "barrier"),
+    "softmax": ("softmax", "softmax"),
+    "_softmax": ("softmax", "softmax"),
+    "log_softmax": ("softmax", "softmax"),
+    "matmul": ("matmul", "barrier"),
+    "bmm": ("matmul", "barrier"),
+    "mm": ("matmul", "barrier"),
+    "addmm": ("matmul", "barrier"),
+    "baddbmm": ("matmul", "barrier"),
+    "scaled_dot_product_attention": ("attention", "barrier"),
+    "linear": ("linear", "barrier"),
+    "conv1d": ("conv", "barrier"),
+    "conv2d": ("conv", "barrier"),
+    "conv3d": ("conv", "barrier"),
+    "conv_transpose1d": ("conv", "barrier"),
+    "conv_transpose2d": ("conv", "barrier"),
+    "conv_transpose3d": ("conv", "barrier"),
+    "layer_norm": ("norm", "norm_across"),
+    "group_norm": ("norm", "norm_across"),
+    "rms_norm": ("norm", "norm_across"),
+    "batch_norm": ("norm", "barrier"),
+    "instance_norm": ("norm", "barrier"),
+    "embedding": ("embedding", "barrier"),
+    "max_pool2d_with_indices": ("pool", "barrier"),
+    "max_unpool2d": ("copy", "barrier"),
+    "pixel_shuffle": ("copy", "barrier"),
+}
+_SPATIAL = (
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d"
+)
+_RESIZE = (
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d "
+    "upsample_linear1d upsample_trilinear3d"
+)
+_MAKERS = "arange zeros ones full zeros_like ones_like full_like new_ones new_zeros new_full empty scalar_tensor"
+
+
+def _fill_functions() -> None:
+    def fill(names: str, kind: str, flow: str, *, activation: bool = False, fuses: bool = False) -> None:
+        for name in names.split():
+            register_function(f"aten::{name}", OpSemantics(name, kind, flow, activation, fuses))
+
+    fill(_ACTIVATIONS, "elementwise", "unary", activation=True, fuses=True)
+    fill(_UNARY, "elementwise", "unary")
+    fill(_UNARY_FREE, "none", "unary")
+    fill(_BINARY, "elementwise", "broadcast")
+    fill(_COMPARE, "elementwise", "broadcast")
+    fill(_SPATIAL, "pool", "spatial")
+    fill(_RESIZE, "copy", "spatial")
+    fill(_MAKERS, "none", "constant")
+    fill("sym_size size sym_numel", "none", "scalar")
+    for name, (kind, flow) in _NARY_RULES.items():
+        fill(name, kind, flow)
+
+
+_fill_modules()
+_fill_functions()

@@ -1,0 +1,29 @@
+"""What can be decided about a model, what was decided, and what it may cost; no torch in here.
+
+A :class:`Decision` is one thing to choose, a :class:`SearchSpace` all of them, a :class:`Policy` the
+choices made. A :class:`Budget` says what the result may cost, and a :class:`Constraint` keeps every
+policy within it.
+"""
+
+from __future__ import annotations
+
+from fxopt.decisions._budget import METRICS, Budget, format_quantity
+from fxopt.decisions._constraint import Constraint
+from fxopt.decisions._decision import FLOAT_BITS, Capabilities, Choice, Decision, Key
+from fxopt.decisions._policy import POLICY_SCHEMA, Policy
+from fxopt.decisions._space import SearchSpace
+
+__all__ = [
+    "FLOAT_BITS",
+    "METRICS",
+    "POLICY_SCHEMA",
+    "Budget",
+    "Capabilities",
+    "Choice",
+    "Constraint",
+    "Decision",
+    "Key",
+    "Policy",
+    "SearchSpace",
+    "format_quantity",
+]

@@ -1,0 +1,252 @@
+"""Channel groups: which channels of which layers can only be cut together, index-exact.
+
+The analysis says what is coupled; how important a channel is belongs to the passes. Every index of every tensor
+dimension carries the id of the *unit* that it falls with, or ``-1`` if nothing may cut it; cutting a set of units is
+then indexing, whatever the wiring between the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import fx
+
+from fxopt.graph._labels import FROZEN, Constant, Flow, ParameterUse, flow_labels
+
+__all__ = ["ChannelGraph", "ChannelGroup", "Constant", "ParameterUse", "analyze"]
+
+Units: TypeAlias = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels of one or more layers that are cut in the same units.
+
+    Attributes:
+        site: Module path of the first layer that makes the channels.
+        units: Ids of the group's units, in the order of that layer's channels.
+        members: Every parameter dimension that follows the group, with the unit of every index.
+        frozen_by: The operator that froze the group, or None if it can be cut.
+    """
+
+    site: str
+    units: Units
+    members: tuple[ParameterUse, ...]
+    frozen_by: str | None
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return len(self.units)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGraph:
+    """The channel groups of a graph and the unit of every index in it.
+
+    Attributes:
+        groups: Groups that can be cut, in graph order; their sites are unique.
+        frozen: Groups that cannot, with the operator that froze them.
+        constants: Numbers in the graph that count channels.
+        parameters: Every labelled parameter dimension; its atoms are unit ids here.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[ChannelGroup, ...]
+    constants: tuple[Constant, ...]
+    parameters: tuple[ParameterUse, ...]
+    _labels: Mapping[fx.Node, Any]
+
+    def labels(self, node: fx.Node, dim: int) -> Units | None:
+        """Unit of every index of one dimension of a node's tensor; None if nothing of it can be cut."""
+        labels = self._labels[node]
+        found: Units | None = labels[dim] if labels and not isinstance(labels[0], list) else None
+        return found
+
+    def by_site(self) -> dict[str, ChannelGroup]:
+        """The groups that can be cut, by site."""
+        return {group.site: group for group in self.groups}
+
+
+def analyze(gm: fx.GraphModule) -> ChannelGraph:
+    """Find the channel groups of a canonical graph.
+
+    Args:
+        gm: A graph from ``fxopt.trace``.
+
+    Returns:
+        Its channel groups. An operator that the table does not know freezes the channels it reads.
+    """
+    flow = flow_labels(gm)
+    _link_shared_parameters(gm, flow)
+    component = _components(flow)
+    reasons = _frozen_reasons(flow, component)
+    signatures = _signatures(flow, component)
+    unit_of = _renumber(flow, component)
+    groups, frozen = _groups(flow, component, unit_of, signatures, reasons)
+    loose = np.zeros(flow.atoms + 1, dtype=np.int64)
+    if groups:
+        cuttable = np.concatenate([group.units for group in groups])
+        loose = np.where(np.isin(unit_of, cuttable), unit_of, FROZEN)
+    else:
+        loose[:] = FROZEN
+    translate = lambda atoms: None if atoms is None else _translated(loose, atoms)  # noqa: E731
+    return ChannelGraph(
+        groups=groups,
+        frozen=frozen,
+        constants=tuple(_translate_constants(flow.constants, loose)),
+        parameters=tuple(_translate_use(use, loose) for use in flow.uses),
+        _labels={node: _translate_labels(labels, translate) for node, labels in flow.labels.items()},
+    )
+
+
+def _link_shared_parameters(gm: fx.GraphModule, flow: Flow) -> None:
+    """One tensor under several names is cut the same way everywhere, or not at all."""
+    seen: dict[int, dict[int, ParameterUse]] = {}
+    holders: dict[int, set[tuple[str, str]]] = {}
+    for use in flow.uses:
+        tensor = getattr(gm.get_submodule(use.path), use.name)
+        first = seen.setdefault(id(tensor), {}).setdefault(use.dim, use)
+        if first is not use:
+            flow.link(first.atoms, use.atoms, f"shared parameter {use.path}.{use.name}")
+        holders.setdefault(id(tensor), set()).add((use.path, use.name))
+    labelled = {(use.path, use.name, use.dim) for use in flow.uses}
+    for use in flow.uses:
+        tensor = getattr(gm.get_submodule(use.path), use.name)
+        for path, name in holders[id(tensor)]:
+            if (path, name, use.dim) not in labelled:
+                flow.freeze(use.atoms, f"shared parameter {path}.{name}")
+
+
+def _components(flow: Flow) -> Units:
+    """Component of every atom under the links."""
+    pairs = [pair for pair in flow.links if pair[0].size]
+    rows = np.concatenate([one for one, _ in pairs]) if pairs else np.zeros(0, np.int64)
+    columns = np.concatenate([other for _, other in pairs]) if pairs else np.zeros(0, np.int64)
+    ones = np.ones(len(rows), np.int8)
+    matrix = coo_array((ones, (rows, columns)), shape=(flow.atoms, flow.atoms)).tocsr()
+    if not flow.atoms:
+        return np.zeros(0, np.int64)
+    _, component = connected_components(matrix, directed=False)
+    return component.astype(np.int64)
+
+
+def _frozen_reasons(flow: Flow, component: Units) -> dict[int, str]:
+    reasons: dict[int, str] = {}
+    for atoms, reason in flow.frozen:
+        for index in np.unique(component[atoms]):
+            reasons.setdefault(int(index), reason)
+    return reasons
+
+
+def _signatures(flow: Flow, component: Units) -> npt.NDArray[np.uint64]:
+    """A hash of where a component's indices stand: equal for units that are interchangeable in size.
+
+    Every labelled dimension adds its own random 64-bit number for each of its indices, so that two components agree
+    only if they have the same number of indices in the same dimensions.
+    """
+    rng = np.random.default_rng(0)
+    signature = np.zeros(int(component.max(initial=-1)) + 1, dtype=np.uint64)
+    for atoms in _all_dimensions(flow):
+        number = rng.integers(1, 2**63, dtype=np.uint64)
+        counts = np.bincount(component[atoms[atoms != FROZEN]], minlength=len(signature)).astype(np.uint64)
+        signature += counts * number
+    return signature
+
+
+def _all_dimensions(flow: Flow) -> list[Units]:
+    found = [use.atoms for use in flow.uses]
+    pending = list(flow.labels.values())
+    while pending:
+        for item in pending.pop():
+            if isinstance(item, list):
+                pending.append(item)
+            elif item is not None:
+                found.append(item)
+    found += [constant.atoms for constant in flow.constants]
+    return found
+
+
+def _renumber(flow: Flow, component: Units) -> Units:
+    """Unit id of every atom: components numbered by their first atom."""
+    first = np.full(int(component.max(initial=-1)) + 1, flow.atoms, dtype=np.int64)
+    np.minimum.at(first, component, np.arange(flow.atoms))
+    rank = np.empty_like(first)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[component]
+
+
+def _groups(
+    flow: Flow,
+    component: Units,
+    unit_of: Units,
+    signatures: npt.NDArray[np.uint64],
+    reasons: Mapping[int, str],
+) -> tuple[tuple[ChannelGroup, ...], tuple[ChannelGroup, ...]]:
+    makers = [use for use in flow.uses if use.role == "out"]
+    frozen_component = np.zeros(len(signatures), dtype=bool)
+    frozen_component[list(reasons)] = True
+    group_units: dict[tuple[int, bool], list[int]] = {}
+    site_of: dict[tuple[int, bool], str] = {}
+    for use in makers:
+        for index in np.unique(component[use.atoms]):
+            key = (int(signatures[index]), bool(frozen_component[index]))
+            site_of.setdefault(key, use.path)
+            group_units.setdefault(key, []).append(int(index))
+    members = _members_by_component(flow, component)
+    found: tuple[list[ChannelGroup], list[ChannelGroup]] = ([], [])
+    taken: dict[str, int] = {}
+    unit_of_component = np.empty(len(signatures), dtype=np.int64)
+    unit_of_component[component] = unit_of
+    for key, indices in group_units.items():
+        unique = np.unique(indices)
+        units = np.sort(unit_of_component[unique])
+        site, frozen = site_of[key], key[1]
+        taken[site] = taken.get(site, 0) + 1
+        name = site if taken[site] == 1 else f"{site}#{taken[site]}"
+        held = tuple(_translate_use(flow.uses[index], unit_of) for index in members[int(unique[0])])
+        reason = reasons[int(unique[0])] if frozen else None
+        found[frozen].append(ChannelGroup(name, units, held, reason))
+    return tuple(found[0]), tuple(found[1])
+
+
+def _members_by_component(flow: Flow, component: Units) -> dict[int, list[int]]:
+    members: dict[int, list[int]] = {}
+    for index, use in enumerate(flow.uses):
+        for found in np.unique(component[use.atoms[use.atoms != FROZEN]]):
+            members.setdefault(int(found), []).append(index)
+    return members
+
+
+def _translated(table: Units, atoms: Units) -> Units:
+    return np.where(atoms == FROZEN, FROZEN, table[atoms])
+
+
+def _translate_use(use: ParameterUse, table: Units) -> ParameterUse:
+    return ParameterUse(use.path, use.name, use.dim, use.role, _translated(table, use.atoms))
+
+
+def _translate_constants(constants: Sequence[Constant], table: Units) -> list[Constant]:
+    found = []
+    for constant in constants:
+        atoms = _translated(table, constant.atoms)
+        if (atoms != FROZEN).any():
+            found.append(Constant(constant.node, constant.argument, constant.position, atoms))
+    return found
+
+
+def _translate_labels(labels: Any, translate: Any) -> Any:
+    result = []
+    for item in labels:
+        if isinstance(item, list):
+            result.append(_translate_labels(item, translate))
+            continue
+        atoms = translate(item)
+        result.append(None if atoms is None or not (atoms != FROZEN).any() else atoms)
+    return result

@@ -1,0 +1,38 @@
+"""What whoever extends fxopt needs for their tests: a conformance suite for every kind of plug-in.
+
+Subclass a suite in a test module and say what to test; pytest collects the rest. The names are imported
+lazily, so that the tests of an engine load no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxopt.testing._engines import EngineConformance as EngineConformance
+    from fxopt.testing._equivalence import assert_equivalent as assert_equivalent
+    from fxopt.testing._passes import PassConformance as PassConformance
+    from fxopt.testing._passes import TunablePassConformance as TunablePassConformance
+
+_LAZY = {
+    "EngineConformance": "fxopt.testing._engines",
+    "PassConformance": "fxopt.testing._passes",
+    "TunablePassConformance": "fxopt.testing._passes",
+    "assert_equivalent": "fxopt.testing._equivalence",
+}
+
+__all__ = ["EngineConformance", "PassConformance", "TunablePassConformance", "assert_equivalent"]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'fxopt.testing' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
