@@ -1,0 +1,179 @@
+"""Measure what it costs to score policies on a target; print JSON.
+
+The workload is MobileNetV2 as it is lowered (convolutions, norms, activations, additions) with channels and bits drawn
+anew for each policy, so shapes vary everywhere. Compiled models, on one thread, are timed in turn with NumPy code that
+computes the same totals from whole columns; figures are medians of CPU time, in nanoseconds per operator (one row of
+one policy), and ``speedup`` is the ratio of the two in this run. ``check`` is the largest relative difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from fxopt.targets import PresetTarget, Workload, load, make_row
+from fxopt.targets import rows as r
+from fxopt.targets.rows import Floats, OpKind, Rows
+
+# Inverted residuals of MobileNetV2: expansion, channels, repeats, stride (Sandler et al. 2018, table 2).
+BLOCKS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
+def mobilenet_v2() -> Rows:
+    rows: list[Rows] = []
+
+    def convolution(c: int, k: int, size: int, kernel: int, stride: int, *, depthwise: bool = False) -> None:
+        kind = OpKind.DEPTHWISE if depthwise else OpKind.CONV
+        sides = {"in_h": size * stride, "in_w": size * stride, "out_h": size, "out_w": size}
+        window = {"kernel_h": kernel, "kernel_w": kernel, "stride_h": stride, "stride_w": stride}
+        rows.append(make_row(kind, c=c, k=k, groups=c if depthwise else 1, **sides, **window))
+        pixels = {"in_h": size, "in_w": size, "out_h": size, "out_w": size}
+        rows.append(make_row(OpKind.NORM, c=k, k=k, bias=1, fused=1, **pixels))
+        rows.append(make_row(OpKind.ELEMENTWISE, c=k, k=k, fused=1, **pixels))
+
+    convolution(3, 32, 112, 3, 2)
+    channels, size = 32, 112
+    for expansion, out, repeats, first_stride in BLOCKS:
+        for stride in (first_stride, *[1] * (repeats - 1)):
+            hidden = channels * expansion
+            if expansion > 1:
+                convolution(channels, hidden, size, 1, 1)
+            size //= stride
+            convolution(hidden, hidden, size, 3, stride, depthwise=True)
+            convolution(hidden, out, size, 1, 1)
+            if stride == 1 and channels == out:
+                addition = {"in_h": size, "in_w": size, "out_h": size, "out_w": size}
+                rows.append(make_row(OpKind.ELEMENTWISE, c=out, k=out, inputs=2, **addition))
+            channels = out
+    convolution(320, 1280, 7, 1, 1)
+    rows.append(make_row(OpKind.POOL, c=1280, k=1280, in_h=7, in_w=7, kernel_h=7, kernel_w=7))
+    rows.append(make_row(OpKind.LINEAR, c=1280, k=1000, bias=1))
+    return np.concatenate(rows)
+
+
+def policies(count: int, seed: int) -> Workload:
+    rng = np.random.default_rng(seed)
+    base = mobilenet_v2()
+    rows = np.repeat(base.reshape(1, -1), count, axis=0)
+    depthwise = rows["kind"] == OpKind.DEPTHWISE
+    for name in ("c", "k"):
+        rows[name] = np.maximum(1, (rows[name] * rng.uniform(0.3, 1.0, rows.shape)).astype(np.int32))
+    rows["k"] = np.where(depthwise, rows["c"], rows["k"])
+    rows["groups"] = np.where(depthwise, rows["c"], 1)
+    for name in ("weight_bits", "activation_bits", "output_bits"):
+        rows[name] = rng.choice([8, 16, 32], rows.shape)
+    return Workload(rows, [OpKind(kind).name for kind in base["kind"]])
+
+
+def pixel1_in_numpy(rows: Rows, values: Mapping[str, float]) -> Floats:
+    """Latency by row of the linear model, a group of columns at a time, as the rows of all policies share kinds."""
+    latency = np.zeros(rows.shape, np.float64)
+    kinds = rows["kind"][0]
+    pointwise = (kinds == OpKind.CONV) & (rows["kernel_h"][0] == 1)
+    names = np.array([OpKind(kind).name.lower() for kind in kinds], dtype=object)
+    names = np.where(pointwise, "pointwise", np.where(kinds == OpKind.CONV, "dense", names))
+    for group in dict.fromkeys(names.tolist()):
+        columns = rows[:, names == group]
+        read, written = r.in_elements(columns), r.out_elements(columns)
+        spilled = np.maximum(0.0, read * columns["activation_bits"] / 8.0 - values["spill_threshold"]) / 4.0
+        quantities: dict[str, Floats | float] = {
+            "mac": r.macs(columns),
+            "weight": r.weights(columns),
+            "in": read,
+            "out": written,
+            "const": 1.0,
+        }
+        quantities |= {"spill": spilled, "kernel_out": columns["kernel_h"] * written}
+        best = np.full(columns.shape, np.inf)
+        bits = r.compute_bits(columns)
+        for name, width in (("int8", 8), ("int16", 16), ("float", 32)):
+            terms = [
+                values[key] * quantities[key.rpartition(".")[2]] for key in values if key.startswith(f"{name}.{group}.")
+            ]
+            if terms:
+                best = np.where(bits <= width, np.minimum(best, sum(terms)), best)
+        latency[:, names == group] = best
+    return latency
+
+
+def v100_in_numpy(rows: Rows, values: Mapping[str, float]) -> Floats:
+    """Latency by row of the GPU model."""
+    rate = np.where(r.compute_bits(rows) <= 16, values["mac_per_sm_cycle.16"], values["mac_per_sm_cycle.32"])
+    seconds = 1.0 / (rate * values["clock"])
+    taps = rows["kernel_h"].astype(np.float64) * rows["kernel_w"]
+    tiles = np.ceil(rows["n"] * rows["out_h"] * rows["out_w"] / values["tile_m"]) * np.ceil(
+        rows["k"] / values["tile_n"]
+    )
+    waves = np.ceil(tiles / values["sm_count"])
+    tiled = waves * values["tile_m"] * values["tile_n"] * rows["c"] * taps * seconds / values["dense_efficiency"]
+    depthwise = r.macs(rows) * seconds / (values["sm_count"] * values["depthwise_efficiency"])
+    is_depthwise = rows["kind"] == OpKind.DEPTHWISE
+    with_macs = np.isin(rows["kind"], [OpKind.CONV, OpKind.LINEAR])
+    compute = np.where(is_depthwise, depthwise, np.where(with_macs, tiled, 0.0))
+    memory = r.traffic_bytes(rows) / (values["bandwidth"] * values["bandwidth_efficiency"])
+    return np.maximum(np.maximum(compute, memory), values["launch_floor"])
+
+
+def totals_in_numpy(latency: Floats, rows: Rows, fuses: bool) -> tuple[Floats, ...]:
+    free = (rows["fused"] == 1) & fuses
+    sums = np.where(free, 0.0, latency), r.weight_bytes(rows), r.macs(rows)
+    return (*(each.sum(axis=1) for each in sums), rows["live_bytes"].max(axis=1))
+
+
+def cpu_ns(function: Callable[[], object]) -> int:
+    """CPU time of one call, right after an untimed one: a search scores batch after batch."""
+    function()
+    start = time.thread_time_ns()
+    function()
+    return time.thread_time_ns() - start
+
+
+def measure(name: str, workload: Workload, repeat: int) -> dict[str, float]:
+    target = load(name)
+    if not isinstance(target, PresetTarget):
+        raise TypeError(f"{name} is no preset")
+    values = {key: figure.si for key, figure in target.preset.figures.items()}
+    in_numpy = {"pixel1": pixel1_in_numpy, "v100": v100_in_numpy}[name]
+
+    def compiled() -> Floats:
+        return target.estimate(workload).latency_s
+
+    def plain() -> Floats:
+        return totals_in_numpy(in_numpy(workload.rows, values), workload.rows, target.info.fuses)[0]
+
+    check = float(np.max(np.abs(compiled() / plain() - 1.0)))
+    samples: dict[str, list[int]] = {"compiled": [], "numpy": [], "validate": []}
+    for _ in range(repeat):
+        samples["compiled"].append(cpu_ns(compiled))
+        samples["numpy"].append(cpu_ns(plain))
+        samples["validate"].append(cpu_ns(lambda: Workload(workload.rows, workload.names)))
+    ns = {key: statistics.median(times) / workload.rows.size for key, times in samples.items()}
+    return {
+        "ns_per_operator": round(ns["compiled"], 2),
+        "numpy_ns_per_operator": round(ns["numpy"], 2),
+        "validation_ns_per_operator": round(ns["validate"], 2),
+        "ns_per_policy": round(ns["compiled"] * len(workload), 1),
+        "speedup": round(ns["numpy"] / ns["compiled"], 1),
+        "check": check,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", type=int, default=250, help="policies in a batch")
+    parser.add_argument("--repeat", type=int, default=21, help="samples of each, taken in turn")
+    options = parser.parse_args()
+
+    workload = policies(options.policies, seed=0)
+    results = {name: measure(name, workload, options.repeat) for name in ("pixel1", "v100")}
+    setting = {"policies": options.policies, "rows": len(workload), "repeat": options.repeat}
+    print(json.dumps({"benchmark": "scoring", **setting, "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How the graph is walked to make rows; private to :mod:`fxopt.lowering`."""

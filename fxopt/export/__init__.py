@@ -1,0 +1,21 @@
+"""ONNX files that were proved in onnxruntime, and how fast they run.
+
+onnx and onnxruntime are imported when they are used, not before.
+"""
+
+from __future__ import annotations
+
+from fxopt.export._export import ExportReport, export_onnx
+from fxopt.export._measure import Measurement, Timing, measure
+from fxopt.export._runtime import host_fingerprint
+from fxopt.export.profiler import onnxruntime_profiler
+
+__all__ = [
+    "ExportReport",
+    "Measurement",
+    "Timing",
+    "export_onnx",
+    "host_fingerprint",
+    "measure",
+    "onnxruntime_profiler",
+]

@@ -1,0 +1,206 @@
+"""export_onnx: a graph becomes an ONNX file that was loaded, run and compared."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx, nn
+
+from fxopt._files import replacing
+from fxopt.errors import ExportError
+from fxopt.export._parity import check_integers, compare, random_like
+from fxopt.export._qdq import to_qdq
+from fxopt.export._runtime import CARRIERS, cpu_flags, is_integer, optimized_nodes
+from fxopt.export._torch_onnx import export_marked, without_quantizers
+from fxopt.graph import ExampleInputs, normalize, trace
+from fxopt.graph.fake_quantize import QuantizedLayer
+from fxopt.graph.shapes import TRACE_META
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["IR_VERSIONS", "ExportReport", "export_onnx"]
+
+Format = Literal["qdq", "float"]
+
+IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11}
+"""The opsets on offer, and the ONNX file version that each came with: newer ones are refused by older runtimes."""
+
+_MAX_BYTES = 2**31 - 2**20
+"""A single ONNX file ends at 2 GiB."""
+
+_INTEGER_ISA = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
+_CALIBRATION_META = "fxopt_calibration"
+_OTHER_BATCH = 3
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it was checked.
+
+    Attributes:
+        path: The file.
+        format: "qdq" or "float".
+        opset: ONNX opset.
+        file_bytes: Size of the file.
+        batches: Batch sizes that file and graph were compared at; empty if not checked.
+        max_abs_diff: Largest absolute difference of an output, or None if not checked; so for all that follow.
+        mean_abs_diff: Largest mean absolute difference of an output.
+        relative: Largest absolute difference over the largest magnitude of the same output.
+        top1_agreement: Part of the positions where the best class (dimension 1) agrees; None without classes.
+        integers_differing: Part of all integers in the file that lie a step beside the graph's, each computed from the
+            same integers before it; None without quantizers.
+        integer_nodes: Nodes that compute on integers in onnxruntime's optimized graph.
+        float_nodes: Nodes that compute on floats there; conversions and moves are not counted.
+        operators: How often each operator stands in that graph.
+        notes: What a reader should know: synthetic calibration, a CPU without 8-bit instructions.
+    """
+
+    path: Path
+    format: str
+    opset: int
+    file_bytes: int
+    batches: tuple[int, ...] = ()
+    max_abs_diff: float | None = None
+    mean_abs_diff: float | None = None
+    relative: float | None = None
+    top1_agreement: float | None = None
+    integers_differing: float | None = None
+    integer_nodes: int | None = None
+    float_nodes: int | None = None
+    operators: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: object,
+    *,
+    format: Format = "qdq",  # noqa: A002
+    opset: int = 21,
+    check: bool = True,
+) -> ExportReport:
+    """Write a model to an ONNX file, and prove it in onnxruntime before it gets its name.
+
+    Quantized layers become integer initializers with DequantizeLinear, and activations QuantizeLinear and
+    DequantizeLinear pairs, the form that integer kernels are selected by. A model without quantized layers is written
+    in floating point. Initializers keep the names of the model's parameters; the batch dimension is called "batch".
+
+    Args:
+        model: A graph from ``fxopt.trace`` or a pass, or any module, which is traced first. On the CPU.
+        path: The file; what stands there is replaced only by a file that passed all checks.
+        example_inputs: As for ``fxopt.trace``; the file is compared with the graph on them.
+        format: "qdq", or "float" to leave quantization out.
+        opset: ONNX opset, 18 to 24.
+        check: Whether to load and run the file in onnxruntime and compare it with the graph, on the example and on
+            random inputs at another batch size. ``onnx.checker`` runs in any case.
+
+    Returns:
+        The report.
+
+    Raises:
+        TraceError: If a plain module cannot be traced.
+        ExportError: If the model cannot be exported, or the file not be written or loaded.
+        ParityError: If the file computes something else than the graph; nothing is left under ``path``.
+    """
+    _check_options(format, opset)
+    gm = model if isinstance(model, fx.GraphModule) and TRACE_META in model.meta else trace(model, example_inputs)
+    inputs = normalize(example_inputs)
+    _check_graph(gm, inputs)
+    graph = without_quantizers(gm) if format == "float" else gm
+    quantized = any(isinstance(module, QuantizedLayer) for module in graph.modules())
+    marked = export_marked(graph, _at_traced_batch(gm, inputs), opset)
+    held = to_qdq(marked)
+    proto = marked.model
+    proto.ir_version = IR_VERSIONS[opset]
+    final = Path(path)
+    with replacing(final, ExportError) as scratch:
+        _write(proto, scratch)
+        file_bytes = scratch.stat().st_size
+        checked: dict[str, Any] = {}
+        if check:
+            differing = check_integers(graph, proto, held, _at_traced_batch(gm, inputs)) if held else None
+            checked = _checked(graph, scratch, inputs, quantized) | {"integers_differing": differing}
+    return ExportReport(final, format, opset, file_bytes, notes=_notes(gm, quantized), **checked)
+
+
+def _check_options(form: str, opset: int) -> None:
+    if form not in ("qdq", "float"):
+        raise ExportError(f"Unknown format {form!r}; choose 'qdq' or 'float'.")
+    if opset not in IR_VERSIONS:
+        raise ExportError(f"Opset {opset!r} is not on offer; choose one of {', '.join(map(str, IR_VERSIONS))}.")
+
+
+def _check_graph(gm: fx.GraphModule, inputs: ExampleInputs) -> None:
+    tensors = [*gm.parameters(), *gm.buffers()]
+    elsewhere = {str(tensor.device) for tensor in tensors if tensor.device.type != "cpu"}
+    if elsewhere:
+        raise ExportError(f"The model is on {', '.join(sorted(elsewhere))}; move it with .cpu() before the export.")
+    if any(tensor.dtype is torch.bfloat16 for tensor in tensors):
+        raise ExportError("The model is in bfloat16, which onnxruntime does not compute in; convert it with .float().")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if size > _MAX_BYTES:
+        raise ExportError(
+            f"The model holds {size / 1e9:.2f} GB and a single ONNX file at most 2.1 GB. "
+            "Export its parts, or prune it first."
+        )
+    wanted, given = len(gm.graph.find_nodes(op="placeholder")), len(inputs.leaves())
+    if wanted != given:
+        raise ExportError(f"example_inputs holds {given} values; the graph was traced with {wanted}.")
+
+
+def _at_traced_batch(gm: fx.GraphModule, inputs: ExampleInputs) -> ExampleInputs:
+    traced = gm.meta.get(TRACE_META, {})
+    return inputs if traced.get("dynamic_batch") else inputs.with_batch(traced.get("batch", inputs.batch))
+
+
+def _write(proto: onnx.ModelProto, scratch: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(proto)
+        scratch.write_bytes(proto.SerializeToString())
+    except onnx.checker.ValidationError as failure:
+        raise ExportError(f"The exported model is not valid ONNX: {failure}") from failure
+    except ValueError as failure:
+        raise ExportError(f"The exported model cannot be stored in one file: {failure}") from failure
+
+
+def _checked(gm: fx.GraphModule, file: Path, inputs: ExampleInputs, quantized: bool) -> dict[str, Any]:
+    example = _at_traced_batch(gm, inputs)
+    trials = [example]
+    if gm.meta.get(TRACE_META, {}).get("dynamic_batch"):
+        trials.append(random_like(inputs, _OTHER_BATCH if example.batch != _OTHER_BATCH else _OTHER_BATCH + 1))
+    else:
+        trials.append(random_like(example, example.batch))
+    difference = compare(gm, str(file), trials, quantized=quantized)
+    operators = optimized_nodes(file)
+    integer = sum(count for name, count in operators.items() if is_integer(name))
+    floats = sum(count for name, count in operators.items() if not is_integer(name) and name not in CARRIERS)
+    return {
+        "batches": tuple(trial.batch for trial in trials),
+        "max_abs_diff": difference.max_abs,
+        "mean_abs_diff": difference.mean_abs,
+        "relative": difference.relative,
+        "top1_agreement": difference.top1_agreement,
+        "integer_nodes": integer,
+        "float_nodes": floats,
+        "operators": tuple(sorted(operators.items())),
+    }
+
+
+def _notes(gm: fx.GraphModule, quantized: bool) -> tuple[str, ...]:
+    notes = []
+    source = gm.meta.get(_CALIBRATION_META, {}).get("source", "")
+    if quantized and source.startswith("synthetic"):
+        notes.append(f"Calibrated on synthetic data ({source}): judge speed and size by this file, not accuracy.")
+    if quantized and cpu_flags() and not any(flag in cpu_flags() for flag in _INTEGER_ISA):
+        notes.append(
+            "This CPU has no 8-bit dot product instructions; integer kernels may be no faster than float ones."
+        )
+    return tuple(notes)

@@ -1,0 +1,147 @@
+"""onnxruntime, always with the same settings: spinning off, a fixed number of threads, nothing on the console."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxopt.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnx
+    import onnxruntime
+
+__all__ = ["CARRIERS", "count_nodes", "cpu_flags", "host_fingerprint", "is_integer", "make_session", "optimized_nodes"]
+
+CARRIERS = frozenset(
+    name
+    for names in (
+        "QuantizeLinear DequantizeLinear Transpose Reshape Flatten Squeeze Unsqueeze Identity Constant Expand",
+        "ReorderInput ReorderOutput Cast Shape Gather Concat Slice Split",
+    )
+    for name in names.split()
+)
+"""Operators that move or convert values and compute nothing."""
+
+_INTEGER = frozenset(
+    (
+        "NhwcMaxPool",
+        "QGemm",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "QAttention",
+    )
+)
+_ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
+
+
+def make_session(
+    model: str | os.PathLike[str] | bytes,
+    *,
+    threads: int = 1,
+    profile_prefix: str | None = None,
+    optimized_path: str | None = None,
+    settings: Mapping[str, str] | None = None,
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU.
+
+    Args:
+        model: A file, or a serialized model.
+        threads: Threads inside an operator.
+        profile_prefix: Where to write a profile, or None for none.
+        optimized_path: Where to write the optimized graph, or None.
+        settings: Further session settings.
+
+    Raises:
+        ExportError: If onnxruntime cannot load the model.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in (settings or {}).items():
+        options.add_session_config_entry(name, value)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
+    if optimized_path is not None:
+        options.optimized_model_filepath = optimized_path
+    source = model if isinstance(model, bytes) else os.fspath(model)
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as failure:
+        what = "the model" if isinstance(model, bytes) else os.fspath(model)
+        raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load {what}: {failure}") from failure
+
+
+def optimized_nodes(model: str | os.PathLike[str] | bytes) -> Counter[str]:
+    """How often each operator stands in the graph that onnxruntime really runs."""
+    import onnx
+
+    with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
+        path = str(Path(folder, "optimized.onnx"))
+        make_session(model, optimized_path=path)
+        return count_nodes(onnx.load(path, load_external_data=False))
+
+
+def count_nodes(model: onnx.ModelProto) -> Counter[str]:
+    """How often each operator stands in a model."""
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def is_integer(operator: str) -> bool:
+    """Whether an operator of an optimized graph computes on integers."""
+    return operator.startswith("QLinear") or operator in _INTEGER
+
+
+@cache
+def cpu_flags() -> tuple[str, ...]:
+    """The instruction sets that matter to integer arithmetic, as far as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ()
+    words = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
+    return tuple(flag for flag in _ISA_FLAGS if flag in words)
+
+
+def host_fingerprint(threads: int = 1) -> str:
+    """What measured times depend on, in one line: processor, cores, instruction sets, runtime, threads.
+
+    Args:
+        threads: Threads inside an operator.
+    """
+    import onnxruntime
+
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts = (
+        _cpu_name(),
+        f"{available} cores",
+        " ".join(cpu_flags()) or "no 8-bit instructions known",
+        f"{platform.system()} {platform.machine()}",
+        f"onnxruntime {onnxruntime.__version__}",
+        f"{threads} threads",
+    )
+    return ", ".join(parts)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith(("model name", "Model")):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

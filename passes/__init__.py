@@ -1,0 +1,137 @@
+"""The passes by name: create one, or register your own.
+
+Passes are loaded when they are asked for, so that a name costs nothing to know and ``import fxopt.passes`` loads no
+torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fxopt.errors import PassError, UnknownNameError
+
+if TYPE_CHECKING:
+    from fxopt.passes.base import Pass as Pass
+    from fxopt.passes.base import PassResult as PassResult
+    from fxopt.passes.base import Pipeline as Pipeline
+    from fxopt.passes.base import Refusal as Refusal
+    from fxopt.passes.base import TunablePass as TunablePass
+    from fxopt.passes.canonicalize import Canonicalize as Canonicalize
+    from fxopt.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
+    from fxopt.passes.prune_channels import PruneChannels as PruneChannels
+    from fxopt.passes.quantize import Quantize as Quantize
+
+_PASSES: dict[str, str | type[Pass]] = {
+    "canonicalize": "fxopt.passes.canonicalize:Canonicalize",
+    "fold-batch-norm": "fxopt.passes.fold_batch_norm:FoldBatchNorm",
+    "prune-channels": "fxopt.passes.prune_channels:PruneChannels",
+    "quantize": "fxopt.passes.quantize:Quantize",
+}
+
+_LAZY = {
+    "Canonicalize": "fxopt.passes.canonicalize",
+    "FoldBatchNorm": "fxopt.passes.fold_batch_norm",
+    "Pass": "fxopt.passes.base",
+    "PassResult": "fxopt.passes.base",
+    "Pipeline": "fxopt.passes.base",
+    "PruneChannels": "fxopt.passes.prune_channels",
+    "Quantize": "fxopt.passes.quantize",
+    "Refusal": "fxopt.passes.base",
+    "TunablePass": "fxopt.passes.base",
+}
+
+__all__ = [
+    "Canonicalize",
+    "FoldBatchNorm",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "PruneChannels",
+    "Quantize",
+    "Refusal",
+    "TunablePass",
+    "create",
+    "load",
+    "names",
+    "register",
+]
+
+
+def names() -> list[str]:
+    """The names of all passes, sorted."""
+    return sorted(_PASSES)
+
+
+def load(name: str) -> type[Pass]:
+    """The pass class under ``name``.
+
+    Raises:
+        UnknownNameError: If there is none; suggests the nearest name.
+        PassError: If a registered path leads to no pass.
+    """
+    if name not in _PASSES:
+        raise UnknownNameError("pass", name, _PASSES)
+    entry = _PASSES[name]
+    if not isinstance(entry, str):
+        return entry
+    from fxopt.passes.base import Pass
+
+    module, _, attribute = entry.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as failure:
+        raise PassError(f"Pass {name!r} cannot be loaded from {entry!r}: {failure}.") from failure
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise PassError(f"Pass {name!r}: {entry!r} is no subclass of fxopt.passes.Pass.")
+    return found
+
+
+def create(name: str, **options: Any) -> Pass:
+    """A pass by its name.
+
+    Args:
+        name: The pass's name; see :func:`names`.
+        **options: The pass's fields.
+
+    Raises:
+        UnknownNameError: If there is no such pass; suggests the nearest name.
+        PassError: If an option is unknown or its value does not fit.
+    """
+    kind = load(name)
+    known = [field.name for field in dataclasses.fields(kind) if field.init]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise PassError(f"Pass {name!r} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}.")
+    return kind(**options)
+
+
+def register(name: str, kind: type[Pass] | str) -> None:
+    """Make a pass known by name.
+
+    Args:
+        name: The name; it must be free.
+        kind: The class, or its path ``"package.module:Class"``, which is imported on first use.
+
+    Raises:
+        PassError: If the name is taken or the path has another form.
+    """
+    if name in _PASSES:
+        raise PassError(f"There is a pass {name!r} already; choose another name.")
+    if isinstance(kind, str) and not all(kind.partition(":")):
+        raise PassError(f"The path of a pass has the form 'package.module:Class', got {kind!r}.")
+    _PASSES[name] = kind
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'fxopt.passes' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,249 @@
+"""Cut units out of a graph: parameters, the attributes that tell their sizes, and the numbers in the graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from fxopt.errors import PassError
+from fxopt.graph import edit
+from fxopt.graph.channels import ChannelGraph, ChannelGroup, ParameterUse
+
+__all__ = ["choose_removed", "cut", "l1_importance", "mask", "saved_elements"]
+
+Units = npt.NDArray[np.int64]
+Scores = npt.NDArray[np.float64]
+Gone = npt.NDArray[np.bool_]
+
+
+def l1_importance(gm: fx.GraphModule, group: ChannelGroup) -> Scores:
+    """The L1 norm of the weights that read each unit, shape (units,).
+
+    This is AMC's magnitude: a channel matters as much as the layers behind it weigh it, summed over all of them. A
+    group that no layer's weights read is ranked by the weights that make it.
+
+    Raises:
+        PassError: If a weight is not finite; names the layer.
+    """
+    readers = [use for use in group.members if use.role == "in"]
+    makers = [use for use in group.members if use.role == "out"]
+    scores = np.zeros(group.size)
+    seen: set[tuple[int, int]] = set()
+    for use in readers or makers or group.members:
+        tensor = _tensor(gm, use)
+        if (id(tensor), use.dim) in seen:
+            continue
+        seen.add((id(tensor), use.dim))
+        values = tensor.detach().double().abs().movedim(use.dim, 0).flatten(1).sum(1).cpu().numpy()
+        if not np.isfinite(values).all():
+            raise PassError(
+                f"{use.name!r} of {use.path!r} holds NaN or infinite values, so that its channels cannot be ranked; "
+                "repair the weights, or leave the layer out with ignore."
+            )
+        inside = np.isin(use.atoms, group.units)
+        np.add.at(scores, np.searchsorted(group.units, use.atoms[inside]), values[inside])
+    return scores
+
+
+def choose_removed(group: ChannelGroup, scores: Scores, kept: int) -> Units:
+    """The units to cut so that the ``kept`` most important stay; of two that are equal the first one stays."""
+    order = np.argsort(-scores, kind="stable")
+    return np.sort(group.units[order[kept:]])
+
+
+def saved_elements(gm: fx.GraphModule, group: ChannelGroup, removed: Units) -> int:
+    """How many elements of parameters and buffers go if this group alone is cut."""
+    gone = _table(removed)
+    saved: dict[int, int] = {}
+    for uses in _by_tensor(group.members).values():
+        tensor = _tensor(gm, uses[0])
+        size = list(tensor.shape)
+        for use in uses:
+            size[use.dim] = _kept(use.atoms, gone)
+        saved[id(tensor)] = tensor.numel() - math.prod(size)
+    return sum(saved.values())
+
+
+def cut(gm: fx.GraphModule, channels: ChannelGraph, removed: Units) -> None:
+    """Cut ``removed`` units out of everything that carries them.
+
+    Args:
+        gm: The graph, which is edited; its modules and tensors are replaced, not changed.
+        channels: The analysis of this very graph.
+        removed: Ids of the units to cut.
+
+    Raises:
+        PassError: If the graph's outputs would change their shapes.
+    """
+    before = _output_shapes(gm)
+    gone = _table(removed)
+    sizes = {node: _size_after(channels, node, gone) for node in gm.graph.nodes}
+    _replace_tensors(gm, channels.parameters, lambda tensor, uses: _select(tensor, uses, gone))
+    done: set[str] = set()
+    for node in gm.graph.find_nodes(op="call_module"):
+        if str(node.target) not in done:
+            done.add(str(node.target))
+            _resize(gm, node, sizes)
+    for constant in channels.constants:
+        count = _kept(constant.atoms, gone)
+        if count == len(constant.atoms):
+            continue
+        value: Any = count
+        if constant.position is not None:
+            value = list(constant.node.args[constant.argument])  # type: ignore[arg-type]
+            value[constant.position] = count
+        edit.set_argument(constant.node, constant.argument, value)
+    edit.finish(gm)
+    after = _output_shapes(gm)
+    if after != before:
+        raise PassError(f"Cutting would change the outputs from {before} to {after}; add the last layers to ignore.")
+
+
+def mask(gm: fx.GraphModule, channels: ChannelGraph, removed: Units) -> None:
+    """Zero the weights that make and that read ``removed`` units; everything keeps its size."""
+    gone = _table(removed)
+    weights = [use for use in channels.parameters if use.role in ("out", "in")]
+    _replace_tensors(gm, weights, lambda tensor, uses: _zero(tensor, uses, gone))
+
+
+def _table(removed: Units) -> Gone:
+    """Whether each unit is cut, by its id; the last entry stands for -1, which never is."""
+    table = np.zeros(int(removed.max(initial=-1)) + 2, dtype=np.bool_)
+    table[removed] = True
+    return table
+
+
+def _gone(atoms: Units, gone: Gone) -> Gone:
+    found: Gone = gone[np.where(atoms < len(gone) - 1, atoms, -1)]
+    return found
+
+
+def _kept(atoms: Units, gone: Gone) -> int:
+    return len(atoms) - int(_gone(atoms, gone).sum())
+
+
+def _tensor(gm: fx.GraphModule, use: ParameterUse) -> torch.Tensor:
+    tensor: torch.Tensor = getattr(gm.get_submodule(use.path), use.name)
+    return tensor
+
+
+def _by_tensor(uses: Sequence[ParameterUse]) -> dict[tuple[str, str], list[ParameterUse]]:
+    found: dict[tuple[str, str], list[ParameterUse]] = {}
+    for use in uses:
+        found.setdefault((use.path, use.name), []).append(use)
+    return found
+
+
+def _replace_tensors(gm: fx.GraphModule, uses: Sequence[ParameterUse], change: Any) -> None:
+    """Put changed tensors into copies of their modules; a tensor under several names stays one tensor."""
+    changed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    copies: dict[str, nn.Module] = {}
+    for (path, name), held in _by_tensor(uses).items():
+        tensor = _tensor(gm, held[0])
+        if id(tensor) not in changed:
+            changed[id(tensor)] = (tensor, _as_kind(change(tensor.detach(), held), tensor))
+        new = changed[id(tensor)][1]
+        if new is tensor:
+            continue
+        if path not in copies:
+            copies[path] = _own_copy(gm, path)
+        if name in copies[path]._parameters:
+            copies[path]._parameters[name] = new  # type: ignore[assignment]
+        else:
+            copies[path]._buffers[name] = new
+
+
+def _as_kind(value: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
+    """The changed value as a parameter or buffer like the original; the original itself if nothing changed."""
+    if value is None:
+        return tensor
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _own_copy(gm: fx.GraphModule, path: str) -> nn.Module:
+    """The module at a path to write into: a copy in its place, or the graph module itself."""
+    if not path:
+        return gm
+    copy = edit.clone_module(gm.get_submodule(path))
+    edit.replace_module(gm, path, copy)
+    return copy
+
+
+def _select(tensor: torch.Tensor, uses: Sequence[ParameterUse], gone: Gone) -> torch.Tensor | None:
+    result = tensor
+    for use in {use.dim: use for use in uses}.values():
+        kept = np.flatnonzero(~_gone(use.atoms, gone))
+        if len(kept) < tensor.shape[use.dim]:
+            result = result.index_select(use.dim, torch.as_tensor(kept, device=tensor.device))
+    return None if result is tensor else result
+
+
+def _zero(tensor: torch.Tensor, uses: Sequence[ParameterUse], gone: Gone) -> torch.Tensor | None:
+    result = None
+    for use in uses:
+        zeros = np.flatnonzero(_gone(use.atoms, gone))
+        if len(zeros):
+            result = tensor.clone() if result is None else result
+            result.index_fill_(use.dim, torch.as_tensor(zeros, device=tensor.device), 0)
+    return result
+
+
+def _size_after(channels: ChannelGraph, node: fx.Node, gone: Gone) -> tuple[int, ...]:
+    """Shape of a node's tensor once the units are cut; empty for what is no tensor."""
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return ()
+    sizes = list(edit.shape(node))
+    for dim in range(len(sizes)):
+        atoms = channels.labels(node, dim)
+        if atoms is not None:
+            sizes[dim] = _kept(atoms, gone)
+    return tuple(sizes)
+
+
+def _resize(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[fx.Node, tuple[int, ...]]) -> None:
+    """Set the attributes that tell a module's sizes, on a copy of it if one changes."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not sizes[source] or not sizes[node]:
+        return
+    module = gm.get_submodule(str(node.target))
+    wanted = _attributes(module, sizes[source], sizes[node])
+    stale = {name: value for name, value in wanted.items() if getattr(module, name) != value}
+    if stale:
+        copy = _own_copy(gm, str(node.target))
+        for name, value in stale.items():
+            setattr(copy, name, value)
+
+
+def _attributes(module: nn.Module, source: tuple[int, ...], result: tuple[int, ...]) -> dict[str, Any]:
+    """The attributes that tell sizes, as they have to be for an input and an output of these shapes."""
+    if isinstance(module, (_ConvNd, _ConvTransposeNd)):
+        follows = module.groups > 1 and module.groups == module.in_channels
+        groups = source[1] if follows else module.groups
+        return {"in_channels": source[1], "out_channels": result[1], "groups": groups}
+    if isinstance(module, nn.Linear):
+        return {"in_features": source[-1], "out_features": result[-1]}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": result[-1]}
+    if isinstance(module, _NormBase):
+        return {"num_features": source[1]}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": source[1]}
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return {"normalized_shape": source[-len(module.normalized_shape) :]}
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return {"num_parameters": source[1]}
+    return {}
+
+
+def _output_shapes(gm: fx.GraphModule) -> list[tuple[int, ...]]:
+    (output,) = gm.graph.find_nodes(op="output")
+    values = [source.meta.get("val") for source in output.all_input_nodes]
+    return [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]

@@ -1,0 +1,242 @@
+"""Quantize: put layers and the values between them on integer grids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from fxopt.decisions import Capabilities, Decision, SearchSpace
+from fxopt.errors import DataError, PassError
+from fxopt.graph import edit, eval_mode, ops, shape
+from fxopt.graph.fake_quantize import QUANTIZED_LAYERS, ActivationQuantizer, QuantizedLayer, observing, quantize_layer
+from fxopt.passes._calibrate import batches, feed, synthetic_batch
+from fxopt.passes._placement import Point, place
+from fxopt.passes.base import PassResult, TunablePass
+
+__all__ = ["BITS", "CALIBRATION_META", "DEFAULT_RECIPE", "FLOAT", "Quantize"]
+
+FLOAT = (32, 32)
+BITS: tuple[tuple[int, int], ...] = ((8, 8), FLOAT)
+"""The pairs of weight and activation bits on offer."""
+
+DEFAULT_RECIPE = {"conv": (8, 8), "depthwise": (8, 8), "linear": (8, 8)}
+"""Bits by kind of operator without a policy. Transposed convolutions have no integer kernel in onnxruntime."""
+
+CALIBRATION_META = "fxopt_calibration"
+"""Key of ``gm.meta`` under which a quantized graph says what it was calibrated on."""
+
+_QUANTIZERS = "quantizers"
+
+
+@dataclass(frozen=True)
+class Quantize(TunablePass):
+    """Quantize layers and the values between them, calibrated on the ranges seen in data.
+
+    Weights go to symmetric 8-bit grids, one scale an output channel; activations to asymmetric unsigned ones, one
+    scale a tensor. Quantizers stand behind activation functions that a runtime fuses, at the inputs and outputs of
+    additions, concatenations and poolings inside a chain of quantized layers, and nowhere around layers left in
+    floating point. Parameters are shared with the graph before; its own quantizers and their observed ranges are new.
+
+    Attributes:
+        policy: Decisions of kind "bits": ``(8, 8)`` or ``(32, 32)`` for each layer. None quantizes all that
+            :data:`DEFAULT_RECIPE` names.
+        calibration: An iterable of batches as the model takes them (labels behind the inputs are left out), or one
+            batch as a tensor, tuple or mapping. None takes one synthetic batch of standard normal numbers: enough to
+            measure speed and size, not to judge accuracy. ``gm.meta["fxopt_calibration"]`` says which it was.
+        max_batches: Largest number of batches to read, or None for all.
+        seed: Seed of the synthetic batch.
+
+    Example:
+        >>> from fxopt.passes import FoldBatchNorm, Pipeline, Quantize
+        >>> pipeline = Pipeline((FoldBatchNorm(), Quantize()))
+    """
+
+    name: ClassVar[str] = "quantize"
+    kinds: ClassVar[tuple[str, ...]] = ("bits",)
+
+    calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
+    max_batches: int | None = None
+    seed: int = 0
+
+    def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
+        """One decision of kind "bits" for every layer that has a quantized form and that the target can run so.
+
+        Args:
+            graph_module: A graph from ``fxopt.trace``.
+            capabilities: What the target can run; None for all layers of :data:`DEFAULT_RECIPE`.
+        """
+        able = capabilities or Capabilities({kind: (bits, FLOAT) for kind, bits in DEFAULT_RECIPE.items()})
+        decisions = [_decision(graph_module, node) for node in _layers(graph_module)]
+        offered = SearchSpace(decisions).restrict(able)
+        return SearchSpace(decision for decision in offered if decision.choices != (FLOAT,))
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """The graph is not quantized yet.
+
+        Raises:
+            PassError: If it is, or an option is out of range.
+        """
+        if self.max_batches is not None and self.max_batches < 1:
+            raise PassError(f"max_batches is {self.max_batches}; give at least 1, or None for all.")
+        for path, module in graph_module.named_modules():
+            if isinstance(module, (ActivationQuantizer, QuantizedLayer)):
+                raise PassError(f"{path!r} is quantized already; run Quantize on the graph from before.")
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Insert activation quantizers, calibrate them, and replace the layers chosen by quantized ones.
+
+        Raises:
+            PolicyError: If the policy names a layer or bits that cannot be chosen.
+            DataError: If the calibration data is empty, of the wrong form, or leads to values that are not finite.
+            PassError: If batch normalization follows a chosen layer.
+        """
+        chosen = self._chosen(graph_module)
+        if not chosen:
+            return PassResult(graph_module, False)
+        _check_weights(graph_module, chosen)
+        _split_silu(graph_module, chosen)
+        points = place(graph_module, {path: activation for path, (_, activation) in chosen.items()})
+        quantizers = _insert(graph_module, points)
+        graph_module.recompile()
+        self._calibrate(graph_module, quantizers)
+        for path, (weight_bits, _) in chosen.items():
+            edit.replace_module(graph_module, path, quantize_layer(graph_module.get_submodule(path), weight_bits))
+        edit.finish(graph_module)
+        return PassResult(graph_module, True)
+
+    def _chosen(self, gm: fx.GraphModule) -> dict[str, tuple[int, int]]:
+        """Bits of the layers to quantize, by path."""
+        if self.policy is None:
+            kinds = {str(node.target): _kind(gm, node) for node in _layers(gm)}
+            return {path: DEFAULT_RECIPE[kind] for path, kind in kinds.items() if kind in DEFAULT_RECIPE}
+        everything = SearchSpace(_decision(gm, node) for node in _layers(gm))
+        everything.validate(self.own_choices)
+        return {site: bits for (_, site), bits in self.own_choices.items() if bits != FLOAT}  # type: ignore[misc]
+
+    def _calibrate(self, gm: fx.GraphModule, quantizers: list[tuple[str, ActivationQuantizer]]) -> None:
+        count = samples = 0
+        with torch.no_grad(), eval_mode(gm), observing(gm):
+            if self.calibration is None:
+                generator = torch.Generator().manual_seed(self.seed)
+                args, kwargs = feed(gm, synthetic_batch(gm, generator), "The synthetic batch")
+                gm(*args, **kwargs)
+            else:
+                for batch in batches(self.calibration):
+                    if count == self.max_batches:
+                        break
+                    args, kwargs = feed(gm, batch, f"Calibration batch {count}")
+                    gm(*args, **kwargs)
+                    count += 1
+                    samples += _samples(args, kwargs)
+                if not count:
+                    raise DataError("The calibration loader is empty; give one that yields at least one batch.")
+        for site, quantizer in quantizers:
+            quantizer.settle(site)
+        source = "loader" if self.calibration is not None else f"synthetic: standard normal, seed {self.seed}"
+        gm.meta[CALIBRATION_META] = {"source": source, "batches": count, "samples": samples}
+
+
+def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
+    return int(tensors[0].shape[0]) if tensors else 1
+
+
+def _layers(gm: fx.GraphModule) -> list[fx.Node]:
+    """The first call of every float layer that has a quantized form."""
+    found: dict[str, fx.Node] = {}
+    for node in gm.graph.find_nodes(op="call_module"):
+        module = gm.get_submodule(str(node.target))
+        known = isinstance(module, tuple(QUANTIZED_LAYERS)) and not isinstance(module, QuantizedLayer)
+        if known and isinstance(module.weight, torch.Tensor) and module.weight.dtype == torch.float32:
+            found.setdefault(str(node.target), node)
+    return list(found.values())
+
+
+def _kind(gm: fx.GraphModule, node: fx.Node) -> str:
+    module: Any = gm.get_submodule(str(node.target))
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if module.transposed:
+        return "conv_transpose"
+    return "depthwise" if module.groups == module.in_channels > 1 else "conv"
+
+
+def _decision(gm: fx.GraphModule, node: fx.Node) -> Decision:
+    module: Any = gm.get_submodule(str(node.target))
+    size = shape(node)
+    weights = module.weight.numel()
+    linear = isinstance(module, nn.Linear)
+    positions = math.prod(size[1:-1]) if linear else math.prod(size[2:])
+    features = {
+        "in_channels": module.in_features if linear else module.in_channels,
+        "out_channels": module.out_features if linear else module.out_channels,
+        "kernel": 1 if linear else math.prod(module.kernel_size),
+        "stride": 1 if linear else math.prod(module.stride),
+        "groups": 1 if linear else module.groups,
+        "positions": positions,
+        "weights": weights,
+        "macs": weights * positions,
+    }
+    return Decision("bits", str(node.target), BITS, FLOAT, features, operator=_kind(gm, node))
+
+
+def _check_weights(gm: fx.GraphModule, chosen: Iterable[str]) -> None:
+    for path in chosen:
+        for name, tensor in gm.get_submodule(path).named_parameters(recurse=False):
+            if not bool(torch.isfinite(tensor).all()):
+                raise DataError(f"Parameter '{path}.{name}' holds NaN or infinity; load finite weights.")
+
+
+def _split_silu(gm: fx.GraphModule, chosen: Container[str]) -> None:
+    """Write SiLU behind a chosen layer as ``x * sigmoid(x)``: both factors have integer kernels, SiLU has none."""
+    found = [node for node in gm.graph.nodes if _is_silu(gm, node) and _follows(node, chosen)]
+    for node in found:
+        source = node.args[0]
+        gate = edit.insert_function(gm, torch.ops.aten.sigmoid.default, source, (source,))
+        product = edit.insert_function(gm, torch.ops.aten.mul.Tensor, gate, (source, gate))
+        edit.replace_uses(node, product)
+        edit.erase(gm, node)
+    if found:
+        edit.finish(gm)
+
+
+def _is_silu(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op in ("call_module", "call_function") and ops.semantics(gm, node).name in ("SiLU", "silu")
+
+
+def _follows(node: fx.Node, chosen: Container[str]) -> bool:
+    source = node.args[0]
+    return isinstance(source, fx.Node) and source.op == "call_module" and str(source.target) in chosen
+
+
+def _insert(gm: fx.GraphModule, points: Iterable[Point]) -> list[tuple[str, ActivationQuantizer]]:
+    """Insert a quantizer at every point, one module at several paths where a grid is shared; give each and its site."""
+    device = next((parameter.device for parameter in gm.parameters()), torch.device("cpu"))
+    at: dict[tuple[fx.Node, int], ActivationQuantizer] = {}
+    sites: list[tuple[str, ActivationQuantizer]] = []
+    readers_of: dict[fx.Node, list[tuple[fx.Node, Point]]] = {}
+    for point in points:
+        shared = at.get((point.grid_of, point.bits)) if point.grid_of is not None else None
+        quantizer = shared or ActivationQuantizer(point.bits).to(device)
+        quantizer.train(gm.training)
+        at[point.node, point.bits] = quantizer
+        path = edit.free_path(gm, f"{_QUANTIZERS}.{_site(point.node).replace('.', '_')}")
+        inserted = edit.insert_module(gm, path, quantizer, after=point.node, args=(point.node,))
+        readers_of.setdefault(point.node, []).append((inserted, point))
+        if shared is None:
+            sites.append((f"the value of {_site(point.node)!r}", quantizer))
+    for node, group in readers_of.items():
+        quantized = [inserted for inserted, _ in group]
+        for inserted, point in group:
+            others = [user for user in node.users if user not in point.readers]
+            edit.replace_uses(node, inserted, except_=[*others, *quantized])
+    return sites
+
+
+def _site(node: fx.Node) -> str:
+    return str(node.target) if node.op in ("call_module", "placeholder") else node.name

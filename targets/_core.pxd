@@ -1,0 +1,12 @@
+from fxopt.targets._rows cimport Row
+
+
+cdef struct Cost:
+    double latency_s        # NaN: the model has no figures for this row
+    double energy_j         # NaN: the model has no energy figures
+
+
+cdef class CostModel:
+    cdef readonly bint fuses
+    cdef readonly bint has_energy
+    cdef Cost cost(self, const Row* row) noexcept nogil

@@ -1,0 +1,170 @@
+"""The loops under every cost model: a scalar cost per row, totals and per-row arrays over batches of policies.
+
+A model is a cdef class that derives from CostModel and overrides ``cost`` alone. Everything that is the same on all
+hardware (fused rows, sizes, MACs, rows without a model) is done here, once.
+"""
+
+from libc.math cimport NAN, isfinite
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t
+
+from fxopt.targets._rows cimport (
+    FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, macs, weight_bytes
+)
+
+
+cdef inline Cost settled(CostModel model, const Row* row, unsigned char* uncosted) noexcept nogil:
+    # The cost as it enters totals: fused rows are free, rows without a model are zero and marked.
+    cdef Cost result
+    if not (model.fuses and row.fused):
+        result = model.cost(row)
+        if result.latency_s == result.latency_s:
+            return result
+        uncosted[0] = 1
+    result.latency_s = 0.0
+    result.energy_j = 0.0
+    return result
+
+
+cdef class CostModel:
+    """Base of all cost models.
+
+    Args:
+        fuses: Whether the runtime merges rows marked ``fused`` into their producer, where they cost nothing.
+
+    Attributes:
+        has_energy: Whether ``cost`` gives an energy; set by subclasses.
+    """
+
+    def __init__(self, bint fuses):
+        self.fuses = fuses
+        self.has_energy = False
+
+    cdef Cost cost(self, const Row* row) noexcept nogil:
+        """Cost of one row by itself; NaN where the model has no figures. Must not fail on a valid row."""
+        cdef Cost none
+        none.latency_s = NAN
+        none.energy_j = NAN
+        return none
+
+    def totals(
+        self,
+        const Row[:, ::1] rows,
+        double[::1] latency_s,
+        double[::1] energy_j,
+        double[::1] weight_bytes_out,
+        double[::1] peak_bytes,
+        double[::1] macs_out,
+        unsigned char[::1] uncosted,
+    ):
+        """Fill one total per policy; ``uncosted[i]`` becomes 1 where row i has no model under some policy."""
+        cdef Py_ssize_t p, i
+        cdef double latency, energy, stored, peak, work
+        cdef const Row* row
+        cdef Cost cost
+        with nogil:
+            for p in range(rows.shape[0]):
+                latency = energy = stored = peak = work = 0.0
+                for i in range(rows.shape[1]):
+                    row = &rows[p, i]
+                    cost = settled(self, row, &uncosted[i])
+                    latency += cost.latency_s
+                    energy += cost.energy_j
+                    stored += weight_bytes(row)
+                    work += macs(row)
+                    if row.live_bytes > peak:
+                        peak = row.live_bytes
+                latency_s[p] = latency
+                energy_j[p] = energy
+                weight_bytes_out[p] = stored
+                peak_bytes[p] = peak
+                macs_out[p] = work
+
+    def per_row(self, const Row[:, ::1] rows, double[:, ::1] latency_s, double[:, ::1] energy_j):
+        """Fill one latency and one energy per policy and row."""
+        cdef Py_ssize_t p, i
+        cdef unsigned char ignored = 0
+        cdef Cost cost
+        with nogil:
+            for p in range(rows.shape[0]):
+                for i in range(rows.shape[1]):
+                    cost = settled(self, &rows[p, i], &ignored)
+                    latency_s[p, i] = cost.latency_s
+                    energy_j[p, i] = cost.energy_j
+
+
+cdef inline bint is_sound(const Row* row) noexcept nogil:
+    cdef const int32_t* integers = <const int32_t*>row
+    cdef int32_t least = 1
+    cdef Py_ssize_t j
+    # All integers after the flags are sizes or counts.
+    for j in range(4, INTEGERS):
+        least = integers[j] if integers[j] < least else least
+    if least < 1 or row.kind < 0 or row.kind >= KINDS:
+        return False
+    if ((row.fused | row.transposed | row.bias) & ~1) != 0:
+        return False
+    if row.weight_bits > MAX_BITS or row.activation_bits > MAX_BITS or row.output_bits > MAX_BITS:
+        return False
+    if not (0.0 < row.weight_density <= 1.0 and 0.0 < row.activation_density <= 1.0):
+        return False
+    if not (row.live_bytes >= 0.0 and isfinite(row.live_bytes)):
+        return False
+    if is_among(row, FLAT) and row.groups * row.kernel_d * row.kernel_h * row.kernel_w != 1:
+        return False
+    if is_gemm(row) and (row.in_d != 1 or row.in_w != 1 or row.out_d != 1 or row.out_w != 1):
+        return False
+    return row.groups == 1 or (row.c % row.groups == 0 and row.k % row.groups == 0)
+
+
+def first_fault(const Row[:, ::1] rows):
+    """(policy, row) of the first row that no cost can be given for, or None if all are sound."""
+    cdef Py_ssize_t p, i
+    cdef Py_ssize_t bad_policy = -1
+    cdef Py_ssize_t bad_row = -1
+    with nogil:
+        for p in range(rows.shape[0]):
+            for i in range(rows.shape[1]):
+                if not is_sound(&rows[p, i]):
+                    bad_policy = p
+                    bad_row = i
+                    break
+            if bad_policy >= 0:
+                break
+    return None if bad_policy < 0 else (bad_policy, bad_row)
+
+
+def row_layout():
+    """Name and byte offset of every field of the C struct, in order, and its size under the name ''."""
+    cdef Row row
+    cdef size_t base = <size_t>&row
+    return {
+        "kind": <size_t>&row.kind - base,
+        "fused": <size_t>&row.fused - base,
+        "transposed": <size_t>&row.transposed - base,
+        "bias": <size_t>&row.bias - base,
+        "inputs": <size_t>&row.inputs - base,
+        "n": <size_t>&row.n - base,
+        "c": <size_t>&row.c - base,
+        "k": <size_t>&row.k - base,
+        "groups": <size_t>&row.groups - base,
+        "in_d": <size_t>&row.in_d - base,
+        "in_h": <size_t>&row.in_h - base,
+        "in_w": <size_t>&row.in_w - base,
+        "out_d": <size_t>&row.out_d - base,
+        "out_h": <size_t>&row.out_h - base,
+        "out_w": <size_t>&row.out_w - base,
+        "kernel_d": <size_t>&row.kernel_d - base,
+        "kernel_h": <size_t>&row.kernel_h - base,
+        "kernel_w": <size_t>&row.kernel_w - base,
+        "stride_d": <size_t>&row.stride_d - base,
+        "stride_h": <size_t>&row.stride_h - base,
+        "stride_w": <size_t>&row.stride_w - base,
+        "weight_bits": <size_t>&row.weight_bits - base,
+        "activation_bits": <size_t>&row.activation_bits - base,
+        "output_bits": <size_t>&row.output_bits - base,
+        "weight_density": <size_t>&row.weight_density - base,
+        "activation_density": <size_t>&row.activation_density - base,
+        "live_bytes": <size_t>&row.live_bytes - base,
+        "": sizeof(Row),
+    }

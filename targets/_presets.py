@@ -1,0 +1,306 @@
+"""Targets described by TOML files: reading, checking, and the target made of one.
+
+A file that is wrong in any way is refused with its path, the line and the reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args
+
+from fxopt.decisions import Capabilities
+from fxopt.errors import FxoptError, TargetError
+from fxopt.targets._core import CostModel
+from fxopt.targets.base import Status, Target, TargetInfo
+from fxopt.targets.models import families, family
+from fxopt.targets.parameters import Parameter, ParameterError
+from fxopt.targets.rows import FLOAT_BITS, OpKind
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Figure", "Preset", "PresetTarget", "builtin_presets", "read_preset"]
+
+SCHEMA = 1
+FOLDER = Path(__file__).parent / "presets"
+
+_T = TypeVar("_T")
+_SECTIONS = (
+    "schema",
+    "name",
+    "title",
+    "family",
+    "fuses",
+    "calibration",
+    "capabilities",
+    "energy",
+    "sources",
+    "parameters",
+)
+_FIGURE = {"value", "unit", "source"}
+_HEADER = re.compile(r"^\s*\[+\s*(?P<path>[^\[\]]+?)\s*\]+\s*(?:#.*)?$")
+_KEY = re.compile(r"""^\s*(?P<path>(?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a preset.
+
+    Attributes:
+        value: As the preset writes it, in ``unit``.
+        unit: One of :data:`fxopt.targets.parameters.UNITS`.
+        source: A key of the preset's sources.
+        si: The value in the SI unit.
+    """
+
+    value: float
+    unit: str
+    source: str
+    si: float
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A checked description of a target.
+
+    Attributes:
+        info: What the target says of itself.
+        figures: Every figure, by its dotted name below ``parameters``.
+    """
+
+    info: TargetInfo
+    figures: Mapping[str, Figure]
+
+    def make_model(self) -> CostModel:
+        """The compiled cost model of these figures."""
+        values = {key: figure.si for key, figure in self.figures.items()}
+        return family(self.info.family).Model(values, self.info.fuses)
+
+
+class PresetTarget(Target):
+    """A target made of a preset.
+
+    Args:
+        preset: A checked description, from :func:`read_preset`.
+    """
+
+    def __init__(self, preset: Preset) -> None:
+        self.preset = preset
+
+    @property
+    def info(self) -> TargetInfo:
+        """What the target says of itself."""
+        return self.preset.info
+
+    @cached_property
+    def model(self) -> CostModel:
+        """The compiled cost model."""
+        return self.preset.make_model()
+
+    def __reduce__(self) -> tuple[type[PresetTarget], tuple[Preset]]:
+        """Pickle by the preset: compiled models are made anew."""
+        return (PresetTarget, (self.preset,))
+
+    def __repr__(self) -> str:
+        return f"<target {self.name}: {self.title}>"
+
+
+def builtin_presets() -> dict[str, Path]:
+    """Paths of the presets that come with fxopt, by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
+
+
+def read_preset(path: Path) -> Preset:
+    """Read and check a preset.
+
+    Raises:
+        TargetError: If the file cannot be read or is wrong; it names the file, the line and the reason.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise TargetError(f"Cannot read target file {path}: {failure}.") from failure
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as failure:
+        raise TargetError(f"{path} is not TOML: {failure}. Correct it there.") from failure
+    return _Reader(path, text, data).preset()
+
+
+class _Reader:
+    """Takes a preset out of parsed TOML, key by key, and knows the lines they stand on."""
+
+    def __init__(self, path: Path, text: str, data: dict[str, Any]) -> None:
+        self.path = path
+        self.data = data
+        self.lines = dict(_key_lines(text))
+
+    def fail(self, key: str, reason: str) -> TargetError:
+        """The error for ``key``, on the line of it or of the nearest key that holds it."""
+        parts = key.split(".")
+        holders = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+        line = next((self.lines[holder] for holder in holders if holder in self.lines), 1)
+        return TargetError(f"{self.path}, line {line}: {key}: {reason}")
+
+    def take(self, table: Mapping[str, Any], key: str, kind: type[_T], where: str = "") -> _T:
+        """``table[key]``, which has to be of type ``kind``."""
+        full = f"{where}.{key}" if where else key
+        if key not in table:
+            raise self.fail(full, "is missing.")
+        value = table[key]
+        wanted = (int, float) if kind is float else kind
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+            names = {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "a table"}
+            raise self.fail(full, f"has to be {names.get(kind, 'a list')}, got {value!r}.")
+        if value == "":
+            raise self.fail(full, "must not be empty.")
+        return cast("_T", value)
+
+    def only(self, table: Mapping[str, Any], known: set[str], where: str = "") -> None:
+        """Refuse keys that mean nothing."""
+        for key in table:
+            if key not in known:
+                full = f"{where}.{key}" if where else key
+                raise self.fail(full, f"is not known here; known: {', '.join(sorted(known))}.")
+
+    def preset(self) -> Preset:
+        """The whole preset, checked; its model is made once to see that the figures fit together."""
+        self.only(self.data, set(_SECTIONS))
+        schema = self.take(self.data, "schema", int)
+        if schema != SCHEMA:
+            raise self.fail("schema", f"is {schema}; this version of fxopt reads schema {SCHEMA}.")
+        name = self.take(self.data, "family", str)
+        if name not in families():
+            raise self.fail("family", f"{name!r} is not known; known: {', '.join(families())}.")
+        sources = self.take(self.data, "sources", dict)
+        for key in sources:
+            self.take(sources, key, str, "sources")
+        preset = Preset(self.info(name, sources), dict(self.figures(family(name).PARAMETERS, sources)))
+        try:
+            model = preset.make_model()
+        except ParameterError as error:
+            raise self.fail(f"parameters.{error.key}", error.reason) from error
+        return replace(preset, info=replace(preset.info, energy_reason=self.energy_reason(model)))
+
+    def info(self, family_name: str, sources: dict[str, str]) -> TargetInfo:
+        """Everything but the figures."""
+        calibration = self.take(self.data, "calibration", dict)
+        self.only(calibration, {"status", "error", "bits"}, "calibration")
+        status = self.take(calibration, "status", str, "calibration")
+        if status not in get_args(Status):
+            raise self.fail("calibration.status", f"{status!r} is none of {', '.join(get_args(Status))}.")
+        bits = self.take(calibration, "bits", list, "calibration")
+        if not _are_bits(bits):
+            raise self.fail("calibration.bits", f"has to list widths from 1 to {FLOAT_BITS}, got {bits!r}.")
+        return TargetInfo(
+            name=self.take(self.data, "name", str),
+            title=self.take(self.data, "title", str),
+            family=family_name,
+            fuses=self.take(self.data, "fuses", bool),
+            status=cast("Status", status),
+            error=self.take(calibration, "error", str, "calibration"),
+            calibrated_bits=tuple(bits),
+            capabilities=self.capabilities(),
+            energy_reason="",
+            sources=sources,
+        )
+
+    def capabilities(self) -> Capabilities:
+        """The capabilities section."""
+        table = self.take(self.data, "capabilities", dict)
+        self.only(table, {"bits", "channel_tile", "batch", "operators"}, "capabilities")
+        bits = self.take(table, "bits", dict, "capabilities")
+        self.only(bits, {"*", *(kind.name.lower() for kind in OpKind)}, "capabilities.bits")
+        operators = self.take(table, "operators", list, "capabilities") if "operators" in table else None
+        if operators is not None and not all(isinstance(name, str) for name in operators):
+            raise self.fail("capabilities.operators", f"has to list names of operators, got {operators!r}.")
+        pairs = {kind: self.bit_pairs(bits, kind) for kind in bits}
+        channel_tile = self.take(table, "channel_tile", int, "capabilities")
+        batch = self.take(table, "batch", int, "capabilities")
+        try:
+            return Capabilities(pairs, channel_tile, None if operators is None else tuple(operators), batch)
+        except FxoptError as error:
+            raise self.fail("capabilities", str(error)) from error
+
+    def bit_pairs(self, table: Mapping[str, Any], kind: str) -> tuple[tuple[int, int], ...]:
+        """The allowed pairs of weight and activation bits of one kind of operator."""
+        pairs = self.take(table, kind, list, "capabilities.bits")
+        if not pairs or not all(isinstance(pair, list) and len(pair) == 2 and _are_bits(pair) for pair in pairs):
+            raise self.fail(
+                f"capabilities.bits.{kind}",
+                f"has to list pairs of weight and activation bits from 1 to 32, got {pairs!r}.",
+            )
+        return tuple((pair[0], pair[1]) for pair in pairs)
+
+    def figures(self, known: Mapping[str, Parameter], sources: Mapping[str, str]) -> Iterator[tuple[str, Figure]]:
+        """Every figure, checked and converted."""
+        found = dict(_leaves(self.take(self.data, "parameters", dict)))
+        for key, table in found.items():
+            where = f"parameters.{key}"
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=3, cutoff=0.0)
+                raise self.fail(where, f"is no figure of this family, which takes {', '.join(near)} and the like.")
+            if not isinstance(table, dict):
+                raise self.fail(where, "has to be { value = ..., unit = ..., source = ... }.")
+            self.only(table, _FIGURE, where)
+            value = self.take(table, "value", float, where)
+            unit = self.take(table, "unit", str, where)
+            source = self.take(table, "source", str, where)
+            if source not in sources:
+                raise self.fail(where, f"source {source!r} is not among [sources]: {', '.join(sources)}.")
+            try:
+                yield key, Figure(value, unit, source, known[key].to_si(key, value, unit))
+            except ParameterError as error:
+                raise self.fail(where, error.reason) from error
+        for key, parameter in known.items():
+            if parameter.required and key not in found:
+                raise self.fail(f"parameters.{key}", f"is missing ({parameter.about}).")
+
+    def energy_reason(self, model: CostModel) -> str:
+        """Why there is no energy: told by the file exactly where there is none."""
+        table = self.take(self.data, "energy", dict) if "energy" in self.data else {}
+        self.only(table, {"unavailable"}, "energy")
+        if model.has_energy and table:
+            raise self.fail("energy", "says that energy is unavailable, but there are energy figures.")
+        return "" if model.has_energy else self.take(table, "unavailable", str, "energy")
+
+
+def _are_bits(values: list[Any]) -> bool:
+    return all(type(value) is int and 1 <= value <= FLOAT_BITS for value in values)
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of what lies in nested tables, down to the tables that look like figures."""
+    for key, value in table.items():
+        if isinstance(value, dict) and not _FIGURE & value.keys():
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _key_lines(text: str) -> Iterator[tuple[str, int]]:
+    """Dotted path and line of every key and table header of a valid TOML text."""
+    table = ""
+    in_text = False
+    for number, line in enumerate(text.splitlines(), start=1):
+        starts_in_text = in_text
+        in_text ^= (line.count('"""') + line.count("'''")) % 2 == 1
+        header = None if starts_in_text else _HEADER.match(line)
+        entry = None if starts_in_text else _KEY.match(line)
+        if header:
+            table = _plain(header["path"])
+            yield table, number
+        elif entry:
+            yield (f"{table}." if table else "") + _plain(entry["path"]), number
+
+
+def _plain(path: str) -> str:
+    return re.sub(r"\s*\.\s*", ".", path.replace('"', "").replace("'", ""))

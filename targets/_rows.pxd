@@ -1,0 +1,161 @@
+# One operator of a workload, and the quantities that follow from it. fxopt/targets/rows.py mirrors both in NumPy.
+
+from libc.stdint cimport int32_t, int64_t
+
+
+cdef enum Kind:
+    CONV = 0
+    DEPTHWISE = 1
+    LINEAR = 2
+    MATMUL = 3
+    ELEMENTWISE = 4
+    POOL = 5
+    NORM = 6
+    SOFTMAX = 7
+    EMBEDDING = 8
+    COPY = 9
+    UNKNOWN = 10
+
+
+cdef enum:
+    KINDS = 11
+    INTEGERS = 24           # the int32 fields at the head of Row
+    MAX_BITS = 32           # 32 stands for floating point
+    # Sets of kinds, bit i for kind i.
+    CONVS = (1 << 0) | (1 << 1)
+    GEMMS = (1 << 2) | (1 << 3)
+    NORMS = 1 << 6
+    WITH_BIAS = CONVS | (1 << 2)
+    WITH_WEIGHTS = WITH_BIAS | (1 << 8)
+    WITH_MACS = CONVS | GEMMS
+    FLAT = GEMMS | (1 << 8)     # no groups and no kernel
+
+
+cdef struct Row:
+    int32_t kind
+    int32_t fused
+    int32_t transposed
+    int32_t bias
+    int32_t inputs
+    int32_t n
+    int32_t c
+    int32_t k
+    int32_t groups
+    int32_t in_d
+    int32_t in_h
+    int32_t in_w
+    int32_t out_d
+    int32_t out_h
+    int32_t out_w
+    int32_t kernel_d
+    int32_t kernel_h
+    int32_t kernel_w
+    int32_t stride_d
+    int32_t stride_h
+    int32_t stride_w
+    int32_t weight_bits
+    int32_t activation_bits
+    int32_t output_bits
+    double weight_density
+    double activation_density
+    double live_bytes
+
+
+cdef inline double in_volume(const Row* row) noexcept nogil:
+    return <double>row.in_d * row.in_h * row.in_w
+
+
+cdef inline double out_volume(const Row* row) noexcept nogil:
+    return <double>row.out_d * row.out_h * row.out_w
+
+
+cdef inline double kernel_volume(const Row* row) noexcept nogil:
+    return <double>row.kernel_d * row.kernel_h * row.kernel_w
+
+
+cdef inline double ceil_div(double whole, double part, double inverse) noexcept nogil:
+    # ceil(whole / part) of whole numbers, given 1 / part: neither a division nor libm, which baseline x86-64 would
+    # call. The product may fall just below a whole quotient; comparing products of whole numbers puts that right.
+    cdef double floor = <double><int64_t>(whole * inverse)
+    return floor + <double>(floor * part < whole)
+
+
+cdef inline bint is_among(const Row* row, int kinds) noexcept nogil:
+    return (kinds >> row.kind) & 1
+
+
+cdef inline bint is_conv(const Row* row) noexcept nogil:
+    return is_among(row, CONVS)
+
+
+cdef inline bint is_gemm(const Row* row) noexcept nogil:
+    return is_among(row, GEMMS)
+
+
+cdef inline bint is_pointwise(const Row* row) noexcept nogil:
+    # A convolution that is a plain matrix product.
+    return row.kind == Kind.CONV and row.groups == 1 and row.kernel_d * row.kernel_h * row.kernel_w == 1
+
+
+# The quantities below branch on sets of kinds alone: the order of kinds repeats from policy to policy, so a processor
+# guesses those right, while sizes and bits vary. One formula serves convolutions and matrix products because sound rows
+# of the latter have groups, kernel and all but one size of their volumes equal to 1.
+
+cdef inline double connections(const Row* row) noexcept nogil:
+    return <double>row.c * row.k / row.groups * kernel_volume(row)
+
+
+cdef inline double macs(const Row* row) noexcept nogil:
+    cdef double volume
+    if not is_among(row, WITH_MACS):
+        return 0.0
+    volume = in_volume(row) if row.transposed else out_volume(row)
+    return connections(row) * (row.n * volume)
+
+
+cdef inline double weights(const Row* row) noexcept nogil:
+    if is_among(row, WITH_WEIGHTS):
+        return connections(row)
+    return 2.0 * row.k if is_among(row, NORMS) & row.bias else 0.0
+
+
+cdef inline double bias_elements(const Row* row) noexcept nogil:
+    return <double>row.k if is_among(row, WITH_BIAS) & row.bias else 0.0
+
+
+cdef inline double in_elements(const Row* row) noexcept nogil:
+    cdef double samples = <double>row.n
+    if row.kind == Kind.MATMUL:
+        return samples * row.out_h * row.c + samples * row.c * row.k
+    if row.kind != Kind.LINEAR:
+        samples *= row.inputs
+    return samples * in_volume(row) * (1 if row.kind == Kind.EMBEDDING else row.c)
+
+
+cdef inline double out_elements(const Row* row) noexcept nogil:
+    return <double>row.n * row.k * out_volume(row)
+
+
+cdef inline double weight_bytes(const Row* row) noexcept nogil:
+    # Parameters as they are stored: biases stay in 32 bits whatever the weights have.
+    return weights(row) * row.weight_bits / 8.0 + 4.0 * bias_elements(row)
+
+
+cdef inline double traffic_bytes(const Row* row) noexcept nogil:
+    # Each operand moved once between memory and the processor.
+    return (
+        in_elements(row) * row.activation_bits / 8.0
+        + weight_bytes(row)
+        + out_elements(row) * row.output_bits / 8.0
+    )
+
+
+cdef inline int32_t compute_bits(const Row* row) noexcept nogil:
+    # The wider operand decides which arithmetic runs; without weights there are activations alone.
+    cdef int32_t weight_bits = row.weight_bits * is_among(row, WITH_BIAS)
+    return weight_bits if weight_bits > row.activation_bits else row.activation_bits
+
+
+cdef inline double larger(double a, double b) noexcept nogil:
+    # One instruction where fmax would be a call; b if a is NaN.
+    return a if a > b else b

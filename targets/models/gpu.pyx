@@ -1,0 +1,119 @@
+"""GPU, a kernel for each operator, with tiles and waves:
+
+    matrix view  M = batch * output pixels, N = output channels, K = input channels * taps (one for each group)
+    tiles        = ceil(M / tile_m) * ceil(N / tile_n) * split_k * groups
+    waves        = ceil(tiles / (sm_count * blocks_per_sm))
+    compute      = waves * tile_m * tile_n * ceil(K / split_k) / (mac_per_sm_cycle(bits) * efficiency * clock)
+    latency      = max(launch_floor, compute, bytes / (bandwidth * bandwidth_efficiency))
+
+Depthwise convolutions have no matrix view: MACs at ``depthwise_efficiency`` of the peak. Operators without MACs take
+the memory branch. Kernels are dense: densities do not matter. Wave quantization is textbook theory (NVIDIA, "Matrix
+multiplication background": tile and wave quantization).
+"""
+
+from libc.math cimport NAN
+
+from fxopt.targets._core cimport Cost, CostModel
+from fxopt.targets._rows cimport (
+    DEPTHWISE, MATMUL, MAX_BITS, UNKNOWN, WITH_MACS,
+    Row, ceil_div, compute_bits, in_volume, is_among, kernel_volume, larger, macs, out_volume, traffic_bytes,
+)
+
+from fxopt.targets.parameters import BIT_CLASSES, Parameter, by_bits
+
+PARAMETERS = {
+    "sm_count": Parameter("count", "streaming multiprocessors"),
+    "clock": Parameter("frequency", "clock of the multiprocessors"),
+    **{
+        f"mac_per_sm_cycle.{bits}": Parameter("work per cycle", f"peak at up to {bits} bits", required=False)
+        for bits in BIT_CLASSES
+    },
+    "dense_efficiency": Parameter("ratio", "share of the peak that matrix kernels reach", maximum=1.0),
+    "depthwise_efficiency": Parameter("ratio", "share of the peak that depthwise kernels reach", maximum=1.0),
+    "tile_m": Parameter("count", "rows of a tile"),
+    "tile_n": Parameter("count", "columns of a tile"),
+    "split_k": Parameter("count", "parts that a reduction is split into", required=False),
+    "blocks_per_sm": Parameter("count", "tiles that one multiprocessor holds at once", required=False),
+    "bandwidth": Parameter("bandwidth", "peak memory bandwidth"),
+    "bandwidth_efficiency": Parameter("ratio", "share of the bandwidth that kernels reach", maximum=1.0),
+    "launch_floor": Parameter("time", "least time from one kernel to the next", positive=False),
+}
+
+
+cdef class Model(CostModel):
+    """One GPU and the runtime that launches its kernels."""
+
+    cdef double seconds_per_mac[MAX_BITS + 1]
+    cdef double slots
+    cdef double tile_m
+    cdef double tile_n
+    cdef double split_k
+    cdef double inverse_slots
+    cdef double inverse_tile_m
+    cdef double inverse_tile_n
+    cdef double inverse_split_k
+    cdef double dense_share         # of a multiprocessor's peak time, for each MAC that it spends
+    cdef double depthwise_share
+    cdef double seconds_per_byte
+    cdef double launch_floor_s
+
+    def __init__(self, values, bint fuses):
+        CostModel.__init__(self, fuses)
+        rates = by_bits(values, "mac_per_sm_cycle", rising=False)
+        for bits in range(MAX_BITS + 1):
+            self.seconds_per_mac[bits] = 1.0 / (rates[bits] * values["clock"])
+        self.slots = values["sm_count"] * values.get("blocks_per_sm", 1.0)
+        self.tile_m = values["tile_m"]
+        self.tile_n = values["tile_n"]
+        self.split_k = values.get("split_k", 1.0)
+        self.inverse_slots = 1.0 / self.slots
+        self.inverse_tile_m = 1.0 / self.tile_m
+        self.inverse_tile_n = 1.0 / self.tile_n
+        self.inverse_split_k = 1.0 / self.split_k
+        self.dense_share = 1.0 / values["dense_efficiency"]
+        self.depthwise_share = 1.0 / (values["depthwise_efficiency"] * values["sm_count"])
+        self.seconds_per_byte = 1.0 / (values["bandwidth"] * values["bandwidth_efficiency"])
+        self.launch_floor_s = values["launch_floor"]
+
+    cdef double tiled_macs(self, const Row* row) noexcept nogil:
+        """MACs that each multiprocessor spends time on, with the idle parts of tiles and waves."""
+        cdef double m, tiles
+        cdef double n = row.k
+        cdef double k = row.c
+        if row.groups != 1:
+            n /= row.groups
+            k /= row.groups
+        if row.transposed:
+            m = row.n * in_volume(row)
+            n *= kernel_volume(row)
+        else:
+            m = row.n * out_volume(row)
+            k *= kernel_volume(row)
+        # A product of activations is one matrix product for each sample.
+        tiles = row.groups * self.split_k
+        if row.kind == MATMUL:
+            tiles *= row.n
+            m = row.out_h
+        tiles *= ceil_div(m, self.tile_m, self.inverse_tile_m) * ceil_div(n, self.tile_n, self.inverse_tile_n)
+        return (
+            ceil_div(tiles, self.slots, self.inverse_slots) * self.tile_m * self.tile_n
+            * ceil_div(k, self.split_k, self.inverse_split_k)
+        )
+
+    cdef Cost cost(self, const Row* row) noexcept nogil:
+        cdef Cost result
+        cdef double second = self.seconds_per_mac[compute_bits(row)]
+        cdef double compute_s = 0.0
+        cdef double memory_s
+        result.latency_s = result.energy_j = NAN
+        if row.kind == UNKNOWN:
+            return result
+        if row.kind == DEPTHWISE:
+            compute_s = macs(row) * second * self.depthwise_share
+        elif is_among(row, WITH_MACS):
+            compute_s = self.tiled_macs(row) * second * self.dense_share
+        if compute_s != compute_s:
+            return result
+        memory_s = traffic_bytes(row) * self.seconds_per_byte
+        result.latency_s = larger(larger(compute_s, memory_s), self.launch_floor_s)
+        return result

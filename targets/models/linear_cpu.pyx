@@ -1,0 +1,142 @@
+"""One CPU core, linear by kind of operator:
+
+    latency = mac * MACs + weight * weights + in * inputs + out * outputs
+            + spill * max(0, input bytes - threshold) / 4 + kernel_out * kernel_h * outputs + const
+
+with a set of coefficients for each kind of operator and each class of bits (float: up to 32, int16, int8). Kernels are
+dense: densities do not matter. An operator takes the fastest class that holds its wider operand, as a runtime may
+always run it wider, so cost never falls as bits grow; a kind without coefficients in a class takes a wider one.
+"""
+
+from libc.math cimport INFINITY, NAN
+
+from fxopt.targets._core cimport Cost, CostModel
+from fxopt.targets._rows cimport (
+    UNKNOWN, Row, compute_bits, in_elements, is_pointwise, larger, macs, out_elements, weights,
+)
+
+from fxopt.targets.parameters import Parameter, ParameterError
+
+CLASS_NAMES = ("int8", "int16", "float")
+GROUP_NAMES = (
+    "pointwise", "dense", "depthwise", "linear", "matmul", "elementwise", "pool", "norm", "softmax", "embedding",
+    "copy",
+)
+COEFFICIENTS = {
+    "mac": "MAC",
+    "weight": "weight",
+    "in": "input element",
+    "out": "output element",
+    "spill": "four bytes of input beyond the threshold",
+    "kernel_out": "output element and kernel row",
+}
+
+PARAMETERS = {
+    "spill_threshold": Parameter("bytes", "input size from which the cache spills", required=False),
+    **{
+        f"{bits}.{group}.{name}": Parameter("time per item", f"time per {item}", required=False, positive=False)
+        for bits in CLASS_NAMES
+        for group in GROUP_NAMES
+        for name, item in COEFFICIENTS.items()
+    },
+    **{
+        f"{bits}.{group}.const": Parameter("time", "time besides the work", required=False, positive=False)
+        for bits in CLASS_NAMES
+        for group in GROUP_NAMES
+    },
+}
+
+
+cdef inline int class_of(int bits) noexcept nogil:
+    return (bits > 8) + (bits > 16)
+
+
+cdef inline int group_of(const Row* row) noexcept nogil:
+    # The groups stand in the order of the kinds, behind the convolutions that are a matrix product.
+    if row.kind == UNKNOWN:
+        return -1
+    return 0 if is_pointwise(row) else row.kind + 1
+
+
+cdef Linear linear(given):
+    cdef Linear terms
+    terms.mac = given.get("mac", 0.0)
+    terms.weight = given.get("weight", 0.0)
+    terms.read = given.get("in", 0.0)
+    terms.written = given.get("out", 0.0)
+    terms.spilled = given.get("spill", 0.0)
+    terms.kernel_rows = given.get("kernel_out", 0.0)
+    terms.constant = given.get("const", 0.0)
+    return terms
+
+
+def coefficients_of(values, prefix):
+    """The coefficients under ``prefix`` as a struct, or None if there are none."""
+    given = {name: values[f"{prefix}.{name}"] for name in (*COEFFICIENTS, "const") if f"{prefix}.{name}" in values}
+    if given and not any(given.values()):
+        raise ParameterError(prefix, "all coefficients are 0: the operator would cost nothing.")
+    return linear(given) if given else None
+
+
+def group_names(const Row[::1] rows):
+    """The group of coefficients that each row takes, or None for kinds that have none."""
+    cdef Py_ssize_t i
+    groups = [group_of(&rows[i]) for i in range(rows.shape[0])]
+    return [None if group < 0 else GROUP_NAMES[group] for group in groups]
+
+
+cdef class Model(CostModel):
+    """The linear model of one core.
+
+    Args:
+        values: Figures in SI units.
+        fuses: Whether fused rows are free.
+        own_class: Use the class of the row's own bits wherever it has coefficients, even if a wider one is faster:
+            for measured coefficients, which tell what the runtime really does.
+    """
+
+    def __init__(self, values, bint fuses, bint own_class=False):
+        CostModel.__init__(self, fuses)
+        self.spill_threshold = values.get("spill_threshold", INFINITY)
+        if "spill_threshold" not in values and any(key.endswith(".spill") for key in values):
+            raise ParameterError("spill_threshold", "is missing, but there are spill coefficients.")
+        for j, group in enumerate(GROUP_NAMES):
+            given = [coefficients_of(values, f"{bits}.{group}") for bits in CLASS_NAMES]
+            self.counts[j] = 1 if own_class else max(1, sum(terms is not None for terms in given))
+            for i in range(CLASSES):
+                usable = [terms for terms in given[i:] if terms is not None] or [linear({"const": NAN})]
+                # As many candidates for narrow operators as for wide ones: a loop of fixed length needs no guessing.
+                for slot in range(self.counts[j]):
+                    self.candidates[i][j][slot] = usable[min(slot, len(usable) - 1)]
+
+    cdef double latency(self, const Row* row) noexcept nogil:
+        """Seconds of one row, NaN where no class has coefficients for it."""
+        cdef int group = group_of(row)
+        cdef double work, stored, read, written, spilled, seconds
+        cdef double best = INFINITY
+        cdef const Linear* terms
+        cdef int _i
+        if group < 0:
+            return NAN
+        terms = &self.candidates[class_of(compute_bits(row))][group][0]
+        work = macs(row)
+        stored = weights(row)
+        read = in_elements(row)
+        written = out_elements(row)
+        spilled = larger(read * row.activation_bits / 8.0 - self.spill_threshold, 0.0) / 4.0
+        for _i in range(self.counts[group]):
+            seconds = (
+                terms.mac * work + terms.weight * stored + terms.read * read
+                + (terms.written + terms.kernel_rows * row.kernel_h) * written
+                + terms.spilled * spilled + terms.constant
+            )
+            # NaN stays: where there are no coefficients, every candidate is NaN.
+            best = best if best < seconds else seconds
+            terms += 1
+        return best
+
+    cdef Cost cost(self, const Row* row) noexcept nogil:
+        cdef Cost result
+        result.latency_s = self.latency(row)
+        result.energy_j = NAN
+        return result

@@ -1,0 +1,293 @@
+"""Workloads: the arrays that every target costs, one row for each operator.
+
+:data:`ROW_DTYPE` has the layout of the C struct in ``_rows.pxd`` (checked at import). The functions below give the
+quantities that follow from a row, for whole arrays; the compiled models use the same definitions in C.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fxopt.errors import FxoptError, TargetError
+from fxopt.targets._core import first_fault, row_layout
+
+__all__ = [
+    "FLOAT_BITS",
+    "ROW_DTYPE",
+    "Floats",
+    "OpKind",
+    "Rows",
+    "Workload",
+    "bias_elements",
+    "compute_bits",
+    "default_rows",
+    "in_elements",
+    "macs",
+    "make_row",
+    "out_elements",
+    "traffic_bytes",
+    "weight_bytes",
+    "weights",
+]
+
+Rows: TypeAlias = NDArray[np.void]
+Floats: TypeAlias = NDArray[np.float64]
+
+FLOAT_BITS = 32
+
+
+class OpKind(enum.IntEnum):
+    """What an operator does, as far as its cost goes."""
+
+    CONV = 0
+    DEPTHWISE = 1
+    LINEAR = 2
+    MATMUL = 3
+    ELEMENTWISE = 4
+    POOL = 5
+    NORM = 6
+    SOFTMAX = 7
+    EMBEDDING = 8
+    COPY = 9
+    UNKNOWN = 10
+
+
+_FLAGS = ("fused", "transposed", "bias")
+_SIZES = (
+    *("inputs", "n", "c", "k", "groups"),
+    *("in_d", "in_h", "in_w", "out_d", "out_h", "out_w"),
+    *("kernel_d", "kernel_h", "kernel_w", "stride_d", "stride_h", "stride_w"),
+)
+_BITS = ("weight_bits", "activation_bits", "output_bits")
+_DENSITIES = ("weight_density", "activation_density")
+
+ROW_DTYPE: np.dtype[np.void] = np.dtype(
+    [(name, np.int32) for name in ("kind", *_FLAGS, *_SIZES, *_BITS)]
+    + [(name, np.float64) for name in (*_DENSITIES, "live_bytes")],
+    align=True,
+)
+"""Fields of a row.
+
+``kind`` (:class:`OpKind`), ``fused`` (1: a fusing runtime merges it into its producer), ``transposed``, ``bias``
+(1: has a bias vector; for NORM, is affine), ``inputs`` (number of activation inputs), ``n`` (batch), ``c`` (input
+channels, or the length of a reduction; for EMBEDDING the number of entries), ``k`` (output channels or columns),
+``groups``, sizes of input, output, kernel and stride in three dimensions (1 where absent; LINEAR and MATMUL hold the
+rows per sample in ``in_h`` and ``out_h``), bits (32: floating point), densities in (0, 1], and ``live_bytes``, the
+bytes of all activations that are alive while the row runs.
+"""
+
+
+def _check_layout() -> None:
+    fields: Mapping[str, Any] = ROW_DTYPE.fields or {}
+    ours = {name: int(fields[name][1]) for name in ROW_DTYPE.names or ()} | {"": ROW_DTYPE.itemsize}
+    compiled = row_layout()
+    if list(ours.items()) != list(compiled.items()):
+        raise FxoptError(
+            f"fxopt.targets was compiled for other rows than rows.py describes ({compiled} against {ours}). "
+            "Build it again: `pip install -e .` or `python setup.py build_ext --inplace`."
+        )
+
+
+_check_layout()
+
+
+def default_rows(count: int) -> Rows:
+    """``count`` rows of kind UNKNOWN with every size 1, every bit-width 32, dense, no live bytes."""
+    rows = np.zeros(count, ROW_DTYPE)
+    rows["kind"] = OpKind.UNKNOWN
+    for name in _SIZES:
+        rows[name] = 1
+    for name in _BITS:
+        rows[name] = FLOAT_BITS
+    for name in _DENSITIES:
+        rows[name] = 1.0
+    return rows
+
+
+def make_row(kind: OpKind, **fields: float) -> Rows:
+    """One row, shape (1,): the defaults of :func:`default_rows`, with ``fields`` set.
+
+    Raises:
+        TargetError: If a field is not one of :data:`ROW_DTYPE`.
+    """
+    rows = default_rows(1)
+    rows["kind"] = kind
+    for name, value in fields.items():
+        if name not in (ROW_DTYPE.names or ()):
+            raise TargetError(f"A row has no field {name!r}. Fields: {', '.join(ROW_DTYPE.names or ())}.")
+        rows[name] = value
+    return rows
+
+
+class Workload:
+    """What a model asks of the hardware, for one policy or many.
+
+    Args:
+        rows: Structured array of :data:`ROW_DTYPE`, shape (policies, rows), or (rows,) for one policy. Neither
+            copied (unless it is not contiguous) nor changed.
+        names: A name for each row, unique or not: the module path, or the kind of a functional call.
+
+    Attributes:
+        rows: A read-only view, shape (policies, rows).
+        names: One name a row.
+
+    Raises:
+        TargetError: If the array has another dtype or shape, or a row holds a size below 1, a bit-width out of
+            1..32, a density out of (0, 1], NaN, channels that its groups do not divide, or sizes that its kind does
+            not have; it names the row.
+    """
+
+    __slots__ = ("names", "rows")
+
+    def __init__(self, rows: Rows, names: Sequence[str]) -> None:
+        if rows.dtype != ROW_DTYPE:
+            raise TargetError(f"A workload needs an array of ROW_DTYPE, got {rows.dtype}. Make rows by default_rows().")
+        if rows.ndim not in (1, 2):
+            raise TargetError(f"A workload has shape (policies, rows) or (rows,), got {rows.shape}.")
+        shaped = np.ascontiguousarray(rows).reshape(-1 if rows.ndim == 2 else 1, rows.shape[-1]) if rows.size else rows
+        if shaped.size == 0:
+            raise TargetError(f"A workload needs at least one policy and one row, got shape {rows.shape}.")
+        if len(names) != shaped.shape[1]:
+            raise TargetError(f"A workload of {shaped.shape[1]} rows needs as many names, got {len(names)}.")
+        fault = first_fault(shaped)
+        if fault is not None:
+            raise TargetError(_explain_fault(shaped[fault], names[fault[1]], fault))
+        view = shaped.view()
+        view.flags.writeable = False
+        self.rows: Rows = view
+        self.names = tuple(names)
+
+    @property
+    def policies(self) -> int:
+        """Number of policies."""
+        return int(self.rows.shape[0])
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return int(self.rows.shape[1])
+
+    def __repr__(self) -> str:
+        return f"Workload({self.policies} policies, {len(self)} rows)"
+
+
+def _explain_fault(row: Any, name: str, where: tuple[int, int]) -> str:
+    place = f"Row {where[1]} ({name!r}) of policy {where[0]} cannot be costed: "
+    if not 0 <= row["kind"] < len(OpKind):
+        return f"{place}kind {row['kind']} is no OpKind."
+    for field in _FLAGS:
+        if row[field] not in (0, 1):
+            return f"{place}{field} is {row[field]}; it has to be 0 or 1."
+    for field in _SIZES:
+        if row[field] < 1:
+            return f"{place}{field} is {row[field]}; sizes and counts have to be at least 1."
+    for field in _BITS:
+        if not 1 <= row[field] <= FLOAT_BITS:
+            return f"{place}{field} is {row[field]}; bits go from 1 to {FLOAT_BITS}."
+    for field in _DENSITIES:
+        if not 0.0 < row[field] <= 1.0:
+            return f"{place}{field} is {row[field]}; a density is above 0 and at most 1."
+    if not np.isfinite(row["live_bytes"]) or row["live_bytes"] < 0.0:
+        return f"{place}live_bytes is {row['live_bytes']}; it has to be finite and not negative."
+    if row["kind"] in (OpKind.LINEAR, OpKind.MATMUL, OpKind.EMBEDDING):
+        sizes = {name: int(row[name]) for name in ROW_DTYPE.names or () if row[name] != 1}
+        return (
+            f"{place}{OpKind(row['kind']).name} has no groups and no kernel, and LINEAR and MATMUL hold the rows of a "
+            f"sample in in_h and out_h alone; got {sizes}."
+        )
+    return f"{place}{row['groups']} groups do not divide {row['c']} input and {row['k']} output channels."
+
+
+def _product(rows: Rows, *names: str) -> Floats:
+    result = np.ones(rows.shape, np.float64)
+    for name in names:
+        result = result * rows[name]
+    return result
+
+
+def _volume(rows: Rows, what: str) -> Floats:
+    return _product(rows, f"{what}_d", f"{what}_h", f"{what}_w")
+
+
+def _is(rows: Rows, *kinds: OpKind) -> NDArray[np.bool_]:
+    return np.isin(rows["kind"], [int(kind) for kind in kinds])
+
+
+def _by_case(rows: Rows, *cases: tuple[NDArray[np.bool_], Floats]) -> Floats:
+    """The value of the first case that holds, row by row; 0 where none does."""
+    return np.select([condition for condition, _ in cases], [value for _, value in cases], 0.0).astype(np.float64)
+
+
+def macs(rows: Rows) -> Floats:
+    """Multiply-accumulates of each row, same shape as ``rows``."""
+    conv = _is(rows, OpKind.CONV, OpKind.DEPTHWISE)
+    taps = _volume(rows, "kernel") / rows["groups"]
+    return _by_case(
+        rows,
+        (conv & (rows["transposed"] == 1), _product(rows, "n", "c", "k") * taps * _volume(rows, "in")),
+        (conv, _product(rows, "n", "c", "k") * taps * _volume(rows, "out")),
+        (_is(rows, OpKind.LINEAR, OpKind.MATMUL), _product(rows, "n", "out_h", "c", "k")),
+    )
+
+
+def weights(rows: Rows) -> Floats:
+    """Number of weights of each row, biases apart."""
+    return _by_case(
+        rows,
+        (
+            _is(rows, OpKind.CONV, OpKind.DEPTHWISE),
+            _product(rows, "c", "k") * _volume(rows, "kernel") / rows["groups"],
+        ),
+        (_is(rows, OpKind.LINEAR, OpKind.EMBEDDING), _product(rows, "c", "k")),
+        (_is(rows, OpKind.NORM) & (rows["bias"] == 1), 2.0 * rows["k"]),
+    )
+
+
+def bias_elements(rows: Rows) -> Floats:
+    """Number of biases of each row; they are stored in 32 bits."""
+    biased = _is(rows, OpKind.CONV, OpKind.DEPTHWISE, OpKind.LINEAR) & (rows["bias"] == 1)
+    return _by_case(rows, (biased, _product(rows, "k")))
+
+
+def in_elements(rows: Rows) -> Floats:
+    """Number of activations that each row reads (for EMBEDDING, of indices)."""
+    return _by_case(
+        rows,
+        (_is(rows, OpKind.LINEAR), _product(rows, "n", "in_h", "c")),
+        (_is(rows, OpKind.MATMUL), _product(rows, "n", "out_h", "c") + _product(rows, "n", "c", "k")),
+        (_is(rows, OpKind.EMBEDDING), _product(rows, "inputs", "n") * _volume(rows, "in")),
+        (np.ones(rows.shape, np.bool_), _product(rows, "inputs", "n", "c") * _volume(rows, "in")),
+    )
+
+
+def out_elements(rows: Rows) -> Floats:
+    """Number of activations that each row writes."""
+    return _by_case(
+        rows,
+        (_is(rows, OpKind.LINEAR, OpKind.MATMUL), _product(rows, "n", "out_h", "k")),
+        (np.ones(rows.shape, np.bool_), _product(rows, "n", "k") * _volume(rows, "out")),
+    )
+
+
+def weight_bytes(rows: Rows) -> Floats:
+    """Bytes that the parameters of each row are stored in: weights at their bits, biases in 4 bytes."""
+    stored: Floats = weights(rows) * rows["weight_bits"] / 8.0 + 4.0 * bias_elements(rows)
+    return stored
+
+
+def traffic_bytes(rows: Rows) -> Floats:
+    """Bytes that each row moves when every operand crosses the memory bus once."""
+    read: Floats = in_elements(rows) * rows["activation_bits"] / 8.0
+    written: Floats = out_elements(rows) * rows["output_bits"] / 8.0
+    return read + weight_bytes(rows) + written
+
+
+def compute_bits(rows: Rows) -> NDArray[np.int32]:
+    """Bits of the arithmetic that each row runs in: those of the wider operand, or of the activations alone."""
+    weighted = _is(rows, OpKind.CONV, OpKind.DEPTHWISE, OpKind.LINEAR)
+    activation_bits: NDArray[np.int32] = rows["activation_bits"]
+    return np.where(weighted, np.maximum(rows["weight_bits"], activation_bits), activation_bits)

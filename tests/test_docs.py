@@ -1,0 +1,180 @@
+"""The documentation is true: its Python runs, its links lead somewhere, its commands and names exist."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import importlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import fxopt
+
+PACKAGE = Path(fxopt.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<code>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+TITLE = re.compile(r'\btitle="(?P<file>[^"]+)"')
+SKIP = re.compile(r"<!-- skip: (?P<reason>\S.*?) -->\s*\Z")
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+IDENTIFIER = re.compile(r"^::: (?P<name>[\w.]+)", re.MULTILINE)
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        language: The language after the fence.
+        code: What it holds.
+        line: The number of lines before its code.
+        file: The file that it shows, from ``title="..."``; such a block is written rather than run.
+        skip: Why it is neither run nor written, from a ``<!-- skip: reason -->`` before it.
+    """
+
+    language: str
+    code: str
+    line: int
+    file: str | None
+    skip: str | None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    for match in FENCE.finditer(text):
+        skip = SKIP.search(text[: match.start()])
+        title = TITLE.search(match["info"])
+        line = text.count("\n", 0, match.start("code"))
+        yield Block(
+            language=match["language"],
+            code=match["code"],
+            line=line,
+            file=title["file"] if title else None,
+            skip=skip["reason"] if skip else None,
+        )
+
+
+def live_blocks(page: Path) -> list[Block]:
+    """The blocks to run or write, in order."""
+    found = [block for block in blocks(page.read_text(encoding="utf-8")) if block.skip is None]
+    return [block for block in found if block.file or block.language in ("python", "py")]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every ``$ fxopt ...`` line in the page's console blocks, continuation lines joined."""
+    found = []
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "console":
+            lines = block.code.replace("\\\n", " ").splitlines()
+            found += [line.split()[2:] for line in lines if line.startswith("$ fxopt")]
+    return found
+
+
+def identity(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def pages_with(finder: object) -> list[Path]:
+    return [page for page in PAGES if finder(page)]  # type: ignore[operator]
+
+
+def modules_with_examples() -> list[str]:
+    """The modules of the package whose source holds a doctest."""
+    sources = sorted(Path(folder) / name for folder, _, names in os.walk(PACKAGE, followlinks=True) for name in names)
+    found = [path for path in sources if path.suffix == ".py" and ">>> " in path.read_text(encoding="utf-8")]
+    dotted = [".".join(("fxopt", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in found]
+    return [name.removesuffix(".__init__") for name in dotted]
+
+
+@pytest.mark.parametrize("page", pages_with(live_blocks), ids=identity)
+def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for block in live_blocks(page):
+            if block.file:
+                (tmp_path / block.file).write_text(block.code, encoding="utf-8")
+                continue
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+    run_test_classes(namespace)
+
+
+def run_test_classes(namespace: dict[str, object]) -> None:
+    """Run the test classes that a page defines, as pytest would if they stood in a test file."""
+    suites = [value for name, value in namespace.items() if name.startswith("Test") and isinstance(value, type)]
+    for suite in suites:
+        tests = [name for name in dir(suite) if name.startswith("test_")]
+        assert tests, f"{suite.__name__} has no tests"
+        for test in tests:
+            getattr(suite(), test)()
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_in_docstrings_run(name: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(name), raise_on_error=False)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("page", pages_with(commands), ids=identity)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    from fxopt.cli import app
+
+    for words in commands(page):
+        subcommand = words[:1] if words and not words[0].startswith("-") else []
+        result = CliRunner().invoke(app, [*subcommand, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+        assert result.exit_code == 0, f"{identity(page)}: fxopt {' '.join(words)}\n{result.output}"
+        used = set(OPTION.findall(" ".join(words)))
+        assert used <= set(OPTION.findall(result.output)), f"{identity(page)}: fxopt {' '.join(words)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identity)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = [match["target"].partition("#")[0] for match in LINK.finditer(page.read_text(encoding="utf-8"))]
+    local = [target for target in targets if target and "://" not in target]
+    missing = [target for target in local if not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_every_documented_name_exists() -> None:
+    names = [name for page in PAGES for name in IDENTIFIER.findall(page.read_text(encoding="utf-8"))]
+    assert names
+    for name in names:
+        assert resolves(name), f"::: {name}"
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        parent, _, last = name.rpartition(".")
+        return bool(parent) and hasattr(importlib.import_module(parent), last)
+    return True
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    docs = [page.relative_to(ROOT / "docs").as_posix() for page in PAGES if (ROOT / "docs") in page.parents]
+    assert docs
+    assert [page for page in docs if page not in navigation] == []
+
+
+def test_blocks_are_found_and_a_skip_needs_its_reason() -> None:
+    first, second, third, fourth = blocks(
+        "text\n\n```python\nx = 1\n```\n\n"
+        "<!-- skip: needs a phone -->\n```python\ny = 2\n```\n\n"
+        "<!-- skip: -->\n```py\n```\n"
+        '```toml title="a.toml"\nz = 3\n```\n'
+    )
+    assert (first.code, first.line, first.skip, first.file) == ("x = 1\n", 3, None, None)
+    assert second.skip == "needs a phone"
+    assert third.skip is None
+    assert (fourth.language, fourth.file) == ("toml", "a.toml")
