@@ -34,7 +34,7 @@ demo: $(STAMP)
 	$(BIN)/fxopt demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # The same tests of the compiled code with bounds checks in it; the next target compiles it without them again.
 test-debug: $(STAMP)

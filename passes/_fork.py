@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["fork"]
+__all__ = ["fork", "own_copy"]
 
 _OWN_TO_A_GRAPH_MODULE = frozenset(("_graph", "_code", "_lineno_map", "_prologue_start", "_graphmodule_cls_name"))
 
@@ -39,6 +39,23 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
                 pending.append(clones[id(child)])
             module._modules[name] = clones[id(child)]
     twin.graph = _copy_graph(gm.graph)
+    return twin
+
+
+def own_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph with all its tensors; tensors that are tied stay so."""
+    twin = fork(gm)
+    clones: dict[int, Any] = {}
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fresh = clones.get(id(parameter))
+                if fresh is None:
+                    fresh = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                module._parameters[name] = clones.setdefault(id(parameter), fresh)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = clones.setdefault(id(buffer), buffer.detach().clone())
     return twin
 
 

@@ -279,7 +279,7 @@ def _neutral_number(scene: _Scene, node: fx.Node) -> fx.Node | None:
     neutral = _NEUTRAL.get(node.target)
     if source is None or neutral is None or isinstance(other, bool) or not isinstance(other, (int, float)):
         return None
-    if other != neutral or not _same_type(node, source) or "rounding_mode" in node.kwargs:
+    if other != neutral or not _same_type(node, source):
         return None
     return source if _may_share(scene, node, source) else None
 

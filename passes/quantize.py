@@ -76,16 +76,14 @@ class Quantize(TunablePass):
         return SearchSpace(decision for decision in offered if decision.choices != (FLOAT,))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """The graph is not quantized yet.
+        """The options are in range.
 
         Raises:
-            PassError: If it is, or an option is out of range.
+            PassError: If one is not.
         """
+        del graph_module
         if self.max_batches is not None and self.max_batches < 1:
             raise PassError(f"max_batches is {self.max_batches}; give at least 1, or None for all.")
-        for path, module in graph_module.named_modules():
-            if isinstance(module, (ActivationQuantizer, QuantizedLayer)):
-                raise PassError(f"{path!r} is quantized already; run Quantize on the graph from before.")
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Insert activation quantizers, calibrate them, and replace the layers chosen by quantized ones.
@@ -93,11 +91,12 @@ class Quantize(TunablePass):
         Raises:
             PolicyError: If the policy names a layer or bits that cannot be chosen.
             DataError: If the calibration data is empty, of the wrong form, or leads to values that are not finite.
-            PassError: If batch normalization follows a chosen layer.
+            PassError: If batch normalization follows a chosen layer, or other layers are quantized already.
         """
         chosen = self._chosen(graph_module)
         if not chosen:
             return PassResult(graph_module, False)
+        _refuse_quantized(graph_module)
         _check_weights(graph_module, chosen)
         _split_silu(graph_module, chosen)
         points = place(graph_module, {path: activation for path, (_, activation) in chosen.items()})
@@ -183,6 +182,13 @@ def _decision(gm: fx.GraphModule, node: fx.Node) -> Decision:
         "macs": weights * positions,
     }
     return Decision("bits", str(node.target), BITS, FLOAT, features, operator=_kind(gm, node))
+
+
+def _refuse_quantized(gm: fx.GraphModule) -> None:
+    """Quantizers are placed for all layers at once."""
+    for path, module in gm.named_modules():
+        if isinstance(module, (ActivationQuantizer, QuantizedLayer)):
+            raise PassError(f"{path!r} is quantized already; run Quantize once, on the graph from before.")
 
 
 def _check_weights(gm: fx.GraphModule, chosen: Iterable[str]) -> None:

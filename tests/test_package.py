@@ -34,7 +34,9 @@ def lazy_names_for_type_checkers() -> set[str]:
 
 
 def subpackages() -> list[str]:
-    return sorted(info.name for info in pkgutil.iter_modules([str(PACKAGE)], prefix="fxopt.") if info.ispkg)
+    """The public packages right below fxopt."""
+    packages = [info.name for info in pkgutil.iter_modules([str(PACKAGE)]) if info.ispkg]
+    return sorted(f"fxopt.{name}" for name in packages if not name.startswith("_"))
 
 
 def test_importing_the_package_loads_nothing_else() -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from fxopt.export._export import ExportReport, export_onnx
 from fxopt.export._measure import Measurement, Timing, measure
+from fxopt.export._module import OnnxModule
 from fxopt.export._runtime import host_fingerprint
 from fxopt.export.profiler import onnxruntime_profiler
 
 __all__ = [
     "ExportReport",
     "Measurement",
+    "OnnxModule",
     "Timing",
     "export_onnx",
     "host_fingerprint",

@@ -14,7 +14,7 @@ from fxopt._files import replacing
 from fxopt.errors import ExportError
 from fxopt.export._parity import check_integers, compare, random_like
 from fxopt.export._qdq import to_qdq
-from fxopt.export._runtime import CARRIERS, cpu_flags, is_integer, optimized_nodes
+from fxopt.export._runtime import CARRIERS, has_integer_instructions, is_integer, optimized_nodes
 from fxopt.export._torch_onnx import export_marked, without_quantizers
 from fxopt.graph import ExampleInputs, normalize, trace
 from fxopt.graph.fake_quantize import QuantizedLayer
@@ -33,7 +33,6 @@ IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11}
 _MAX_BYTES = 2**31 - 2**20
 """A single ONNX file ends at 2 GiB."""
 
-_INTEGER_ISA = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "asimddp")
 _CALIBRATION_META = "fxopt_calibration"
 _OTHER_BATCH = 3
 
@@ -199,7 +198,7 @@ def _notes(gm: fx.GraphModule, quantized: bool) -> tuple[str, ...]:
     source = gm.meta.get(_CALIBRATION_META, {}).get("source", "")
     if quantized and source.startswith("synthetic"):
         notes.append(f"Calibrated on synthetic data ({source}): judge speed and size by this file, not accuracy.")
-    if quantized and cpu_flags() and not any(flag in cpu_flags() for flag in _INTEGER_ISA):
+    if quantized and not has_integer_instructions():
         notes.append(
             "This CPU has no 8-bit dot product instructions; integer kernels may be no faster than float ones."
         )

@@ -2,7 +2,8 @@
 
 Spinning is off, the batch is fixed and the threads are few. With one thread the clock is the processor time of the
 calling thread, which other load on the machine disturbs little; with more it is wall time. Models that are compared
-run in turn, round by round, and the ratio is taken within each round, for times drift together.
+run in turn, round by round, each once untimed to warm the caches, and the ratio is taken within each round, for times
+drift together.
 """
 
 from __future__ import annotations
@@ -176,6 +177,9 @@ def _interleave(runners: Sequence[Callable[[], Any]], runs: int, clock: Callable
     for round_ in range(runs):
         for turn in range(len(runners)):
             index = (round_ + turn) % len(runners)
+            if len(runners) > 1:
+                # The model before has filled the caches; in use a model follows itself.
+                runners[index]()
             samples[index, round_] = _time(runners[index], repeats[index], clock)
     return samples
 

@@ -29,7 +29,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import ExportError, ParityError
-from fxopt.export._runtime import make_session
+from fxopt.export._runtime import exact_integers, make_session
 from fxopt.graph import ExampleInputs, eval_mode
 from fxopt.graph.fake_quantize import ActivationQuantizer
 
@@ -44,9 +44,6 @@ STEPPED_PART = 0.02
 NUDGE_STEPS = 0.01
 NUDGE_FACTOR = 4.0
 FLOOR_STEPS = 1.0
-
-_EXACT_INTEGERS = {"session.x64quantprecision": "1"}
-"""On x86 without VNNI the fast 8-bit kernel saturates in between; this asks for the exact one."""
 
 Array = NDArray[Any]
 
@@ -108,7 +105,7 @@ def compare(gm: fx.GraphModule, path: str, trials: Sequence[ExampleInputs], *, q
         ParityError: If they differ by more than the tolerance; says where and by how much.
         ExportError: If onnxruntime cannot load or run the file.
     """
-    session = make_session(path, settings=_EXACT_INTEGERS)
+    session = make_session(path, settings=exact_integers())
     names = [value.name for value in session.get_outputs()]
     found = []
     for trial in trials:
@@ -152,7 +149,7 @@ def check_integers(gm: fx.GraphModule, model: onnx.ModelProto, held: Mapping[str
     once = {path: name for path, name in held.items() if calls.count(path) == 1}
     extra = [helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in once.values()]
     shown.graph.output.extend(extra)
-    session = make_session(shown.SerializeToString(), settings=_EXACT_INTEGERS)
+    session = make_session(shown.SerializeToString(), settings=exact_integers())
     values = dict(zip([value.name for value in session.get_outputs()], _run_session(session, trial), strict=True))
     forced = _Forced(gm, {path: values[name] for path, name in once.items()})
     expected = run_graph(gm, trial, forced)

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-__all__ = ["CARRIERS", "count_nodes", "cpu_flags", "host_fingerprint", "is_integer", "make_session", "optimized_nodes"]
+__all__ = [
+    "CARRIERS",
+    "count_nodes",
+    "exact_integers",
+    "has_integer_instructions",
+    "host_fingerprint",
+    "is_integer",
+    "make_session",
+    "optimized_nodes",
+]
 
 CARRIERS = frozenset(
     name
@@ -40,7 +49,8 @@ _INTEGER = frozenset(
         "QAttention",
     )
 )
-_ISA_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")
+_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+_ISA_FLAGS = ("avx2", "avx512f", "sve", *_DOT_PRODUCTS)
 
 
 def make_session(
@@ -114,6 +124,17 @@ def cpu_flags() -> tuple[str, ...]:
         return ()
     words = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
     return tuple(flag for flag in _ISA_FLAGS if flag in words)
+
+
+def has_integer_instructions() -> bool:
+    """Whether the CPU has 8-bit dot products; true where the system does not tell."""
+    flags = cpu_flags()
+    return not flags or any(flag in _DOT_PRODUCTS for flag in flags)
+
+
+def exact_integers() -> dict[str, str]:
+    """Session settings for exact integers: on x86 without VNNI the fast 8-bit kernel saturates in between."""
+    return {} if has_integer_instructions() else {"session.x64quantprecision": "1"}
 
 
 def host_fingerprint(threads: int = 1) -> str:

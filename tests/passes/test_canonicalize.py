@@ -90,7 +90,6 @@ STAYS: dict[str, Function] = {
     "contiguous of a transposed tensor": lambda m, x: x.transpose(2, 3).contiguous(),
     "to another type": lambda m, x: x.to(torch.float64).to(torch.float32),
     "detach": lambda m, x: x.detach(),
-    "slice of the example's batch": lambda m, x: torch.cat([x, x])[:2],
     "slice that leaves one out": lambda m, x: torch.ops.aten.slice.Tensor(x, 2, 1, 4),
     "slice by steps": lambda m, x: torch.ops.aten.slice.Tensor(x, 2, 0, 4, 2),
     "view to another shape and back": lambda m, x: x.view(x.shape[0], 16, 4).view(x.shape[0], 4, 4, 4),
@@ -175,6 +174,19 @@ def test_contiguous_stays_before_a_view_that_other_layouts_would_break(reader: A
     assert (torch.ops.aten.contiguous.default in functions(result.graph_module)) == stays
     image = torch.randn(3, 3, 4, 4).to(memory_format=torch.channels_last)
     assert torch.equal(result.graph_module(image), gm(image))
+
+
+@pytest.mark.parametrize(("end", "goes"), [(2, False), (2**63 - 1, True)])
+def test_a_slice_as_long_as_the_example_batch_is_no_identity_at_others(end: int, goes: bool) -> None:
+    gm = trace(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3))
+    layer = gm.graph.find_nodes(op="call_module", target="0")[0]
+    part = edit.insert_function(gm, torch.ops.aten.slice.Tensor, layer, (layer, 0, 0, end))
+    edit.replace_uses(layer, part)
+    edit.finish(gm)
+    result = Canonicalize()(gm)
+    assert result.modified == goes
+    x = torch.randn(5, 3)
+    assert torch.equal(result.graph_module(x), gm(x))
 
 
 def test_dead_code_goes() -> None:

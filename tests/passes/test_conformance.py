@@ -57,6 +57,11 @@ class Careless(Pass):
             module.weight.data.mul_(1.5)
         elif self.how == "claims a change":
             return PassResult(graph_module, True)
+        elif self.how == "adds an output":
+            copy = edit.clone_module(module)
+            copy.weight = nn.Parameter(torch.cat([module.weight, module.weight]).detach())
+            copy.bias = nn.Parameter(torch.cat([module.bias, module.bias]).detach())
+            edit.replace_module(graph_module, linear, copy)
         else:
             copy = edit.clone_module(module)
             factor = 0.5 if self.how == "changes outputs" else torch.rand(1).item() + 0.1
@@ -74,6 +79,7 @@ class Careless(Pass):
         ("changes outputs", "test_it_keeps_what_it_computes"),
         ("changes outputs", "test_it_finds_nothing_more_to_do"),
         ("is random", "test_it_is_deterministic"),
+        ("adds an output", "test_it_keeps_what_it_computes"),
     ],
 )
 def test_the_suite_catches_a_broken_promise(how: str, promise: str) -> None:
@@ -100,8 +106,9 @@ def test_equivalence_tells_what_differs() -> None:
         assert_equivalent(one, other, x)
     with pytest.raises(AssertionError, match=r"is \(2, 2\) .* and \(2, 4\)"):
         assert_equivalent(one, nn.Linear(3, 4), x)
+    assert_equivalent(one, other, x, relative=float("inf"))
     with pytest.raises(AssertionError, match="another structure"):
-        assert_equivalent(one, nn.LSTM(3, 2), x)
+        assert_equivalent(one, nn.LSTM(3, 2), x, relative=float("inf"))
 
 
 def test_equivalence_compares_relative_to_the_largest_output() -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxopt.graph import trace
+from fxopt.graph import edit, trace
 from fxopt.passes import Canonicalize, FoldBatchNorm, Pipeline
 from fxopt.testing import assert_equivalent
-from tests.strategies import Cnn, cnns, randomize_statistics, traced
+from tests.strategies import BLOCKS, Cnn, cnns, randomize_statistics, traced
 
 EXACT = 1e-10
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -174,11 +175,26 @@ def test_another_reader_between_is_refused() -> None:
 
 
 def test_a_reader_of_the_shape_alone_is_no_reader() -> None:
-    def function(m: Any, x: torch.Tensor) -> torch.Tensor:
-        y = m.conv(x)
-        return m.norm(y).reshape(y.shape[0], -1)
+    gm, example = prepared(Wired(lambda m, x: m.norm(m.conv(x)).reshape(x.shape[0], -1)), 3, 4, 4)
+    (conv,) = gm.graph.find_nodes(op="call_module", target="conv")
+    (batch,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    again = edit.insert_function(gm, torch.ops.aten.sym_size.int, conv, (conv, 0))
+    edit.replace_uses(batch, again)
+    edit.finish(gm)
+    assert len(conv.users) == 2
+    result = FoldBatchNorm()(gm).graph_module
+    assert norms(result) == []
+    assert_equivalent(gm, result, example, relative=EXACT, batch=3)
 
-    folds(Wired(function), 3, 4, 4)
+
+def test_folding_rounds_once() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    prepared(module, 3, 5, 5)
+    single = trace(copy.deepcopy(module).float(), torch.randn(2, 3, 5, 5))
+    double = trace(copy.deepcopy(module).float().double(), torch.randn(2, 3, 5, 5).double())
+    folded, exact = (FoldBatchNorm()(graph).graph_module.state_dict() for graph in (single, double))
+    assert folded.keys() == exact.keys()
+    assert all(torch.equal(folded[name], exact[name].float()) for name in folded)
 
 
 def test_an_operation_between_is_refused() -> None:
@@ -274,17 +290,18 @@ def test_modules_inside_a_norm_stay_where_they_are() -> None:
     assert sorted(result.state_dict()) == ["0.bias", "0.weight", "1.act.weight"]
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
+@example(network=Cnn(BLOCKS, 6, "flatten", True, "relu", 0))
 @given(network=cnns(norm=True))
 def test_random_networks(network: Cnn) -> None:
-    gm, example = traced(network, torch.float64)
+    gm, inputs = traced(network, torch.float64)
     result = FoldBatchNorm()(gm)
     assert result.modified
     left = norms(result.graph_module)
     assert left == [refusal.site for refusal in FoldBatchNorm().explain(gm)]
     assert len(left) < len(norms(gm))
     assert not FoldBatchNorm()(result.graph_module).modified
-    assert_equivalent(gm, result.graph_module, example, relative=EXACT, batch=3)
+    assert_equivalent(gm, result.graph_module, inputs, relative=EXACT, batch=3)
 
 
 def test_dropout_between_is_no_obstacle_once_canonical() -> None:

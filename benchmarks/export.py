@@ -1,0 +1,100 @@
+"""Measure what quantization and export do to real architectures; print JSON.
+
+Weights are random and batch norms estimated on noise, so differences rank nothing but rounding: the figures of interest
+are sizes, times and how many of the file's integers differ from the graph's. ``speedup`` is the median, over rounds in
+which both files run in turn, of float time by 8-bit time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxopt.export import export_onnx, host_fingerprint, measure
+from fxopt.graph import trace
+from fxopt.passes import FoldBatchNorm, Quantize
+
+NETWORKS = {
+    "mobilenetv2_w1": "mobilenetv2",
+    "resnet18": "resnet",
+    "resnet50": "resnet",
+    "efficientnet_b0": "efficientnet",
+    "mobilenetv3_large_w1": "mobilenetv3",
+}
+
+
+def network(name: str, size: int) -> nn.Module:
+    torch.manual_seed(0)
+    module = importlib.import_module(f"pytorchcv.models.{NETWORKS[name]}")
+    model: nn.Module = getattr(module, name)()
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.momentum = None
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(torch.randn(8, 3, size, size))
+    return model.eval()
+
+
+def timed(results: dict[str, Any], name: str, call: Any) -> Any:
+    start = time.perf_counter()
+    found = call()
+    results[f"{name}_s"] = round(time.perf_counter() - start, 2)
+    return found
+
+
+def run(name: str, size: int, rounds: int, threads: int, folder: Path) -> dict[str, Any]:
+    model, example = network(name, size), torch.randn(2, 3, size, size)
+    results: dict[str, Any] = {}
+    graph = timed(results, "trace", lambda: trace(model, example))
+    folded = timed(results, "fold", lambda: FoldBatchNorm()(graph).graph_module)
+    data = torch.randn(16, 3, size, size)
+    int8 = timed(results, "quantize", lambda: Quantize(calibration=data)(folded).graph_module)
+    whole = timed(results, "export_float", lambda: export_onnx(folded, folder / "float.onnx", example))
+    packed = timed(results, "export_int8", lambda: export_onnx(int8, folder / "int8.onnx", example))
+    speed = measure(packed.path, runs=rounds, threads=threads, peers=[whole.path])
+    peer = speed.peers[0]
+    return results | {
+        "float_ms": round(1e3 * peer.median_s, 3),
+        "int8_ms": round(1e3 * speed.median_s, 3),
+        "speedup": round(peer.ratio, 3),
+        "speedup_quartiles": [round(peer.ratio_q25, 3), round(peer.ratio_q75, 3)],
+        "float_bytes": whole.file_bytes,
+        "int8_bytes": packed.file_bytes,
+        "shrink": round(whole.file_bytes / packed.file_bytes, 3),
+        "integer_nodes": packed.integer_nodes,
+        "float_nodes": packed.float_nodes,
+        "float_relative_difference": whole.relative,
+        "integers_differing": packed.integers_differing,
+        "int8_relative_difference": packed.relative,
+        "int8_top1_agreement": packed.top1_agreement,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="network", help=", ".join(NETWORKS))
+    parser.add_argument("--size", type=int, default=224, help="height and width of the images")
+    parser.add_argument("--rounds", type=int, default=50, help="rounds of the latency measurement")
+    parser.add_argument("--threads", type=int, default=1, help="threads of onnxruntime")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for name in options.networks:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = run(name, options.size, options.rounds, options.threads, Path(folder))
+    host = host_fingerprint(options.threads)
+    print(json.dumps({"benchmark": "export", "host": host, "size": options.size, "results": results}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

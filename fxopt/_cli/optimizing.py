@@ -1,0 +1,125 @@
+"""``fxopt optimize`` and ``fxopt demo``: running them and telling what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxopt._cli.loading import call, load_function, load_model
+from fxopt._cli.output import emit_json, show
+from fxopt._files import write_text
+from fxopt.errors import DataError, FxoptError
+from fxopt.progress import Progress
+
+if TYPE_CHECKING:
+    from fxopt._cli.recipe import Options
+    from fxopt.api import OptimizationResult
+    from fxopt.export import ExportReport
+
+__all__ = ["check_names", "optimize", "tell"]
+
+_OPTIONS_FILE = "options.json"
+
+
+def check_names(options: Options) -> None:
+    """Refuse a wrong name or budget before anything is loaded.
+
+    Raises:
+        FxoptError: Naming the nearest known name, or what a budget looks like.
+    """
+    from fxopt import passes, targets
+    from fxopt.decisions import Budget
+    from fxopt.search import engines
+
+    if options.target != targets.HOST:
+        targets.load(options.target)
+    for name in options.passes:
+        passes.load(name)
+    engines.load(options.engine)
+    Budget.parse_all(options.budget)
+    if options.val is not None and options.evaluate is not None:
+        raise DataError("Both val and evaluate say how good a model is; give one of them.")
+
+
+def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, ExportReport]:
+    """Optimize, save and export to the folder ``options.out``.
+
+    The folder is written to first, so that one that cannot be written is found before the work, not after it. The
+    result is saved before it is exported: it is not lost if the export is refused.
+
+    Raises:
+        FxoptError: On bad input; the message says what to do.
+    """
+    if options.model is None:
+        raise FxoptError("There is no model to optimize; give MODULE:FUNCTION, or model = ... in the recipe.")
+    check_names(options)
+    out = Path(options.out)
+    write_text(out / _OPTIONS_FILE, json.dumps(dataclasses.asdict(options), indent=1))
+    from fxopt import api
+
+    model, example = load_model(options.model, options.input)
+    result = api.optimize(
+        model,
+        example,
+        target=options.target,
+        budget=options.budget,
+        passes=options.passes,
+        engine=options.engine,
+        trials=options.trials,
+        train=_made(options.train),
+        val=_made(options.val),
+        evaluate=load_function(options.evaluate) if options.evaluate is not None else None,
+        epochs=options.epochs,
+        seed=options.seed,
+        workdir=out,
+        progress=progress,
+    )
+    result.save(out)
+    export = result.export(out / "model.onnx")
+    result.report = dataclasses.replace(result.report, export=_as_data(export))
+    result.report.save(out / "report.json")
+    result.report.save(out / "report.html")
+    return result, export
+
+
+def tell(result: OptimizationResult, export: ExportReport, out: Path, *, as_json: bool, **more: float) -> None:
+    """Print what came of it.
+
+    Args:
+        result: The optimization's result.
+        export: What was exported.
+        out: The folder with everything.
+        as_json: Whether to print JSON only.
+        **more: Further figures for the JSON.
+    """
+    report = result.report
+    if as_json:
+        emit_json({"report": json.loads(report.to_json()), "out": str(out), "onnx": str(export.path), **more})
+        return
+    show(report.table(), report.verdict, "")
+    trust = f"{report.target.name} is {report.target.status}: {report.target.error}"
+    show(trust, *report.target.caveats, *report.notes, *export.notes)
+    show(_proof(export), f"Report: {out / 'report.html'}")
+
+
+def _proof(export: ExportReport) -> str:
+    parts = [f"ONNX: {export.path} ({export.file_bytes / 1000:.0f} KB, opset {export.opset})"]
+    if export.max_abs_diff is not None:
+        parts.append(f"ran in onnxruntime, largest difference {export.max_abs_diff:.2g}")
+    if export.top1_agreement is not None:
+        parts.append(f"same class for {export.top1_agreement:.1%} of the compared outputs")
+    return "; ".join(parts) + "."
+
+
+def _made(reference: str | None) -> Any:
+    return None if reference is None else call(reference)
+
+
+def _as_data(export: ExportReport) -> dict[str, Any]:
+    data = {name: value for name, value in dataclasses.asdict(export).items() if name != "notes"}
+    data["path"] = export.path.name
+    data["batches"] = ", ".join(map(str, export.batches))
+    data["operators"] = ", ".join(f"{count} {name}" for name, count in export.operators)
+    return data

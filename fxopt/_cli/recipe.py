@@ -1,0 +1,141 @@
+"""The options of ``fxopt optimize``, from the command line and from a TOML recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fxopt.errors import BudgetError, FxoptError, UnknownNameError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Options", "parse_budgets", "read_recipe", "split_passes"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to optimize and how; the fields are also the names in a recipe.
+
+    Attributes:
+        model: MODULE:FUNCTION of the model.
+        input: Shapes of example inputs.
+        target: Name of the target, or a TOML file.
+        budget: Limits by metric.
+        passes: Names of passes.
+        engine: Name of the search engine.
+        trials: Policies to try.
+        epochs: Epochs of fine-tuning.
+        train: MODULE:FUNCTION of the training loader.
+        val: MODULE:FUNCTION of the validation loader.
+        evaluate: MODULE:FUNCTION of a function from module to score.
+        out: Folder for results.
+        seed: Seed of everything random.
+    """
+
+    model: str | None = None
+    input: tuple[str, ...] = ()
+    target: str = "host"
+    budget: Mapping[str, str | float] = dataclasses.field(default_factory=dict)
+    passes: tuple[str, ...] = ("prune-channels", "quantize")
+    engine: str = "evolution"
+    trials: int = 48
+    epochs: int = 2
+    train: str | None = None
+    val: str | None = None
+    evaluate: str | None = None
+    out: str = "fxopt-out"
+    seed: int = 0
+
+    def changed(self, options: Mapping[str, Any]) -> Options:
+        """These options with those replaced that are given, that is neither None nor empty."""
+        given = {name: value for name, value in options.items() if value is not None and value not in ((), {})}
+        return dataclasses.replace(self, **given)
+
+
+_TEXT = ("model", "target", "engine", "train", "val", "evaluate", "out")
+_NUMBERS = {"trials": 1, "epochs": 0, "seed": 0}
+_LISTS = ("input", "passes")
+
+
+def read_recipe(path: Path) -> Options:
+    """The options in a TOML file.
+
+    Raises:
+        FxoptError: If the file cannot be read or an option is unknown or of the wrong kind; names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise FxoptError(f"Cannot read the recipe {path}: {failure}. Give the path of a TOML file.") from failure
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as failure:
+        raise FxoptError(f"The recipe {path} is no TOML: {failure}.") from failure
+    known = [field.name for field in dataclasses.fields(Options)]
+    options = {}
+    for name, value in data.items():
+        where = f"recipe {path}, line {_line_of(text, name)}"
+        if name not in known:
+            raise UnknownNameError(f"option ({where})", name, known)
+        options[name] = _checked(name, value, where)
+    return Options().changed(options)
+
+
+def parse_budgets(texts: Sequence[str]) -> dict[str, str | float]:
+    """Limits by metric from ``metric=limit`` texts.
+
+    Raises:
+        BudgetError: If a text has another form, or a metric is given twice.
+    """
+    budgets: dict[str, str | float] = {}
+    for text in texts:
+        metric, sign, limit = (part.strip() for part in text.partition("="))
+        if not sign or not metric or not limit:
+            raise BudgetError(f"Budget {text!r} has no limit; write metric=limit, such as latency=60% or size=2MB.")
+        if metric in budgets:
+            raise BudgetError(f"The budget for {metric} is given twice, as {budgets[metric]} and {limit}; give one.")
+        budgets[metric] = limit
+    return budgets
+
+
+def split_passes(text: str) -> tuple[str, ...]:
+    """Names of passes from ``a,b``."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _checked(name: str, value: Any, where: str) -> Any:
+    if name in _TEXT:
+        return _expect(isinstance(value, str) and value, value, name, "a text in quotes", where)
+    if name in _NUMBERS:
+        least = _NUMBERS[name]
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return _expect(whole, value, name, f"a whole number of at least {least}", where)
+    if name in _LISTS:
+        if isinstance(value, str):
+            return split_passes(value) if name == "passes" else (value,)
+        listed = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return tuple(_expect(listed, value, name, 'a list of texts, such as ["a", "b"]', where))
+    limits = isinstance(value, dict) and all(
+        isinstance(limit, (str, int, float)) and not isinstance(limit, bool) for limit in value.values()
+    )
+    return _expect(limits, value, name, 'a table, such as { latency = "60%", size = "2MB" }', where)
+
+
+def _expect(fits: object, value: Any, name: str, wanted: str, where: str) -> Any:
+    if not fits:
+        raise FxoptError(f"{name} = {value!r} ({where}) has to be {wanted}.")
+    return value
+
+
+def _line_of(text: str, name: str) -> int:
+    """The line of a top-level key or table, counted from 1."""
+    pattern = re.compile(rf"""^\s*\[?\s*["']?{re.escape(name)}["']?\s*[.=\]]""")
+    return next((number for number, line in enumerate(text.splitlines(), start=1) if pattern.match(line)), 1)

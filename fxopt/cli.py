@@ -1,0 +1,231 @@
+"""The command ``fxopt``.
+
+Exit codes: 0 for success, 1 for an error that fxopt explains on stderr, 2 for wrong usage, 130 for Ctrl-C. Whatever
+is heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+import fxopt
+from fxopt._cli.output import INTERRUPTED, emit_json, guarded, only_json, progress_bars, show
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fxopt",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Optimizes PyTorch models for the hardware they will run on, and proves the ONNX file that comes out.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Inputs = Annotated[
+    Optional[list[str]],  # noqa: UP045 (read at run time, by typer)
+    typer.Option("--input", help="Shape of an example input, such as 1,3,224,224 or 1,128:int64; once per input."),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FUNCTION",
+        help="package.module:function or path/file.py:function; returns a model, or (model, example_inputs).",
+    ),
+]
+MaybeModel = Annotated[
+    Optional[str],  # noqa: UP045 (read at run time, by typer)
+    typer.Argument(
+        metavar="MODULE:FUNCTION",
+        help="package.module:function or path/file.py:function; returns a model, or (model, example_inputs).",
+        show_default=False,
+    ),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fxopt {fxopt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Hold the options of the command as such."""
+
+
+@app.command()
+@guarded()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Train and search less: shows the way, not the figures.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a small network on handwritten digits, optimize it for a phone, export it and check it."""
+    with only_json(as_json), progress_bars(not as_json) as progress:
+        from fxopt import demo as demonstration
+        from fxopt._cli.optimizing import tell
+
+        outcome = demonstration.run(out, quick=quick, seed=seed, progress=progress)
+    tell(outcome.result, outcome.export, out, as_json=as_json, onnx_accuracy=outcome.onnx_accuracy)
+    if not as_json:
+        show(f"Accuracy of the ONNX file in onnxruntime: {outcome.onnx_accuracy:.2%}")
+
+
+@app.command()
+@guarded()
+def profile(
+    model: Model,
+    target: Annotated[list[str], typer.Option(help="Name of a target or a TOML file; may be repeated.")],
+    inputs: Inputs = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a model costs, layer by layer."""
+    with only_json(as_json), progress_bars(not as_json) as progress:
+        from fxopt._cli.costs import profile as cost
+
+        found = cost(model, list(dict.fromkeys(target)), inputs or (), progress)
+    if as_json:
+        emit_json(found.to_data())
+        return
+    show(*found.tables(), *(f"{one['target']} is {one['status']}: {one['error']}" for one in found.totals))
+    show(*found.caveats)
+
+
+@app.command()
+@guarded(resumes=True)
+def optimize(
+    model: MaybeModel = None,
+    target: Annotated[
+        Optional[str],  # noqa: UP045 (read at run time, by typer)
+        typer.Option(help="Name of a target or a TOML file; by default host, this machine.", show_default=False),
+    ] = None,
+    budget: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="metric=limit, such as latency=60%, size=2MB or macs=300M; may be repeated."),
+    ] = None,
+    passes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Passes, separated by commas; by default prune-channels,quantize.", show_default=False),
+    ] = None,
+    engine: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Search engine; by default evolution.", show_default=False),
+    ] = None,
+    trials: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Policies to try; by default 48.", show_default=False),
+    ] = None,
+    epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Epochs of fine-tuning; by default 2.", show_default=False),
+    ] = None,
+    train: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader to fine-tune and calibrate on."),
+    ] = None,
+    val: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader of (input, label) to judge by."),
+    ] = None,
+    evaluate: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODULE:FUNCTION", help="Takes a module, gives a score; in place of --val."),
+    ] = None,
+    inputs: Inputs = None,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="TOML file with the same options; those given here come first.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for results and journal; by default fxopt-out.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Seed of everything random; by default 0.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Optimize a model within budgets, export it to ONNX and check the file. Run again to resume."""
+    from fxopt._cli.recipe import Options, parse_budgets, read_recipe, split_passes
+
+    given: dict[str, Any] = {
+        "model": model,
+        "target": target,
+        "budget": parse_budgets(budget or ()),
+        "passes": split_passes(passes) if passes is not None else None,
+        "engine": engine,
+        "trials": trials,
+        "epochs": epochs,
+        "train": train,
+        "val": val,
+        "evaluate": evaluate,
+        "input": tuple(inputs or ()),
+        "out": str(out) if out is not None else None,
+        "seed": seed,
+    }
+    options = (read_recipe(recipe) if recipe is not None else Options()).changed(given)
+    with only_json(as_json), progress_bars(not as_json) as progress:
+        from fxopt._cli.optimizing import optimize as run
+        from fxopt._cli.optimizing import tell
+
+        result, export = run(options, progress)
+    tell(result, export, Path(options.out), as_json=as_json)
+
+
+@app.command()
+@guarded()
+def targets(
+    name: Annotated[
+        Optional[str],  # noqa: UP045 (read at run time, by typer)
+        typer.Argument(help="A target or a TOML file, to be told everything about it.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the targets, or tell everything about one."""
+    from fxopt import targets as known
+    from fxopt._cli.costs import list_targets, targets_table
+
+    if name is not None:
+        text = known.describe(name)
+        emit_json({"name": name, "description": text}) if as_json else show(text)
+        return
+    found = list_targets()
+    emit_json(found) if as_json else show(targets_table(found))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: The words after ``fxopt``; those of this process by default.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="fxopt")
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

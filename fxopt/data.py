@@ -1,0 +1,273 @@
+"""Loaders: real data that ships in packages, and checks of the user's own."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxopt.errors import DataError
+
+__all__ = [
+    "Loader",
+    "TensorLoader",
+    "batch_for",
+    "call_model",
+    "class_scores",
+    "digits",
+    "fashion_mnist",
+    "first_batch",
+    "split_batch",
+]
+
+Loader: TypeAlias = Iterable[Any]
+"""Batches of (input, label), as often as one iterates: a DataLoader, a list, a :class:`TensorLoader`."""
+
+_IDX_BYTES = b"\x00\x00\x08"
+
+_FASHION_FOLDERS = ("/usr/share/dataset-fashion-mnist", "data/fashion-mnist")
+
+
+@dataclass(frozen=True, eq=False)
+class TensorLoader:
+    """Batches of tensors in memory; shuffled anew each epoch from one seed when asked to.
+
+    Attributes:
+        inputs: Inputs, shape (samples, ...).
+        labels: Labels, shape (samples,).
+        batch_size: Samples in a batch; the last may be smaller.
+        shuffle: Whether each pass over the loader has an order of its own.
+        seed: Seed of the first order; the order of a pass depends on the seed and on :meth:`at_epoch` alone.
+        epoch: Which pass this is.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    batch_size: int = 64
+    shuffle: bool = False
+    seed: int = 0
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the sizes.
+
+        Raises:
+            DataError: If there is no sample, inputs and labels differ in number, or the batch size is below 1.
+        """
+        if not len(self.inputs):
+            raise DataError("There is not a single sample; give at least one.")
+        if len(self.inputs) != len(self.labels):
+            raise DataError(f"{len(self.inputs)} inputs and {len(self.labels)} labels; give one label an input.")
+        if self.batch_size < 1:
+            raise DataError(f"batch_size has to be at least 1, got {self.batch_size}.")
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.inputs) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of (inputs, labels)."""
+        count = len(self.inputs)
+        order = torch.arange(count)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+            order = torch.randperm(count, generator=generator)
+        for start in range(0, count, self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            yield self.inputs[chosen], self.labels[chosen]
+
+    def at_epoch(self, epoch: int) -> TensorLoader:
+        """The same loader for pass number ``epoch``."""
+        return replace(self, epoch=epoch)
+
+
+def digits(batch_size: int = 64, *, size: int = 16, seed: int = 0) -> tuple[TensorLoader, TensorLoader]:
+    """scikit-learn's handwritten digits (1,797 images of 8 x 8, UCI), as loaders for training and validation.
+
+    Args:
+        batch_size: Samples in a batch.
+        size: Height and width that images are enlarged to, bilinearly.
+        seed: Seed of the split (four fifths for training) and of the order in training.
+
+    Returns:
+        Training and validation loader; inputs have shape (batch, 1, size, size) and mean 0, variance 1.
+
+    Raises:
+        DataError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as failure:
+        raise DataError("The digits ship in scikit-learn: pip install 'fxopt[demo]'.") from failure
+    found = load_digits()
+    images = torch.from_numpy(found.images.astype(np.float32))[:, None]
+    images = nn.functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    images = (images - images.mean()) / images.std()
+    labels = torch.from_numpy(found.target.astype(np.int64))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    cut = len(images) * 4 // 5
+    train, val = order[:cut], order[cut:]
+    return (
+        TensorLoader(images[train], labels[train], batch_size, shuffle=True, seed=seed),
+        TensorLoader(images[val], labels[val], 256),
+    )
+
+
+def fashion_mnist(
+    folder: str | os.PathLike[str] | None = None, batch_size: int = 128, *, seed: int = 0
+) -> tuple[TensorLoader, TensorLoader]:
+    """Fashion-MNIST (60,000 + 10,000 images of 28 x 28) from its idx files, plain or gzipped.
+
+    Args:
+        folder: Where the four files are. None looks in the folder named by ``FXOPT_DATA``, where Debian's package
+            ``dataset-fashion-mnist`` puts them, and in ``data/fashion-mnist``.
+        batch_size: Samples in a batch.
+        seed: Seed of the order in training.
+
+    Returns:
+        Training and test loader; inputs have shape (batch, 1, 28, 28), mean 0 and variance 1 over the training set.
+
+    Raises:
+        DataError: If a file is missing or is no idx file.
+    """
+    place = _fashion_folder(folder)
+    train, test = (_read_idx(place, f"{part}-images-idx3-ubyte") for part in ("train", "t10k"))
+    labels = [_read_idx(place, f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")]
+    mean, deviation = float(train.mean()) / 255.0, float(train.std()) / 255.0
+
+    def prepared(images: np.ndarray[Any, Any]) -> torch.Tensor:
+        return (torch.from_numpy(images.astype(np.float32))[:, None] / 255.0 - mean) / deviation
+
+    targets = [torch.from_numpy(found.astype(np.int64)) for found in labels]
+    return (
+        TensorLoader(prepared(train), targets[0], batch_size, shuffle=True, seed=seed),
+        TensorLoader(prepared(test), targets[1], 512),
+    )
+
+
+def first_batch(loader: Loader, what: str) -> Any:
+    """The first batch of a loader, checked.
+
+    Args:
+        loader: What should be a loader of (input, label).
+        what: What it is called, for messages.
+
+    Raises:
+        DataError: If the loader is no iterable, can be read only once, or yields nothing; or if its first batch is no
+            pair, is empty, or holds NaN or infinity.
+    """
+    if not isinstance(loader, Iterable):
+        raise DataError(f"{what} is a {type(loader).__name__}; give an iterable of (input, label) batches.")
+    if isinstance(loader, Iterator):
+        raise DataError(
+            f"{what} is a {type(loader).__name__}, which can be read only once; give what it was made from: "
+            "a DataLoader, a list of batches, or a fxopt.data.TensorLoader."
+        )
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise DataError(f"{what} yields nothing; give a loader with at least one batch.")
+    for part, name in zip(split_batch(batch, what), ("inputs", "labels"), strict=True):
+        for leaf in pytree.tree_leaves(part):
+            if isinstance(leaf, torch.Tensor):
+                _check_tensor(leaf, f"The {name} of {what}'s first batch")
+    return batch
+
+
+def split_batch(batch: Any, what: str = "the loader") -> tuple[Any, Any]:
+    """Split a batch into inputs and labels.
+
+    Raises:
+        DataError: If the batch is no pair.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise DataError(
+        f"{what} yields a {type(batch).__name__}, not a pair (input, label); "
+        "for anything but a classifier give evaluate=callable(module) -> float."
+    )
+
+
+def batch_for(model: nn.Module, batch: Any, what: str = "the loader") -> tuple[Any, Any]:
+    """Inputs and labels of a batch, on the device of the model's first parameter.
+
+    Raises:
+        DataError: If the batch is no pair.
+    """
+    parts = split_batch(batch, what)
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return parts
+    inputs, label = pytree.tree_map_only(torch.Tensor, lambda leaf: leaf.to(parameter.device), parts)
+    return inputs, label
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Call a model on a batch's inputs: a tensor, a tuple of arguments or a mapping."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def class_scores(output: Any, remedy: str) -> torch.Tensor:
+    """The class scores in a model's output: the output itself, or its attribute or key ``logits``.
+
+    Args:
+        output: What the model returned.
+        remedy: What to do if there are none, for the message.
+
+    Raises:
+        DataError: If there is no tensor of two or more dimensions.
+    """
+    scores = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if isinstance(scores, torch.Tensor) and scores.dim() >= 2:
+        return scores
+    raise DataError(f"The model gives a {type(output).__name__}, no tensor of class scores (batch, classes); {remedy}.")
+
+
+def _check_tensor(tensor: torch.Tensor, where: str) -> None:
+    if not tensor.numel():
+        raise DataError(f"{where} are empty, of shape {tuple(tensor.shape)}; give batches with samples in them.")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise DataError(f"{where} hold NaN or infinity; clean the data.")
+
+
+def _fashion_folder(folder: str | os.PathLike[str] | None) -> Path:
+    wanted = [folder] if folder is not None else [os.environ.get("FXOPT_DATA"), *_FASHION_FOLDERS]
+    for place in wanted:
+        if place and any(Path(place).glob("t10k-images-idx3-ubyte*")):
+            return Path(place)
+    searched = ", ".join(str(place) for place in wanted if place)
+    raise DataError(
+        f"No Fashion-MNIST idx files in {searched}. Install Debian's dataset-fashion-mnist, or name their folder."
+    )
+
+
+def _read_idx(folder: Path, name: str) -> np.ndarray[Any, Any]:
+    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    if path is None:
+        raise DataError(f"There is no {name}[.gz] in {folder}; all four files of Fashion-MNIST are needed.")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as failure:
+        raise DataError(f"Cannot read {path}: {failure}; fetch it again.") from failure
+    rank = raw[3] if len(raw) > 3 else 0
+    header = 4 + 4 * rank
+    if raw[:3] != _IDX_BYTES or not rank or len(raw) < header:
+        raise DataError(f"{path} is no idx file of bytes; fetch it again.")
+    shape = tuple(int.from_bytes(raw[start : start + 4], "big") for start in range(4, header, 4))
+    values = np.frombuffer(raw, np.uint8, offset=header)
+    if values.size != math.prod(shape):
+        raise DataError(f"{path} holds {values.size} of {math.prod(shape)} values; fetch it again.")
+    return values.reshape(shape)

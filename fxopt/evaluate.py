@@ -1,0 +1,315 @@
+"""From a policy to a score: what the search is told."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from fxopt.data import Loader, batch_for, call_model, class_scores
+from fxopt.decisions import Policy
+from fxopt.errors import DataError, SearchError
+from fxopt.graph import eval_mode, trace
+from fxopt.passes import Canonicalize, FoldBatchNorm, Quantize, TunablePass
+from fxopt.passes._calibrate import feed, synthetic_batch
+from fxopt.passes._fork import fork
+from fxopt.passes.quantize import FLOAT
+
+__all__ = ["Evaluator", "accuracy", "apply_policy", "recalibrate_batch_norm"]
+
+Judge: TypeAlias = Callable[[nn.Module], float]
+
+_SETTLING_BATCHES = 4
+
+
+def accuracy(model: nn.Module, loader: Loader, max_batches: int | None = None) -> float:
+    """Part of the samples whose largest class score (over dimension 1) is at the label.
+
+    Args:
+        model: A classifier; evaluated in eval mode.
+        loader: Batches of (input, label), labels of the shape of the scores without dimension 1.
+        max_batches: Batches to look at, or None for all.
+
+    Raises:
+        DataError: If the loader yields nothing, the model's output is no tensor of class scores, or the labels do not
+            fit it.
+    """
+    right = seen = 0
+    with torch.no_grad(), eval_mode(model):
+        for batch in itertools.islice(loader, max_batches):
+            inputs, label = batch_for(model, batch, "val")
+            output = call_model(model, inputs)
+            best = class_scores(output, "give evaluate=callable(module) -> float").argmax(1)
+            if not isinstance(label, torch.Tensor) or label.shape != best.shape:
+                found = tuple(label.shape) if isinstance(label, torch.Tensor) else type(label).__name__
+                raise DataError(
+                    f"val has labels of shape {found}, where the model's class scores need {tuple(best.shape)}: one "
+                    "class number for each. For another task give evaluate=callable(module) -> float."
+                )
+            right += int((best == label).sum())
+            seen += label.numel()
+    if not seen:
+        raise DataError("val yields nothing; give a loader with at least one batch.")
+    return right / seen
+
+
+def apply_policy(
+    gm: fx.GraphModule,
+    passes: Sequence[TunablePass],
+    policy: Policy,
+    *,
+    calibration: Loader | None = None,
+    between: Callable[[fx.GraphModule], object] | None = None,
+) -> fx.GraphModule:
+    """Rewrite a graph as a policy says; the graph given is left alone, its tensors are shared.
+
+    Args:
+        gm: A canonical graph.
+        passes: The passes in order.
+        policy: Decisions for all of them.
+        calibration: Batches that quantizers are calibrated on.
+        between: Called with the rewritten graph before the first Quantize, or at the end if there is none: the
+            place for fine-tuning (of a graph whose tensors are nobody else's), or for batch norm to be estimated
+            anew.
+
+    Returns:
+        The new graph.
+    """
+    gm = fork(gm)
+    pending = between
+    for one in passes:
+        if isinstance(one, Quantize):
+            if pending is not None:
+                pending(gm)
+                pending = None
+            if not _quantizes(one, policy):
+                continue
+            gm = FoldBatchNorm()(gm.eval()).graph_module
+            if one.calibration is None and calibration is not None:
+                one = replace(one, calibration=calibration, max_batches=one.max_batches or _SETTLING_BATCHES)
+        gm = one.with_policy(policy)(gm).graph_module
+    if pending is not None:
+        pending(gm)
+    return gm
+
+
+def recalibrate_batch_norm(model: nn.Module, loader: Loader, max_batches: int = 8) -> None:
+    """Estimate running means and variances anew from data, as plain averages over batches.
+
+    New buffers take the place of the old ones, so that models that share them are not changed.
+
+    Args:
+        model: The model; every other module stays in its mode.
+        loader: Batches of (input, label).
+        max_batches: Batches to average over.
+
+    Raises:
+        DataError: If the loader yields nothing; the model is then as it was.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    batches = list(itertools.islice(loader, max_batches))
+    if not batches:
+        raise DataError("There is no batch to estimate batch norm from; give a loader with at least one.")
+    kept = [(norm, norm.momentum, norm.training, dict(norm._buffers)) for norm in norms]
+    for norm in norms:
+        for name in ("running_mean", "running_var"):
+            buffer = norm._buffers[name]
+            norm._buffers[name] = None if buffer is None else torch.zeros_like(buffer)
+        norm._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long)
+        # Without a momentum batch norm keeps the plain average over all batches.
+        norm.momentum, norm.training = None, True
+    done = False
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                call_model(model, batch_for(model, batch)[0])
+        done = True
+    finally:
+        for norm, momentum, training, buffers in kept:
+            norm.momentum, norm.training = momentum, training
+            if not done:
+                norm._buffers.update(buffers)
+
+
+class Evaluator:
+    """Scores policies, each once.
+
+    The graph is rewritten with shared weights, batch norm is estimated anew from a few training batches, and the
+    result is judged by the user's function, by accuracy on part of the validation data, or, without data, by how
+    far its outputs on random inputs are from those of the original: minus the relative error.
+
+    The batches that trials use are read once, at the start, and kept: every policy is judged on the same data. Trials
+    may run on threads, which rewrite the graph one at a time. They may run in other processes if ``source`` is given and everything else can be pickled; each
+    process then traces the model once.
+
+    Args:
+        gm: The original graph. It is not changed.
+        passes: The passes in order.
+        train: Batches to calibrate on, or None.
+        val: Batches to judge by, or None.
+        evaluate: A function of a module that judges it in place of ``val``.
+        max_batches: Validation batches a trial looks at.
+        preference: Cost of a policy relative to the original, at most about 1; ``weight`` times it is taken off the
+            score, so that of two policies of equal accuracy the cheaper one wins.
+        weight: See ``preference``.
+        seed: Seed of the random inputs, and of torch's generator while the batches are read.
+        source: The model that ``gm`` was traced from and its example inputs, for trials in other processes.
+
+    Attributes:
+        score_name: What the score is, for reports.
+
+    Raises:
+        DataError: If there are neither data nor floating-point outputs to judge by.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        passes: Sequence[TunablePass],
+        *,
+        train: Loader | None = None,
+        val: Loader | None = None,
+        evaluate: Judge | None = None,
+        max_batches: int = 8,
+        preference: Callable[[Policy], float] | None = None,
+        weight: float = 0.01,
+        seed: int = 0,
+        source: tuple[nn.Module, Any] | None = None,
+    ) -> None:
+        self._gm: fx.GraphModule | None = gm
+        self._source = source
+        self._passes = tuple(passes)
+        self._evaluate = evaluate
+        self._preference = preference
+        self._weight = weight
+        self._scores: dict[Policy, float] = {}
+        self._identity = uuid.uuid4().hex
+        self._rewriting = threading.Lock()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self._train = _first(train, _SETTLING_BATCHES)
+            self._val = _first(val, max_batches) if evaluate is None else None
+        self._probe = _probe_inputs(gm, seed) if val is None and evaluate is None else None
+        self._wanted = self._outputs(gm)
+        if self._probe is not None and not self._wanted:
+            raise DataError(
+                "The model has no floating-point output to compare without data; give val, or "
+                "evaluate=callable(module) -> float."
+            )
+        self.score_name = (
+            "evaluate" if evaluate is not None else "accuracy" if val is not None else "data-free: minus output error"
+        )
+
+    def __call__(self, policy: Policy) -> float:
+        """The score of a policy; higher is better.
+
+        Raises:
+            FxoptError: If the policy cannot be applied or the data do not fit the model.
+        """
+        if policy not in self._scores:
+            self._scores[policy] = self.judge(self._rewritten(policy)) - self._penalty(policy)
+        return self._scores[policy]
+
+    def judge(self, model: nn.Module) -> float:
+        """The score of a model, without any preference for cheap ones.
+
+        Raises:
+            DataError: If ``evaluate`` gives no number, or the data do not fit the model.
+        """
+        if self._evaluate is not None:
+            with torch.no_grad(), eval_mode(model):
+                score: Any = self._evaluate(model)
+            try:
+                return float(score)
+            except (TypeError, ValueError) as failure:
+                raise DataError(f"evaluate gives a {type(score).__name__}; it has to give a number.") from failure
+        if self._val is not None:
+            return accuracy(model, self._val)
+        return 0.0 - self._output_error(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the graph, which cannot be pickled.
+
+        Raises:
+            SearchError: If there is no source to trace the graph from again.
+        """
+        if self._source is None:
+            raise SearchError("This evaluation cannot leave its process; give an executor of threads.")
+        kept = {name: value for name, value in self.__dict__.items() if name != "_rewriting"}
+        return {**kept, "_gm": None, "_scores": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come alive in another process; the graph is traced when it is needed."""
+        self.__dict__.update(state)
+        self._rewriting = threading.Lock()
+
+    def _graph(self) -> fx.GraphModule:
+        if self._gm is None:
+            self._gm = _GRAPHS.get(self._identity) or self._traced()
+            _GRAPHS.clear()
+            _GRAPHS[self._identity] = self._gm
+        return self._gm
+
+    def _traced(self) -> fx.GraphModule:
+        if self._source is None:
+            raise SearchError("This evaluation has neither graph nor model; make it anew.")
+        model, inputs = self._source
+        graph: fx.GraphModule = Canonicalize()(trace(model.eval(), inputs)).graph_module
+        return graph
+
+    def _penalty(self, policy: Policy) -> float:
+        return self._weight * self._preference(policy) if self._preference is not None else 0.0
+
+    def _rewritten(self, policy: Policy) -> fx.GraphModule:
+        def settle(model: fx.GraphModule) -> None:
+            if self._train is not None:
+                recalibrate_batch_norm(model, self._train)
+
+        between = settle if any(kind == "channels" for kind, _ in policy) else None
+        # The fake tensors that shapes are propagated with belong to one mode, which threads must not share.
+        with self._rewriting:
+            return apply_policy(self._graph(), self._passes, policy, calibration=self._train, between=between)
+
+    def _outputs(self, model: nn.Module) -> list[torch.Tensor]:
+        if self._probe is None:
+            return []
+        with torch.no_grad(), eval_mode(model):
+            output = model(*self._probe[0], **self._probe[1])
+        leaves = pytree.tree_leaves(output)
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+
+    def _output_error(self, model: nn.Module) -> float:
+        errors = []
+        for mine, wanted in zip(self._outputs(model), self._wanted, strict=True):
+            scale = float(wanted.double().norm())
+            errors.append(float((mine.double() - wanted.double()).norm()) / max(scale, 1e-12))
+        return math.fsum(errors) / len(errors)
+
+
+_GRAPHS: dict[str, fx.GraphModule] = {}
+"""In a worker process: the graph of the evaluator that was used last."""
+
+
+def _first(loader: Iterable[Any] | None, count: int) -> list[Any] | None:
+    return None if loader is None else list(itertools.islice(loader, count))
+
+
+def _quantizes(one: Quantize, policy: Mapping[tuple[str, str], object]) -> bool:
+    return any(kind in one.kinds and choice != FLOAT for (kind, _), choice in policy.items())
+
+
+def _probe_inputs(gm: fx.GraphModule, seed: int) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Random inputs of the graph's own form: standard normal floats, zeros for integers."""
+    generator = torch.Generator().manual_seed(seed)
+    return feed(gm, synthetic_batch(gm, generator), "The synthetic batch")

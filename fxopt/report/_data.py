@@ -1,0 +1,250 @@
+"""The report as data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fxopt._files import write_text
+from fxopt.errors import FxoptError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+__all__ = ["BudgetLine", "LayerLine", "Metrics", "PassLine", "Report", "TargetLine"]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What a model is worth and what it costs, at the target's batch size.
+
+    Attributes:
+        accuracy: The score on the user's data (a fraction for classifiers), or None if there was none.
+        macs: Multiply-accumulates.
+        parameters: Number of parameters.
+        size_bytes: Bytes of the stored weights.
+        latency_s: Predicted latency on the target.
+        energy_j: Predicted energy, or None where the target has no figures.
+        memory_bytes: Peak bytes of live activations.
+        measured_latency_s: Latency in onnxruntime on this machine, or None if not measured.
+    """
+
+    accuracy: float | None
+    macs: float
+    parameters: int
+    size_bytes: float
+    latency_s: float
+    energy_j: float | None
+    memory_bytes: float
+    measured_latency_s: float | None = None
+
+
+@dataclass(frozen=True)
+class BudgetLine:
+    """One budget and what came of it.
+
+    Attributes:
+        metric: "latency", "energy", "size", "macs" or "memory".
+        asked: The budget in words.
+        limit: The limit in the metric's SI unit; so for the next two.
+        before: What the original costs.
+        achieved: What the result costs.
+    """
+
+    metric: str
+    asked: str
+    limit: float
+    before: float
+    achieved: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the result is within the limit (up to the last bits of a float)."""
+        return self.achieved <= self.limit * (1.0 + 1e-9)
+
+
+@dataclass(frozen=True)
+class PassLine:
+    """What one step did.
+
+    Attributes:
+        name: The step, such as "prune-channels" or "fine-tune".
+        detail: What it did, in a few words.
+        accuracy: The score after it, or None.
+        metrics: Costs after it, or None.
+    """
+
+    name: str
+    detail: str
+    accuracy: float | None
+    metrics: Metrics | None
+
+
+@dataclass(frozen=True)
+class LayerLine:
+    """One layer, before and after.
+
+    Attributes:
+        site: Module path, or the node's name.
+        kind: Operator kind, such as "conv".
+        macs_before: Multiply-accumulates of the original layer.
+        macs_after: Those of the result.
+        channels_before: Output channels of the original layer.
+        channels_after: Those of the result.
+        weight_bits: Bits of the result's weights; 32 is floating point.
+        activation_bits: Bits of the result's input activations.
+        latency_before_s: Predicted latency of the original layer.
+        latency_after_s: That of the result.
+    """
+
+    site: str
+    kind: str
+    macs_before: float
+    macs_after: float
+    channels_before: int
+    channels_after: int
+    weight_bits: int
+    activation_bits: int
+    latency_before_s: float
+    latency_after_s: float
+
+
+@dataclass(frozen=True)
+class TargetLine:
+    """The target and how far its figures can be trusted.
+
+    Attributes:
+        name: Short name.
+        title: Device and runtime in words.
+        status: "calibrated", "uncalibrated" or "measured".
+        error: How far predictions are from measurements, or why that is not known.
+        caveats: Why the figures of this very workload deserve less trust.
+    """
+
+    name: str
+    title: str
+    status: str
+    error: str
+    caveats: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a reader wants to know of an optimization.
+
+    Attributes:
+        title: Model and target in words.
+        target: The target.
+        before: Metrics of the original model.
+        after: Metrics of the result.
+        budgets: Budgets asked and achieved.
+        passes: What each step did, in order.
+        layers: Layers with multiply-accumulates, in graph order.
+        frozen: Channel groups that were left alone: (site, reason).
+        barriers: Operators that fxopt does not know.
+        uncosted: Operators without a cost model on the target, which every figure leaves out.
+        engine: Name of the search engine, "none" if nothing was searched.
+        trials: Number of trials.
+        curve: Best score after each trial; None while every trial had failed.
+        score_name: What judged the model: "accuracy", "evaluate" or "data-free: minus output error".
+        notes: What a reader should know first, such as that no data was given.
+        seed: Seed of everything random.
+        versions: Versions of Python and packages.
+        export: What was exported and how it was checked, or None.
+    """
+
+    title: str
+    target: TargetLine
+    before: Metrics
+    after: Metrics
+    budgets: tuple[BudgetLine, ...]
+    passes: tuple[PassLine, ...]
+    layers: tuple[LayerLine, ...]
+    frozen: tuple[tuple[str, str], ...]
+    barriers: tuple[str, ...]
+    uncosted: tuple[str, ...]
+    engine: str
+    trials: int
+    curve: tuple[float | None, ...]
+    score_name: str
+    notes: tuple[str, ...]
+    seed: int
+    versions: Mapping[str, str]
+    export: Mapping[str, Any] | None
+
+    def __str__(self) -> str:
+        """The report as plain text."""
+        from fxopt.report._text import report_text
+
+        return report_text(self)
+
+    def __rich__(self) -> RenderableType:
+        """What a terminal shows of the report."""
+        from fxopt.report._text import view
+
+        return view(self)
+
+    @property
+    def verdict(self) -> str:
+        """What came of it, in one sentence."""
+        from fxopt.report._summary import verdict
+
+        return verdict(self)
+
+    def table(self) -> Table:
+        """Metrics before and after, for ``rich``."""
+        from fxopt.report._text import metrics_table
+
+        return metrics_table(self)
+
+    def layer_table(self) -> Table:
+        """Layers before and after, for ``rich``."""
+        from fxopt.report._text import layer_table
+
+        return layer_table(self)
+
+    def to_json(self) -> str:
+        """The report as JSON; :meth:`from_json` reads it."""
+        from fxopt.report._json import to_json
+
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            FxoptError: If the text is no report, or one of another schema version.
+        """
+        from fxopt.report._json import from_json
+
+        return from_json(text)
+
+    def to_html(self) -> str:
+        """The report as one HTML page that needs nothing else."""
+        from fxopt.report._html import to_html
+
+        return to_html(self)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report, whole or not at all.
+
+        Args:
+            path: A file ending in ``.json`` or ``.html``.
+
+        Returns:
+            The path.
+
+        Raises:
+            FxoptError: If the suffix is another one, or the file cannot be written.
+        """
+        place = Path(path)
+        writers = {".json": self.to_json, ".html": self.to_html}
+        if place.suffix not in writers:
+            raise FxoptError(f"A report is saved as .json or .html, not as {place.name!r}; change the suffix.")
+        write_text(place, writers[place.suffix]())
+        return place

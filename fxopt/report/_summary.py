@@ -1,0 +1,175 @@
+"""Figures in words, for the terminal and the page alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fxopt.decisions import format_quantity
+from fxopt.report._data import BudgetLine, Metrics, Report
+
+__all__ = [
+    "SummaryRow",
+    "budget_words",
+    "change_words",
+    "export_words",
+    "percent",
+    "score_words",
+    "summary",
+    "tiles",
+    "verdict",
+]
+
+_MISSING = "n/a"
+_Pick: TypeAlias = Callable[[Metrics], float | None]
+
+_COSTS: tuple[tuple[str, str, str, _Pick], ...] = (
+    ("MACs", "macs", "counted", lambda metrics: metrics.macs),
+    ("Parameters", "macs", "counted", lambda metrics: float(metrics.parameters)),
+    ("Size of weights", "size", "counted", lambda metrics: metrics.size_bytes),
+    ("Latency", "latency", "predicted", lambda metrics: metrics.latency_s),
+    ("Energy", "energy", "predicted", lambda metrics: metrics.energy_j),
+    ("Peak activations", "memory", "predicted", lambda metrics: metrics.memory_bytes),
+    ("Latency on this machine", "latency", "measured", lambda metrics: metrics.measured_latency_s),
+)
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One metric in words.
+
+    Attributes:
+        label: What it is.
+        source: How it is known: "counted", "predicted", "measured", or what judged the model.
+        before: The original's.
+        after: The result's.
+        change: The difference in words, or "n/a".
+    """
+
+    label: str
+    source: str
+    before: str
+    after: str
+    change: str
+
+
+def summary(report: Report) -> tuple[SummaryRow, ...]:
+    """The metrics that are known, the score first."""
+    rows = []
+    if report.before.accuracy is not None or report.after.accuracy is not None:
+        rows.append(_score_row(report))
+    for label, metric, source, pick in _COSTS:
+        before, after = pick(report.before), pick(report.after)
+        if before is None and after is None:
+            continue
+        how = f"predicted for {report.target.name}" if source == "predicted" else source
+        rows.append(
+            SummaryRow(label, how, _quantity(metric, before), _quantity(metric, after), change_words(before, after))
+        )
+    return tuple(rows)
+
+
+def verdict(report: Report) -> str:
+    """What came of it, in one sentence."""
+    before, after = report.before, report.after
+    parts = [
+        _budget_verdict(report),
+        _score_verdict(report),
+        f"{percent(after.macs, before.macs)} of the MACs",
+        f"{percent(after.size_bytes, before.size_bytes)} of the size",
+        f"{percent(after.latency_s, before.latency_s)} of the latency predicted for {report.target.name}",
+    ]
+    if before.measured_latency_s and after.measured_latency_s is not None:
+        measured = percent(after.measured_latency_s, before.measured_latency_s)
+        parts.append(f"{measured} of the latency measured on this machine")
+    return f"{parts[0]}: {', '.join(parts[1:])}."
+
+
+def tiles(report: Report) -> tuple[tuple[str, str, str], ...]:
+    """The figures to see first: label, the result's value and the original's."""
+    before, after = report.before, report.after
+    pairs = (
+        ("Size of weights", "size", before.size_bytes, after.size_bytes),
+        (f"Latency predicted for {report.target.name}", "latency", before.latency_s, after.latency_s),
+        ("Latency measured on this machine", "latency", before.measured_latency_s, after.measured_latency_s),
+    )
+    score = (_score_label(report), score_words(report, after.accuracy), score_words(report, before.accuracy))
+    return (score, *((label, _quantity(metric, now), _quantity(metric, was)) for label, metric, was, now in pairs))
+
+
+def score_words(report: Report, value: float | None) -> str:
+    """A score as a reader expects it: a percentage where it is an accuracy."""
+    if value is None or math.isnan(value):
+        return _MISSING
+    return f"{value * 100:.2f}%" if report.score_name == "accuracy" else f"{value + 0.0:.4g}"
+
+
+def budget_words(budget: BudgetLine) -> tuple[str, str, str, str, str]:
+    """Asked, limit, before, achieved, and whether it is met."""
+    amounts = (format_quantity(budget.metric, value) for value in (budget.limit, budget.before, budget.achieved))
+    limit, before, achieved = amounts
+    return budget.asked, limit, before, achieved, "met" if budget.met else "over budget"
+
+
+def change_words(before: float | None, after: float | None) -> str:
+    """How much more or less ``after`` is than ``before``."""
+    if before is None or after is None or not before or not math.isfinite(before) or not math.isfinite(after):
+        return _MISSING
+    change = (after / before - 1.0) * 100.0
+    return "unchanged" if change == 0.0 else f"{change:+.1f}%"
+
+
+def percent(after: float, before: float) -> str:
+    """``after`` in percent of ``before``."""
+    return f"{after / before:.0%}" if before and math.isfinite(after / before) else _MISSING
+
+
+def export_words(report: Report) -> tuple[tuple[str, str], ...]:
+    """What was exported and how it was checked: (what, value)."""
+    if report.export is None:
+        return ()
+    return tuple(
+        (key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+        for key, value in report.export.items()
+        if value is not None
+    )
+
+
+def _score_row(report: Report) -> SummaryRow:
+    before, after = report.before.accuracy, report.after.accuracy
+    words = [score_words(report, value) for value in (before, after)]
+    change = _MISSING
+    if before is not None and after is not None and math.isfinite(before) and math.isfinite(after):
+        accuracy = report.score_name == "accuracy"
+        change = f"{(after - before) * 100:+.2f} points" if accuracy else f"{after - before:+.4g}"
+    source = "validation data" if report.score_name == "accuracy" else report.score_name
+    return SummaryRow(_score_label(report), source, words[0], words[1], change)
+
+
+def _score_label(report: Report) -> str:
+    return "Accuracy" if report.score_name == "accuracy" else "Score"
+
+
+def _quantity(metric: str, value: float | None) -> str:
+    return _MISSING if value is None else format_quantity(metric, value)
+
+
+def _budget_verdict(report: Report) -> str:
+    missed = [budget.metric for budget in report.budgets if not budget.met]
+    if missed:
+        return f"Over budget in {' and '.join(missed)}"
+    if not report.budgets:
+        return "No budget was set"
+    return "The budget is met" if len(report.budgets) == 1 else "Every budget is met"
+
+
+def _score_verdict(report: Report) -> str:
+    before, after = report.before.accuracy, report.after.accuracy
+    if report.score_name.startswith("data-free"):
+        return "accuracy unknown for want of data"
+    if before is None or after is None:
+        return "accuracy unknown"
+    name = _score_label(report).lower()
+    return f"{name} {score_words(report, after)} after {score_words(report, before)}"

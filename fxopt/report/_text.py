@@ -1,0 +1,96 @@
+"""Reports for terminals and plain text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fxopt.decisions import format_quantity
+from fxopt.report._data import Report
+from fxopt.report._summary import budget_words, change_words, export_words, score_words, summary
+
+__all__ = ["layer_table", "metrics_table", "report_text", "view"]
+
+_WIDTH = 110
+_MOST_LINES = 8
+
+
+def report_text(report: Report) -> str:
+    """The report as plain text."""
+    out = io.StringIO()
+    Console(file=out, width=_WIDTH, color_system=None, force_terminal=False).print(view(report))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def view(report: Report) -> RenderableType:
+    """What a terminal shows of a report."""
+    return Group(*_parts(report))
+
+
+def metrics_table(report: Report) -> Table:
+    """Metrics before and after."""
+    rows = [(row.label, row.source, row.before, row.after, row.change) for row in summary(report)]
+    return _table(report.title, ("Metric", "How known", ">Before", ">After", ">Change"), rows)
+
+
+def layer_table(report: Report) -> Table:
+    """Layers before and after."""
+    rows = [
+        (
+            layer.site,
+            layer.kind,
+            f"{layer.channels_before} > {layer.channels_after}",
+            f"{layer.weight_bits}/{layer.activation_bits}",
+            format_quantity("macs", layer.macs_before),
+            format_quantity("macs", layer.macs_after),
+            format_quantity("latency", layer.latency_before_s),
+            format_quantity("latency", layer.latency_after_s),
+            change_words(layer.latency_before_s, layer.latency_after_s),
+        )
+        for layer in report.layers
+    ]
+    columns = ("Layer", "Kind", ">Channels", ">Bits w/a", ">MACs", ">after", ">Latency", ">after", ">Change")
+    return _table(f"Layers, latency predicted for {report.target.name}", columns, rows)
+
+
+def _parts(report: Report) -> Iterator[RenderableType]:
+    yield Text(report.verdict, style="bold")
+    for note in report.notes:
+        yield Text(f"Note: {note}", style="yellow")
+    yield metrics_table(report)
+    if report.budgets:
+        columns = ("Budget", ">Limit", ">Before", ">Achieved", "")
+        yield _table(None, columns, [budget_words(budget) for budget in report.budgets])
+    if report.passes:
+        steps = [(step.name, step.detail, score_words(report, step.accuracy)) for step in report.passes]
+        yield _table(None, ("Step", "What", f">{report.score_name.capitalize()} after it"), steps)
+    if report.export is not None:
+        yield _table(None, ("Exported", ""), export_words(report))
+    yield Text(f"{report.target.title}: {report.target.status}. {report.target.error}")
+    yield from _lines("Caveat", report.target.caveats)
+    yield from _lines("Without a cost model, in no figure above", report.uncosted)
+    yield from _lines("Unknown operator, left alone", report.barriers)
+    yield from _lines("Channels left alone", [f"{site} ({reason})" for site, reason in report.frozen])
+    yield Text(f"Search: {report.engine}, {report.trials} trials, seed {report.seed}.")
+
+
+def _lines(label: str, items: Sequence[str]) -> Iterator[Text]:
+    for item in items[:_MOST_LINES]:
+        yield Text(f"{label}: {item}")
+    if len(items) > _MOST_LINES:
+        yield Text(f"{label}: and {len(items) - _MOST_LINES} more; the saved report has them all")
+
+
+def _table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table; a column whose name begins with > is aligned to the right. Cells are taken literally."""
+    table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column.removeprefix(">")), justify="right" if column.startswith(">") else "left")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

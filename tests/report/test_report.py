@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.table import Table
+
+from fxopt.errors import FxoptError
+from fxopt.report import BudgetLine, Report
+from tests.report.samples import layer, metrics, report
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+NASTY = '<script>alert("x")</script>&\'[bold]'
+
+
+class Page(HTMLParser):
+    """What a browser would see: balanced tags, attributes, text by tag."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[tuple[str, str]] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.text.append((self.open[-1] if self.open else "", data.strip()))
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+    def seen(self, text: str) -> bool:
+        return any(text in data for _, data in self.text)
+
+
+def table_text(table: Table) -> str:
+    return " ".join(str(cell) for column in table.columns for cell in column.cells)
+
+
+floats = st.floats(allow_nan=False)
+scores = st.none() | floats
+
+
+@given(title=st.text(), accuracy=scores, macs=floats, curve=st.lists(scores, max_size=4).map(tuple), seed=st.integers())
+def test_json_round_trip(title: str, accuracy: float | None, macs: float, curve: tuple[float, ...], seed: int) -> None:
+    made = report(title=title, before=metrics(accuracy=accuracy, macs=macs), curve=curve, seed=seed)
+    assert Report.from_json(made.to_json()) == made
+
+
+def test_json_is_strict_even_of_what_is_not_a_number() -> None:
+    made = report(after=metrics(latency_s=math.nan))
+    data = json.loads(made.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert data["schema"] == 1
+    assert math.isnan(Report.from_json(made.to_json()).after.latency_s)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no report"),
+        ("[]", "schema None"),
+        ('{"schema": 99}', "schema 99"),
+        ('{"schema": 1, "title": "x"}', "damaged"),
+        (report().to_json().replace('"macs": 4000000.0', '"macs": "many"'), "damaged"),
+    ],
+)
+def test_what_is_no_report_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(FxoptError, match=reason):
+        Report.from_json(text)
+
+
+@pytest.mark.parametrize(("achieved", "met"), [(2.4e-3, True), (2.4e-3 * (1 + 1e-12), True), (2.41e-3, False)])
+def test_a_budget_is_met_up_to_rounding(achieved: float, met: bool) -> None:
+    budget = BudgetLine("latency", "latency <= 2.4 ms", 2.4e-3, 4e-3, achieved)
+    made = report(budgets=(budget,))
+    assert budget.met is met
+    assert ("Over budget in latency" in made.verdict) is not met
+    assert ("over budget" in made.to_html()) is not met
+
+
+def test_the_verdict_says_what_came_of_it() -> None:
+    assert report().verdict == (
+        "The budget is met: accuracy 97.50% after 98.00%, 50% of the MACs, 25% of the size, "
+        "50% of the latency predicted for pixel1, 100% of the latency measured on this machine."
+    )
+    assert "No budget was set" in report(budgets=()).verdict
+    assert report(budgets=report().budgets * 2).verdict.startswith("Every budget is met: ")
+    assert "measured" not in report(before=metrics(measured_latency_s=None)).verdict
+
+
+def test_without_data_no_accuracy_is_claimed() -> None:
+    made = report(score_name="data-free: minus output error", before=metrics(accuracy=-0.0), budgets=())
+    assert "accuracy unknown" in made.verdict
+    assert "Accuracy" not in table_text(made.table())
+    assert "-0.5" in str(report(score_name="evaluate", after=metrics(accuracy=-0.5)))
+
+
+def test_predicted_and_measured_are_told_apart() -> None:
+    columns = [[str(cell) for cell in column.cells] for column in report().table().columns]
+    known = dict(zip(columns[0], columns[1], strict=True))
+    assert known["Latency"] == "predicted for pixel1"
+    assert known["Latency on this machine"] == "measured"
+
+
+def test_the_text_has_everything_a_reader_needs() -> None:
+    made = report()
+    text = str(made)
+    wanted = [
+        "98.00%",
+        "97.50%",
+        "calibrated",
+        "Mean error 2.1%",
+        "At 8 bits.",
+        "No training data",
+        "roll",
+        "custom_op",
+    ]
+    assert [one for one in [*wanted, "blocks.0", "evolution", "seed 3"] if one not in text] == []
+    assert "\x1b" not in text
+
+
+def test_markup_in_names_is_taken_literally() -> None:
+    made = report(title="[red]net[/red]", layers=(layer("head[0]/[/x]"),))
+    assert "head[0]/[/x]" in table_text(made.layer_table())
+    assert "[red]net[/red]" in str(made)
+
+
+def test_the_page_is_balanced_and_fetches_nothing() -> None:
+    text = report().to_html()
+    page = Page(text)
+    assert page.open == []
+    assert page.count("link") == page.count("img") == page.count("iframe") == 0
+    assert not [attrs for _, attrs in page.tags if "src" in attrs or "href" in attrs]
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert page.count("svg") == 2
+
+
+def test_the_first_screen_has_the_verdict_the_target_and_the_figures() -> None:
+    made = report()
+    first = Page(made.to_html().partition("<h2")[0])
+    for wanted in (
+        made.verdict,
+        "97.50%",
+        "before: 98.00%",
+        "50 KB",
+        "calibrated",
+        "Mean error 2.1%",
+        "measured on this",
+    ):
+        assert first.seen(wanted), wanted
+
+
+def test_the_page_is_accessible() -> None:
+    page = Page(report().to_html())
+    assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.tags if tag == "th")
+    assert page.count("caption") == page.count("table") > 3
+    assert all(attrs.get("role") == "img" and "aria-labelledby" in attrs for tag, attrs in page.tags if tag == "svg")
+    identifiers = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
+    assert len(identifiers) == len(set(identifiers))
+    named = [attrs["aria-labelledby"] for _, attrs in page.tags if "aria-labelledby" in attrs]
+    assert set(named) <= set(identifiers)
+
+
+def test_every_text_of_the_user_is_escaped() -> None:
+    target = dataclasses.replace(report().target, title=NASTY, error=NASTY, caveats=(NASTY,))
+    made = report(
+        title=NASTY,
+        target=target,
+        layers=(layer(NASTY),),
+        frozen=((NASTY, NASTY),),
+        barriers=(NASTY,),
+        notes=(NASTY,),
+        export={NASTY: NASTY},
+        versions={NASTY: NASTY},
+    )
+    page = Page(made.to_html())
+    assert page.open == []
+    assert page.count("script") == Page(report().to_html()).count("script") == 1
+    assert page.seen(NASTY)
+
+
+def test_a_large_model_still_gives_a_small_page() -> None:
+    site = "encoder.layers.{}.attention.self.query.projection.with.a.long.name"
+    made = report(
+        layers=tuple(layer(site.format(index)) for index in range(1500)),
+        frozen=tuple((site.format(index), "reaches an operator that is not known") for index in range(1500)),
+        barriers=tuple(map(site.format, range(1500))),
+        curve=tuple(index / 2000 for index in range(2000)),
+    )
+    text = made.to_html()
+    assert len(text.encode()) < 500_000
+    assert "1000 more layers are in the JSON report" in text
+
+
+@pytest.mark.parametrize("curve", [(), (None,), (0.5,), (None, None)])
+def test_nothing_to_draw_draws_nothing(curve: tuple[float | None, ...]) -> None:
+    page = Page(report(curve=curve, layers=(layer(latency_before_s=0.0, latency_after_s=0.0),)).to_html())
+    assert page.count("svg") == 0
+
+
+def test_bars_are_as_long_as_the_latency() -> None:
+    slow, fast = layer("slow", latency_before_s=4e-3, latency_after_s=1e-3), layer("fast", latency_before_s=2e-3)
+    page = Page(report(layers=(slow, fast)).to_html())
+    widths = [float(attrs["width"] or 0) for tag, attrs in page.tags if tag == "rect"]
+    assert widths[0] == 2 * widths[2] == 4 * widths[1]
+
+
+def test_the_curve_rises_with_the_score() -> None:
+    page = Page(report(curve=(None, 0.2, 0.2, 0.6)).to_html())
+    (line,) = [attrs["points"] or "" for tag, attrs in page.tags if tag == "polyline"]
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    assert heights == sorted(heights, reverse=True)
+    assert heights[0] > heights[-1]
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.html"])
+def test_save_writes_by_suffix(name: str, tmp_path: Path) -> None:
+    path = report().save(tmp_path / "deep" / name)
+    text = path.read_text(encoding="utf-8")
+    assert text in (report().to_json(), report().to_html())
+    assert [entry.name for entry in path.parent.iterdir()] == [name]
+
+
+def test_another_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FxoptError, match=r"\.json or \.html"):
+        report().save(tmp_path / "report.pdf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FxoptError, match="Cannot write"):
+        report().save(tmp_path / "file" / "report.json")

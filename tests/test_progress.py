@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from fxopt.errors import FxoptError
+from fxopt.progress import Progress, RichProgress, Silent, reporter
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def use(bars: Progress) -> None:
+    bars.start("search", 3)
+    bars.advance("search", 2, "best [0.5]")
+    bars.finish("search")
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_nothing_is_shown_unless_asked_for(asked: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
+    use(reporter(asked))
+    assert isinstance(reporter(asked), Silent)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_reporter_of_ones_own_is_used_as_it_is() -> None:
+    mine = Silent()
+    assert reporter(mine) is mine
+
+
+def test_something_else_is_refused() -> None:
+    with pytest.raises(FxoptError, match="start, advance and finish"):
+        reporter("yes")  # type: ignore[arg-type]
+
+
+def test_bars_are_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    use(reporter(True))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bars_show_task_steps_and_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("COLUMNS", "120")
+    use(reporter(True))
+    shown = screen.getvalue()
+    assert "search" in shown
+    assert "2/3" in shown
+    assert "best [0.5]" in shown
+    assert capsys.readouterr().out == ""
+
+
+def test_the_terminal_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    bars = RichProgress()
+    bars.start("search", 3)
+    bars.start("search", 3)
+    bars.start("other", 1)
+    bars.close()
+    written = screen.getvalue()
+    bars.advance("search", 1)
+    bars.advance("never started", 1)
+    bars.finish("never started")
+    assert screen.getvalue() == written
+    assert written.endswith("\x1b[?25h")
