@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 
-from fxopt import _storage, passes as pass_registry, targets
+from fxopt import _storage, targets
+from fxopt import passes as pass_registry
 from fxopt._reporting import build_report, metrics_of
 from fxopt.data import Loader, first_batch
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
@@ -58,7 +59,11 @@ class OptimizationResult:
     original_state: Mapping[str, tuple[int, ...]] = field(repr=False)
 
     def export(
-        self, path: str | os.PathLike[str], *, format: Literal["qdq", "float"] = "qdq", check: bool = True  # noqa: A002
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: Literal["qdq", "float"] = "qdq",  # noqa: A002
+        check: bool = True,
     ) -> ExportReport:
         """Write the model to an ONNX file that was proved in onnxruntime; see :func:`fxopt.export_onnx`."""
         return export_onnx(self.model, path, self.example_inputs, format=format, check=check)
@@ -248,9 +253,7 @@ class _Job:
         self.space = SearchSpace(decisions)
         self._prepare()
         self.original = target.estimate(self.workload.bind())
-        self.limits = np.array(
-            [budget.absolute(float(self.original.metric(budget.metric)[0])) for budget in budgets]
-        )
+        self.limits = np.array([budget.absolute(float(self.original.metric(budget.metric)[0])) for budget in budgets])
         self.constraint = self._constraint()
 
     def _prepare(self) -> None:
@@ -271,7 +274,8 @@ class _Job:
         if not self.budgets:
             return None
         if not len(self.space):
-            return self._check_nothing_to_decide()
+            self._check_nothing_to_decide()
+            return None
         return Constraint(self.space, self.costs, self.limits, [budget.metric for budget in self.budgets])
 
     def _check_nothing_to_decide(self) -> None:
@@ -400,8 +404,6 @@ def _check_data(train: Loader | None, val: Loader | None, evaluate: object) -> N
 
 
 def _check_weights(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        return
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{name!r} holds NaN or infinity; load weights that are finite.")

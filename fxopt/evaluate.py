@@ -150,8 +150,8 @@ class Evaluator:
     far its outputs on random inputs are from those of the original: minus the relative error.
 
     The batches that trials use are read once, at the start, and kept: every policy is judged on the same data. Trials
-    may run on threads, which rewrite the graph one at a time. They may run in other processes if ``source`` is given and everything else can be pickled; each
-    process then traces the model once.
+    may run on threads, which rewrite the graph one at a time. They may run in other processes if ``source`` is given
+    and everything else can be pickled; each process then traces the model once.
 
     Args:
         gm: The original graph. It is not changed.

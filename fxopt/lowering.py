@@ -153,10 +153,10 @@ class ParametricWorkload:
             for follower in value.read_by_values:
                 np.maximum(demand[:, index], demand[:, follower], out=demand[:, index])
         demand[demand == 0] = FLOAT_BITS
-        for index, layer in enumerate(self._layer_of_row):
-            if layer is not None:
-                rows["weight_bits"][:, index] = bits[:, layer, 0]
-                rows["activation_bits"][:, index] = bits[:, layer, 1]
+        for index, own in enumerate(self._layer_of_row):
+            if own is not None:
+                rows["weight_bits"][:, index] = bits[:, own, 0]
+                rows["activation_bits"][:, index] = bits[:, own, 1]
             elif self._inputs_of_row[index]:
                 read = demand[:, list(self._inputs_of_row[index])]
                 rows["activation_bits"][:, index] = read.max(axis=1)
@@ -169,5 +169,3 @@ def _settle_groups(rows: npt.NDArray[np.void]) -> None:
     """A depthwise convolution cut to one channel is a plain one."""
     single = (rows["kind"] == OpKind.DEPTHWISE) & (rows["groups"] == 1)
     rows["kind"][single] = OpKind.CONV
-
-

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import fxopt
 from fxopt import demo
@@ -24,11 +25,22 @@ def small_digits(seed: int) -> tuple[TensorLoader, TensorLoader]:
     )
 
 
+def small_net(seed: int = 0, width: int = 16) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = nn.Sequential(
+            *(nn.Conv2d(1, width, 3, 2, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(width, 10)),
+        )
+    return layers.eval()
+
+
 @pytest.fixture
 def smaller(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same way on fewer images of a smaller size."""
+    """The same way with fewer images of a smaller size, and a smaller network."""
     monkeypatch.setattr(demo, "digits", small_digits)
-    monkeypatch.setattr(demo, "_WIDTH", 8)
+    monkeypatch.setattr(demo, "small_mobilenet_v2", small_net)
     monkeypatch.setattr(demo, "_QUICK", demo._Effort(epochs=1, trials=2, fine_tuning_epochs=1))
 
 
@@ -47,7 +59,7 @@ def test_the_demonstration_goes_all_the_way(tmp_path: Path) -> None:
     assert {"model.onnx", "report.html", "report.json", "policy.json", "model.safetensors"} <= files
     assert Report.from_json((outcome.folder / "report.json").read_text()) == report
     assert outcome.onnx_accuracy == pytest.approx(report.after.accuracy, abs=0.05)
-    again = fxopt.load(outcome.folder, small_mobilenet_v2(width=8))
+    again = fxopt.load(outcome.folder, small_net(width=demo._WIDTH))
     images = small_digits(0)[1].inputs
     with torch.no_grad():
         assert torch.equal(again(images), outcome.result.model(images))

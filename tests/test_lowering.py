@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -25,7 +21,6 @@ from fxopt.targets.rows import bias_elements, macs, weights
 from tests.strategies import cnns, networks, traced
 
 CAPABILITIES = Capabilities({"*": ((8, 8), (32, 32))}, channel_tile=2)
-SHARED = Path(os.environ.get("FXOPT_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def assert_same_rows(one, other):
@@ -36,7 +31,7 @@ def assert_same_rows(one, other):
 
 @given(network=networks(), seed=st.integers(0, 2**16))
 def test_bound_channels_equal_the_lowered_pruned_graph(network, seed):
-    gm = traced(network)
+    gm = traced(network)[0]
     space = PruneChannels().search_space(gm, CAPABILITIES)
     policy = space.sample(np.random.default_rng(seed))
     pruned = PruneChannels(policy)(gm).graph_module
@@ -47,7 +42,7 @@ def test_bound_channels_equal_the_lowered_pruned_graph(network, seed):
 def test_bound_bits_equal_the_lowered_quantized_graph(network, seed):
     if network.activation == "silu":
         return  # Quantize writes SiLU as sigmoid and product, which are two rows.
-    gm = FoldBatchNorm()(traced(network).eval()).graph_module
+    gm = FoldBatchNorm()(traced(network)[0].eval()).graph_module
     if any(isinstance(module, nn.BatchNorm2d) for module in gm.modules()):
         return  # A norm that cannot be folded is refused by Quantize.
     space = Quantize().search_space(gm, CAPABILITIES)
@@ -86,7 +81,7 @@ def channels_of(policy):
 
 @given(network=networks(), seed=st.integers(0, 2**16))
 def test_many_policies_are_bound_as_one_by_one(network, seed):
-    gm = traced(network)
+    gm = traced(network)[0]
     space = PruneChannels().search_space(gm, CAPABILITIES)
     rng = np.random.default_rng(seed)
     policies = [space.sample(rng) for _ in range(3)]
@@ -98,7 +93,7 @@ def test_many_policies_are_bound_as_one_by_one(network, seed):
 
 @given(network=cnns())
 def test_cost_never_falls_as_channels_grow(network):
-    gm = traced(network)
+    gm = traced(network)[0]
     space = PruneChannels().search_space(gm, CAPABILITIES)
     workload = lower(gm)
     for target in (load("pixel1"), load("v100")):
@@ -178,30 +173,3 @@ def test_the_batch_multiplies_macs():
     gm = trace(small_mobilenet_v2(), torch.randn(2, 1, 16, 16))
     one, eight = (macs(lower(gm, batch=batch).bind().rows).sum() for batch in (1, 8))
     assert eight == 8 * one
-
-
-@pytest.mark.skipif(not (SHARED / "layer_tables.json").exists(), reason="the published layer tables are not here")
-@pytest.mark.parametrize(
-    ("table", "name"),
-    [
-        ("mobilenet_v1", "mobilenet_w1"),
-        ("mobilenet_v2", "mobilenetv2_w1"),
-        ("resnet18", "resnet18"),
-        ("squeezenet", "squeezenet_v1_0"),
-    ],
-)
-def test_macs_and_weights_agree_with_published_layer_tables(table, name):
-    provider = pytest.importorskip("pytorchcv.model_provider")
-    layers = json.loads((SHARED / "layer_tables.json").read_text())[table]
-    rows = lower(trace(provider.get_model(name).eval(), torch.randn(2, 3, 224, 224))).bind().rows
-    expected_macs = sum(_layer_weights(layer) * layer.get("P", 1) * layer.get("Q", 1) for layer in layers)
-    expected_weights = sum(_layer_weights(layer) for layer in layers)
-    layer_rows = rows[np.isin(rows["kind"], [OpKind.CONV, OpKind.DEPTHWISE, OpKind.LINEAR])]
-    assert macs(rows).sum() == expected_macs
-    assert weights(layer_rows).sum() == expected_weights
-
-
-def _layer_weights(layer):
-    if layer["op"] == "conv":
-        return layer["C"] * layer["K"] * layer["R"] * layer["S"] // layer["groups"]
-    return layer["C"] * layer["K"] if layer["op"] == "fc" else 0

@@ -121,7 +121,9 @@ class Builder:
         return alive
 
     def _read(self, node: fx.Node) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(self._value_of[source] for source in node.all_input_nodes if source in self._value_of))
+        return tuple(
+            dict.fromkeys(self._value_of[source] for source in node.all_input_nodes if source in self._value_of)
+        )
 
     def _pass_through(self, node: fx.Node) -> None:
         """A view or a no-op: its value is its first input's."""
@@ -289,7 +291,7 @@ class Builder:
 
     def _embedding(self, node: fx.Node) -> list[tuple[str, OpKind, dict[str, Size]]]:
         module: Any = self._module(node)
-        entries = module.num_embeddings if module is not None else int(self.found[node.args[0]].shape[0])
+        entries = module.num_embeddings if module is not None else int(self.found[node.all_input_nodes[0]].shape[0])
         indices = node.all_input_nodes[0] if module is not None else node.all_input_nodes[-1]
         read, made = self._dims(indices), self._dims(node)
         length = _product(read[1:])

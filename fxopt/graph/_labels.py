@@ -321,7 +321,7 @@ def _permute(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
         return _barrier(flow, gm, node, reason)
     order = list(range(len(_size(source))))
     if len(node.args) == 2 and isinstance(node.args[1], (list, tuple)):
-        order = [int(dim) for dim in node.args[1]]  # type: ignore[arg-type]
+        order = [int(dim) for dim in node.args[1]]
     else:
         one, other = (0, 1) if len(node.args) == 1 else (int(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
         order[one], order[other] = order[other], order[one]
@@ -383,12 +383,12 @@ def _getitem(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
 
 def _slice(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     source = _first(node)
-    arguments = [*node.args[1:], *([0, None, None, 1][len(node.args) - 1 :])]
+    arguments: list[Any] = [*node.args[1:], *([0, None, None, 1][len(node.args) - 1 :])]
     if source is None or any(isinstance(value, fx.Node) for value in arguments):
         return _slice_unknown(flow, node, source, reason)
     dim, start, end, step = arguments
     labels = list(flow.labels[source])
-    dim = int(dim) % len(labels)  # type: ignore[call-overload]
+    dim = int(dim) % len(labels)
     atoms = labels[dim]
     if atoms is None:
         return labels
@@ -446,7 +446,7 @@ def _reduce(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     dims = node.args[1] if len(node.args) > 1 else None
     if source is None or not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
         return _barrier(flow, gm, node, reason)
-    gone = {int(dim) % rank for dim in dims} or set(range(rank))  # type: ignore[arg-type]
+    gone = {int(dim) % rank for dim in dims} or set(range(rank))
     kept = len(_size(node)) == rank
     result: Labels = []
     for dim, atoms in enumerate(flow.labels[source]):

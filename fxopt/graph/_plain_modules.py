@@ -46,9 +46,7 @@ class Parametric:
         return all(_same(getattr(module, attribute), arguments[name]) for attribute, name in self.config)
 
 
-def plain_module(
-    spec: Parametric, arguments: Arguments, held: Held, existing: nn.Module | None
-) -> nn.Module | None:
+def plain_module(spec: Parametric, arguments: Arguments, held: Held, existing: nn.Module | None) -> nn.Module | None:
     """A torch module that makes the call with exactly the held tensors, or None.
 
     Args:
@@ -179,7 +177,7 @@ def _build_embedding(arguments: Arguments, held: Held) -> nn.Module | None:
     if weight is None or arguments["sparse"] or arguments["scale_grad_by_freq"]:
         return None
     padding = arguments["padding_idx"]
-    return nn.Embedding(*weight.shape, padding_idx=None if padding < 0 else padding, device="meta")
+    return nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=None if padding < 0 else padding, device="meta")
 
 
 def _build_prelu(arguments: Arguments, held: Held) -> nn.Module | None:

@@ -55,14 +55,12 @@ def raise_modules(gm: fx.GraphModule, model: nn.Module) -> None:
 
 
 def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    named = list(model.named_parameters(remove_duplicate=False))
+    named: list[tuple[str, torch.Tensor]] = list(model.named_parameters(remove_duplicate=False))
     named += list(model.named_buffers(remove_duplicate=False))
     return named
 
 
-def _match_call(
-    node: fx.Node, gm: fx.GraphModule, model: nn.Module, tensors: Mapping[int, str]
-) -> _Call | None:
+def _match_call(node: fx.Node, gm: fx.GraphModule, model: nn.Module, tensors: Mapping[int, str]) -> _Call | None:
     target = functional_form(node.target) or node.target
     if target in STATELESS:
         return _match_stateless(node, model, STATELESS[target])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -182,6 +183,7 @@ def _set_example_values(gm: fx.GraphModule, inputs: ExampleInputs) -> None:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             continue
-        size = [inputs.batch if isinstance(extent, torch.SymInt) else extent for extent in value.shape]
+        extents: list[Any] = list(value.shape)
+        size = [inputs.batch if isinstance(extent, torch.SymInt) else extent for extent in extents]
         with mode:
             node.meta["val"] = torch.empty(size, dtype=value.dtype, device=value.device)

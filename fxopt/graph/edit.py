@@ -64,9 +64,7 @@ def replace_tensor(gm: fx.GraphModule, path: str, tensor: torch.Tensor) -> None:
         setattr(owner, name, tensor)
 
 
-def insert_module(
-    gm: fx.GraphModule, path: str, module: nn.Module, after: fx.Node, args: Sequence[Any]
-) -> fx.Node:
+def insert_module(gm: fx.GraphModule, path: str, module: nn.Module, after: fx.Node, args: Sequence[Any]) -> fx.Node:
     """Add ``module`` at the free ``path`` and call it with ``args`` right after the node ``after``.
 
     Raises:
@@ -81,9 +79,7 @@ def insert_module(
     return node
 
 
-def insert_function(
-    gm: fx.GraphModule, target: Callable[..., Any], after: fx.Node, args: Sequence[Any]
-) -> fx.Node:
+def insert_function(gm: fx.GraphModule, target: Callable[..., Any], after: fx.Node, args: Sequence[Any]) -> fx.Node:
     """Call the ATen operator ``target`` with ``args`` right after the node ``after``."""
     with gm.graph.inserting_after(_last_input(gm, after)):
         return gm.graph.call_function(target, tuple(args))

@@ -124,15 +124,26 @@ def _fill_modules() -> None:
     ):
         register_module(cls, OpSemantics(cls.__name__, kind, flow))
     register_module(nn.PReLU, OpSemantics("PReLU", "elementwise", "norm_channels", activation=True, fuses=True))
-    for cls in (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU, nn.Mish, nn.GELU):
-        register_module(cls, OpSemantics(cls.__name__, "elementwise", "unary", activation=True, fuses=True))
-    for cls in (nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus):
-        register_module(cls, OpSemantics(cls.__name__, "elementwise", "unary", activation=True, fuses=True))
+    for activation in (
+        nn.ReLU,
+        nn.ReLU6,
+        nn.Hardtanh,
+        nn.LeakyReLU,
+        nn.ELU,
+        nn.CELU,
+        nn.SELU,
+        nn.SiLU,
+        nn.Mish,
+        nn.GELU,
+    ):
+        register_module(
+            activation, OpSemantics(activation.__name__, "elementwise", "unary", activation=True, fuses=True)
+        )
+    for gate in (nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus):
+        register_module(gate, OpSemantics(gate.__name__, "elementwise", "unary", activation=True, fuses=True))
 
 
-_ACTIVATIONS = (
-    "relu relu6 hardtanh leaky_relu elu celu selu silu mish gelu hardswish hardsigmoid sigmoid tanh softplus"
-)
+_ACTIVATIONS = "relu relu6 hardtanh leaky_relu elu celu selu silu mish gelu hardswish hardsigmoid sigmoid tanh softplus"
 _UNARY = "neg abs exp log sqrt rsqrt reciprocal erf sign floor ceil round sin cos clamp clamp_min clamp_max square"
 _UNARY_FREE = "contiguous clone to alias detach detach_ lift_fresh_copy dropout feature_dropout type_as _to_copy"
 _BINARY = "add sub mul div rsub maximum minimum pow remainder fmod floor_divide atan2 where masked_fill"
