@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,6 +29,7 @@ def assert_same_rows(one, other):
         np.testing.assert_array_equal(one.rows[name], other.rows[name], err_msg=name)
 
 
+@settings(max_examples=6)
 @given(network=networks(), seed=st.integers(0, 2**16))
 def test_bound_channels_equal_the_lowered_pruned_graph(network, seed):
     gm = traced(network)[0]
@@ -38,6 +39,7 @@ def test_bound_channels_equal_the_lowered_pruned_graph(network, seed):
     assert_same_rows(lower(gm).bind(policy), lower(pruned).bind())
 
 
+@settings(max_examples=6)
 @given(network=cnns(), seed=st.integers(0, 2**16))
 def test_bound_bits_equal_the_lowered_quantized_graph(network, seed):
     if network.activation == "silu":
@@ -79,6 +81,7 @@ def channels_of(policy):
     return {key: choice for key, choice in policy.items() if key[0] == "channels"}
 
 
+@settings(max_examples=6)
 @given(network=networks(), seed=st.integers(0, 2**16))
 def test_many_policies_are_bound_as_one_by_one(network, seed):
     gm = traced(network)[0]
@@ -91,6 +94,7 @@ def test_many_policies_are_bound_as_one_by_one(network, seed):
         np.testing.assert_array_equal(together.rows[index], workload.bind(policy).rows[0])
 
 
+@settings(max_examples=6)
 @given(network=cnns())
 def test_cost_never_falls_as_channels_grow(network):
     gm = traced(network)[0]
@@ -104,6 +108,7 @@ def test_cost_never_falls_as_channels_grow(network):
                 assert (np.diff(estimate.metric(metric)) >= -1e-15).all()
 
 
+@settings(max_examples=6)
 @given(network=cnns())
 def test_macs_agree_with_the_flop_counter_and_parameters_with_the_module(network):
     module, example = network.build()
