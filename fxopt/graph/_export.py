@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect
+import io
+import linecache
+import logging
 import re
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +22,42 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import TraceError
 from fxopt.graph._inputs import ExampleInputs
+from fxopt.graph.shapes import eval_mode
 
-__all__ = ["export_program", "unlift"]
+__all__ = ["data_dependent", "export_program", "export_training", "location", "unlift"]
 
-_LIBRARY = tuple(str(Path(module.__file__).parent) for module in (torch,) if module.__file__)
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_UNKNOWN_TYPE = "not a known type"
+_NOISY_LOGGERS = (
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._export.non_strict_utils",
+    "torch.export._trace",
+    "torch._export",
+    "torch.export",
+)
 
+_VALUES = (
+    "the control flow depends on the values of a tensor",
+    "Trace the submodule before it and do the data-dependent part outside, or write it with torch.where.",
+)
 _REMEDIES = (
-    (
-        ("data-dependent", "DataDependent", "Could not guard on"),
-        "the control flow depends on the values of a tensor",
-        "Trace the submodule before it and do the data-dependent part outside, or write it with torch.where.",
-    ),
+    (("data-dependent", "DataDependent", "Could not guard on", "DynamicOutputShape"), *_VALUES),
     (
         ("specialized", "Constraints violated", "ConstraintViolation"),
         "the batch size is fixed by the model's own code",
         "Use tensor operations in place of Python loops or numbers that depend on the batch size.",
+    ),
+    (
+        (_UNKNOWN_TYPE,),
+        "it takes or gives an object of a class that torch does not know",
+        "Give tensors, tuples, dicts or dataclasses, or trace the submodule that computes them.",
+    ),
+    (
+        (".numpy()", "tolist", "tensor subclasses"),
+        "it leaves torch for numpy or plain Python numbers",
+        "Write this part with tensor operations, or do it outside the traced module.",
     ),
 )
 _DEFAULT_REMEDY = (
@@ -41,7 +67,7 @@ _DEFAULT_REMEDY = (
 
 
 def export_program(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedProgram, bool]:
-    """Export a module, its batch dimension dynamic where the model allows it.
+    """Export a module as it is in eval mode, its batch dimension dynamic where the model allows it.
 
     Returns:
         The program, and whether its batch dimension is dynamic.
@@ -49,16 +75,38 @@ def export_program(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedPro
     Raises:
         TraceError: If torch.export refuses the model.
     """
-    try:
-        return _export(model, inputs, dynamic=inputs.batch > 0), inputs.batch > 0
-    except Exception as first:
-        _check_eagerly(model, inputs)
-        if not inputs.batch or _is_value_dependent(first):
+    with eval_mode(model):
+        if not all(leaf.is_floating_point() for leaf in inputs.tensors()):
+            # Fake tensors look neither at indices nor, everywhere, at types.
+            _check_eagerly(model, inputs)
+        try:
+            return _export(model, inputs, dynamic=inputs.batch > 0), inputs.batch > 0
+        except Exception as failure:
+            first = failure
+        outputs = _check_eagerly(model, inputs)
+        known = _UNKNOWN_TYPE in str(first) and _register_dataclasses((inputs.args, inputs.kwargs, outputs))
+        if _is_value_dependent(first):
             raise TraceError(_export_message(model, first)) from first
+        for dynamic in (True, False) if known else (False,):
+            try:
+                return _export(model, inputs, dynamic=dynamic and inputs.batch > 0), dynamic and inputs.batch > 0
+            except Exception as failure:
+                first = failure
+        raise TraceError(_export_message(model, first)) from first
+
+
+def export_training(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> ExportedProgram | None:
+    """The program of train mode, or None if torch.export refuses it."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        return _export(model, inputs, dynamic=False), False
-    except Exception as failure:
-        raise TraceError(_export_message(model, failure)) from failure
+        for module, _ in modes:
+            module.training = True
+        return _export(model, inputs, dynamic=dynamic)
+    except Exception:
+        return None
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def unlift(program: ExportedProgram) -> fx.GraphModule:
@@ -74,75 +122,138 @@ def unlift(program: ExportedProgram) -> fx.GraphModule:
     return gm
 
 
-def _check_eagerly(model: nn.Module, inputs: ExampleInputs) -> None:
-    """Tell a mistake in the inputs as such: run the model once as it is, its buffers restored afterwards."""
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
+def location(model: nn.Module, node: fx.Node) -> str:
+    """File and line of the model's code that made a node."""
+    named = _user_frames(_FRAME.findall(node.stack_trace or ""))
+    return f"{named[-1][0]}:{named[-1][1]}" if named else _forward_location(model)
+
+
+def data_dependent(model: nn.Module, node: fx.Node) -> TraceError:
+    """The error for a node whose shape depends on the values of a tensor."""
+    where = location(model, node)
+    return TraceError(
+        f"Cannot trace {type(model).__name__} at {where}: the shape that {node.target} gives depends on the values of "
+        f"a tensor.{_code(where)} Trace the submodule before it and do the data-dependent part outside."
+    )
+
+
+def _check_eagerly(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Tell a mistake in the inputs as such: run the model once, its buffers and the random state restored afterwards.
+
+    Returns:
+        The model's outputs.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad():
-            model(*inputs.args, **inputs.kwargs)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return model(*inputs.args, **inputs.kwargs)
     except Exception as failure:
         raise TraceError(_eager_message(model, failure, inputs)) from failure
     finally:
-        for name, value in buffers.items():
-            model.get_buffer(name).copy_(value)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _register_dataclasses(values: Any) -> bool:
+    """Make torch know the dataclasses in some inputs and outputs, as torch.export asks for."""
+    found = False
+    for leaf in pytree.tree_leaves(values):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+            _register_dataclasses([getattr(leaf, each.name) for each in dataclasses.fields(leaf)])
+            found = True
+    return found
 
 
 def _export(model: nn.Module, inputs: ExampleInputs, *, dynamic: bool) -> ExportedProgram:
-    spec = None
+    spec: Any = None
     if dynamic:
-        spec = pytree.tree_map(
-            lambda leaf: {0: Dim.DYNAMIC} if inputs.is_batched(leaf) else None, (inputs.args, inputs.kwargs)
-        )
-        spec = _merge_spec(model, spec[0], spec[1])
-    with warnings.catch_warnings(), torch.enable_grad():
-        warnings.simplefilter("ignore")
-        return torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=spec, strict=False)
+        sizes = lambda leaf: {0: Dim.DYNAMIC} if inputs.is_batched(leaf) else None  # noqa: E731
+        args, kwargs = pytree.tree_map(sizes, (inputs.args, inputs.kwargs))
+        spec = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    # torch.export leaves marks on tensors whose sizes were to be dynamic; the next attempt would read them.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _alias, (inputs.args, inputs.kwargs))
+    with _quiet(), _no_fast_path(), torch.enable_grad():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=spec, strict=False)
 
 
-def _merge_spec(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    if not kwargs:
-        return args
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.export's graph dumps and warnings to itself: a TraceError says it all."""
+    loggers = [(logger, logger.disabled) for logger in map(logging.getLogger, _NOISY_LOGGERS)]
+    try:
+        for logger, _ in loggers:
+            logger.disabled = True
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, disabled in loggers:
+            logger.disabled = disabled
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Have attention layers compute by plain operators, which a frozen one does not do in eval mode."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _is_value_dependent(failure: Exception) -> bool:
     return any(key in f"{type(failure).__name__} {failure}" for key in _REMEDIES[0][0])
 
 
-def _user_location(failure: BaseException) -> str:
-    """File and line of the innermost frame that is not torch's own."""
-    frames = [
-        (frame.filename, frame.lineno)
-        for frame in traceback.extract_tb(failure.__traceback__)
-        if not _is_library(frame.filename)
-    ]
-    if frames:
-        return f"{frames[-1][0]}:{frames[-1][1]}"
-    named = [(file, line) for file, line in _FRAME.findall(str(failure)) if not _is_library(file)]
-    return f"{named[-1][0]}:{named[-1][1]}" if named else "an unknown line"
+def _user_location(model: nn.Module, failure: BaseException) -> str:
+    """File and line of the innermost frame that is not torch's own; failing that, of the model's forward."""
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(failure.__traceback__)]
+    found = _user_frames(frames) or _user_frames(_FRAME.findall(str(failure)))
+    return f"{found[-1][0]}:{found[-1][1]}" if found else _forward_location(model)
 
 
-def _is_library(filename: str) -> bool:
-    return filename.startswith((*_LIBRARY, "<")) or filename.startswith(str(Path(__file__).parent))
+def _user_frames(frames: Any) -> list[tuple[str, Any]]:
+    return [(file, line) for file, line in frames if not file.startswith((_TORCH, _OURS, "<"))]
+
+
+def _forward_location(model: nn.Module) -> str:
+    """Where the class of the model, or of the first submodule that is not torch's own, has its forward."""
+    for module in model.modules():
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if code is not None and not code.co_filename.startswith((_TORCH, "<")):
+            return f"{code.co_filename}:{code.co_firstlineno}"
+    return f"{type(model).__name__}.forward"
+
+
+def _code(location: str) -> str:
+    """The line of code at a location, to be shown in a message."""
+    file, _, line = location.rpartition(":")
+    text = linecache.getline(file, int(line)).strip() if line.isdigit() else ""
+    return f" The code is `{text}`." if text else ""
 
 
 def _first_line(failure: BaseException) -> str:
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return lines[0] if lines else type(failure).__name__
+    return lines[0].rstrip(".") if lines else type(failure).__name__
 
 
 def _export_message(model: nn.Module, failure: Exception) -> str:
     text = f"{type(failure).__name__} {failure}"
-    reason, remedy = _DEFAULT_REMEDY
+    where = _user_location(model, failure)
+    said = _code(where).replace("{", "{{").replace("}", "}}") + " {}"
     for keys, why, what in _REMEDIES:
         if any(key in text for key in keys):
-            reason, remedy = why, what
-            break
-    return (
-        f"Cannot trace {type(model).__name__} at {_user_location(failure)}: {reason}. {remedy} "
-        f"(torch.export: {_first_line(failure)})"
-    )
+            return f"Cannot trace {type(model).__name__} at {where}: {why}.{said.format(what)}"
+    reason, remedy = _DEFAULT_REMEDY
+    return f"Cannot trace {type(model).__name__} at {where}: {reason} ({_first_line(failure)}).{said.format(remedy)}"
 
 
 def _eager_message(model: nn.Module, failure: Exception, inputs: ExampleInputs) -> str:
@@ -151,6 +262,6 @@ def _eager_message(model: nn.Module, failure: Exception, inputs: ExampleInputs) 
         for leaf in inputs.leaves()
     )
     return (
-        f"{type(model).__name__} fails on its example inputs ({shapes}) at {_user_location(failure)}: "
+        f"{type(model).__name__} fails on its example inputs ({shapes}) at {_user_location(model, failure)}: "
         f"{_first_line(failure)}. Check the shapes and types of example_inputs against the model's forward."
     )

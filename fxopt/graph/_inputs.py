@@ -35,6 +35,10 @@ class ExampleInputs:
         """All leaves of ``(args, kwargs)`` in pytree order."""
         return list(pytree.tree_leaves((self.args, self.kwargs)))
 
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors among the leaves."""
+        return [leaf for leaf in self.leaves() if isinstance(leaf, torch.Tensor)]
+
     def is_batched(self, leaf: object) -> bool:
         """Whether a leaf is a tensor whose dimension 0 is the batch."""
         return _is_batched(leaf, self.batch)
@@ -67,7 +71,7 @@ def as_args(example_inputs: object) -> tuple[Args, Kwargs]:
             return tuple(example_inputs[0]), dict(example_inputs[1])
         return tuple(example_inputs), {}
     raise TraceError(
-        f"example_inputs is a {type(example_inputs).__name__}; "
+        f"example_inputs is of type {type(example_inputs).__name__}; "
         "give a tensor, a tuple of arguments, a dict of keyword arguments, or (args, kwargs)."
     )
 
@@ -84,6 +88,11 @@ def normalize(example_inputs: object) -> ExampleInputs:
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     if not tensors:
         raise TraceError("example_inputs holds no tensor; give one sample of what the model's forward takes.")
+    empty = next((tensor for tensor in tensors if not tensor.numel()), None)
+    if empty is not None:
+        raise TraceError(
+            f"example_inputs holds an empty tensor of shape {tuple(empty.shape)}; give at least one sample."
+        )
     batch = tensors[0].shape[0] if tensors[0].dim() else 0
     inputs = ExampleInputs(args, kwargs, batch)
     return inputs.with_batch(2) if batch == 1 else inputs

@@ -177,7 +177,8 @@ def _build_embedding(arguments: Arguments, held: Held) -> nn.Module | None:
     if weight is None or arguments["sparse"] or arguments["scale_grad_by_freq"]:
         return None
     padding = arguments["padding_idx"]
-    return nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=None if padding < 0 else padding, device="meta")
+    rows, width = weight.shape
+    return nn.Embedding(rows, width, padding_idx=None if padding < 0 else padding, device="meta")
 
 
 def _build_prelu(arguments: Arguments, held: Held) -> nn.Module | None:

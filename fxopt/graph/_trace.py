@@ -9,13 +9,17 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
 from fxopt.errors import TraceError, VerifyError
 from fxopt.graph import _export
 from fxopt.graph._functionalize import functionalize
 from fxopt.graph._inputs import ExampleInputs, normalize
+from fxopt.graph._modes import depends_on_mode, merge_modes
 from fxopt.graph._raise import raise_modules
-from fxopt.graph.edit import finish, free_path
+from fxopt.graph._regions import inline_grad_regions
+from fxopt.graph.edit import finish
 from fxopt.graph.shapes import TRACE_META
 from fxopt.graph.verify import verify
 
@@ -63,7 +67,25 @@ def trace(model: nn.Module | ExportedProgram, example_inputs: object = None) -> 
         raise TraceError("example_inputs is missing; give one sample of what the model's forward takes.")
     inputs = normalize(example_inputs)
     program, dynamic = _export.export_program(model, inputs)
-    return _canonical(_export.unlift(program), model, inputs, dynamic)
+    gm = _raised(_export.unlift(program), model)
+    if depends_on_mode(gm, model):
+        _add_training(gm, model, inputs, dynamic)
+    return _canonical(gm, model, inputs, dynamic)
+
+
+def _add_training(gm: fx.GraphModule, model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> None:
+    """Let the graph, which is that of eval mode, do in train mode what the model does there."""
+    program = _export.export_training(model, inputs, dynamic)
+    if program is None:
+        return
+    different = merge_modes(gm, _raised(_export.unlift(program), model), model)
+    if different is not None:
+        warnings.warn(
+            f"{type(model).__name__} computes something else in train mode ({_export.location(model, different)}); "
+            "the graph does in both modes what the model does in eval mode. Make this part a module of its own and "
+            "trace the rest, or train without it.",
+            stacklevel=3,
+        )
 
 
 def _from_program(program: ExportedProgram, example_inputs: object) -> fx.GraphModule:
@@ -71,6 +93,7 @@ def _from_program(program: ExportedProgram, example_inputs: object) -> fx.GraphM
     if held is None:
         raise TraceError("The ExportedProgram keeps no example inputs; give example_inputs.")
     gm = _export.unlift(program)
+    _raise_programs_dropout(gm)
     inputs = _as_exported(normalize(held), gm)
     dynamic = any(
         isinstance(size, torch.SymInt)
@@ -78,6 +101,7 @@ def _from_program(program: ExportedProgram, example_inputs: object) -> fx.GraphM
         if isinstance(node.meta.get("val"), torch.Tensor)
         for size in node.meta["val"].shape[:1]
     )
+    _raised(gm, gm)
     return _canonical(gm, gm, inputs, dynamic)
 
 
@@ -90,15 +114,31 @@ def _as_exported(inputs: ExampleInputs, gm: fx.GraphModule) -> ExampleInputs:
     return inputs
 
 
-def _canonical(gm: fx.GraphModule, model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> fx.GraphModule:
+def _raised(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
+    """The unlifted program with the user's modules in it, edited in place."""
+    inline_grad_regions(gm)
     for node in list(gm.graph.nodes):
         if node.target in _ASSERTIONS and not node.users:
             gm.graph.erase_node(node)
+        elif _has_loose_shape(node):
+            raise _export.data_dependent(model, node)
     _erase_batch_counters(gm)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         raise_modules(gm, model)
-    _raise_functional_dropout(gm, model)
+    gm.graph.eliminate_dead_code()
+    return gm
+
+
+def _has_loose_shape(node: fx.Node) -> bool:
+    """Whether a result is as large as the values in some tensor say."""
+    return any(
+        isinstance(value, torch.Tensor) and free_unbacked_symbols(value)
+        for value in pytree.tree_leaves(node.meta.get("val"))
+    )
+
+
+def _canonical(gm: fx.GraphModule, model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> fx.GraphModule:
     functionalize(gm)
     _adopt_state(gm, model)
     gm.meta = {TRACE_META: {"batch": inputs.batch, "dynamic_batch": dynamic}}
@@ -113,29 +153,28 @@ def _canonical(gm: fx.GraphModule, model: nn.Module, inputs: ExampleInputs, dyna
 
 def _erase_batch_counters(gm: fx.GraphModule) -> None:
     """Batch norm counts its batches itself once it is a module again."""
-    for node in gm.graph.find_nodes(op="call_function", target=_aten.add_.Tensor):
+    for node in reversed(gm.graph.find_nodes(op="call_function", target=_aten.add_.Tensor)):
         source = node.args[0]
+        while isinstance(source, fx.Node) and source.target is _aten.add_.Tensor:
+            source = source.args[0]
         counts = isinstance(source, fx.Node) and source.op == "get_attr"
         if counts and not node.users and str(source.target).endswith("num_batches_tracked"):
             gm.graph.erase_node(node)
 
 
-def _raise_functional_dropout(gm: fx.GraphModule, model: nn.Module) -> None:
-    """``F.dropout(x, p, self.training)`` becomes an nn.Dropout, so that train() and eval() reach it."""
+def _raise_programs_dropout(gm: fx.GraphModule) -> None:
+    """A program exported in train mode has lost its dropout layers; make them anew where they were."""
     for node in gm.graph.find_nodes(op="call_function", target=_aten.dropout.default):
         source, rate, active = node.args
         stack = node.meta.get("nn_module_stack")
-        path = str(list(stack.values())[-1][0]).split("@")[0] if stack else ""
-        try:
-            owner = model.get_submodule(path)
-        except AttributeError:
+        path, owner = list(stack.values())[-1] if stack else ("", "")
+        path = str(path).split("@")[0]
+        if not path or "torch.nn.modules.dropout.Dropout" not in str(owner) or not isinstance(source, fx.Node):
             continue
-        if not isinstance(source, fx.Node) or bool(active) != owner.training:
-            continue
-        name = free_path(gm, f"{path}.functional_dropout" if path else "functional_dropout")
-        gm.add_submodule(name, nn.Dropout(float(rate)).train(owner.training))
+        if path not in dict(gm.named_modules()):
+            gm.add_submodule(path, nn.Dropout(float(rate)).train(bool(active)))
         with gm.graph.inserting_before(node):
-            raised = gm.graph.call_module(name, (source,))
+            raised = gm.graph.call_module(path, (source,))
         raised.meta = dict(node.meta)
         node.replace_all_uses_with(raised)
         gm.graph.erase_node(node)

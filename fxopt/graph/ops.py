@@ -93,6 +93,25 @@ _ENDS = {
 }
 
 
+_ACTIVATION_MODULES: tuple[type[nn.Module], ...] = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.CELU,
+    nn.SELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Softplus,
+)
+
+
 def _fill_modules() -> None:
     for dimension in ("1d", "2d", "3d"):
         named = {
@@ -124,23 +143,9 @@ def _fill_modules() -> None:
     ):
         register_module(cls, OpSemantics(cls.__name__, kind, flow))
     register_module(nn.PReLU, OpSemantics("PReLU", "elementwise", "norm_channels", activation=True, fuses=True))
-    for activation in (
-        nn.ReLU,
-        nn.ReLU6,
-        nn.Hardtanh,
-        nn.LeakyReLU,
-        nn.ELU,
-        nn.CELU,
-        nn.SELU,
-        nn.SiLU,
-        nn.Mish,
-        nn.GELU,
-    ):
-        register_module(
-            activation, OpSemantics(activation.__name__, "elementwise", "unary", activation=True, fuses=True)
-        )
-    for gate in (nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus):
-        register_module(gate, OpSemantics(gate.__name__, "elementwise", "unary", activation=True, fuses=True))
+    for activation in _ACTIVATION_MODULES:
+        meaning = OpSemantics(activation.__name__, "elementwise", "unary", activation=True, fuses=True)
+        register_module(activation, meaning)
 
 
 _ACTIVATIONS = "relu relu6 hardtanh leaky_relu elu celu selu silu mish gelu hardswish hardsigmoid sigmoid tanh softplus"

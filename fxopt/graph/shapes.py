@@ -44,6 +44,8 @@ def values_at_batch(gm: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
     """Fake values of every node if the example batch were ``batch``; the graph itself is left alone."""
     example = gm.meta.get(TRACE_META, {}).get("batch", 0)
     values = _placeholder_values(gm)
+    if batch == example and all("val" in node.meta for node in gm.graph.nodes):
+        return {node: node.meta["val"] for node in gm.graph.nodes}
     if batch != example and example:
         mode = FakeTensorMode()
         values = {node: _rebatch(value, example, batch, mode) for node, value in values.items()}
@@ -87,6 +89,7 @@ class _ShapeInterpreter(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)
+        self.extra_traceback = False
         self.found: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:

@@ -421,7 +421,7 @@ def assert_refused(gm: fx.GraphModule, error: type[Exception], match: str, **opt
         ([torch.full(IMAGE, float("nan"))], "NaN or infinity"),
         ([torch.full(IMAGE, float("inf"))], "NaN or infinity"),
         ([torch.zeros(IMAGE, dtype=torch.long)], "type torch.int64"),
-        (["text"], "is a str"),
+        (["text"], "is of type str"),
         ([{"y": torch.randn(IMAGE)}], "no value for the input 'x'"),
         ([()], "no value for the input 'x'"),
     ],
