@@ -81,7 +81,7 @@ class _Effort:
     fine_tuning_epochs: int
 
 
-_FULL = _Effort(epochs=10, trials=24, fine_tuning_epochs=8)
+_FULL = _Effort(epochs=10, trials=24, fine_tuning_epochs=12)
 _QUICK = _Effort(epochs=2, trials=4, fine_tuning_epochs=1)
 _WIDTH = 24
 

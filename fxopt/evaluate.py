@@ -76,29 +76,29 @@ def apply_policy(
         gm: A canonical graph.
         passes: The passes in order.
         policy: Decisions for all of them.
-        calibration: Batches that quantizers are calibrated on.
-        between: Called with the rewritten graph before the first Quantize, or at the end if there is none: the
-            place for fine-tuning (of a graph whose tensors are nobody else's), or for batch norm to be estimated
-            anew.
+        calibration: Batches that quantizers are calibrated on and, where the policy decides channels, batch norm is
+            estimated anew from; the first few are read.
+        between: Called with the rewritten graph before the first Quantize, or at the end if there is none, after batch
+            norm was estimated: the place for fine-tuning, of a graph whose tensors are nobody else's.
 
     Returns:
         The new graph.
     """
     gm = fork(gm)
-    pending = between
+    settled = False
     for one in passes:
         if isinstance(one, Quantize):
-            if pending is not None:
-                pending(gm)
-                pending = None
+            if not settled:
+                _settle(gm, policy, calibration, between)
+            settled = True
             if not _quantizes(one, policy):
                 continue
             gm = FoldBatchNorm()(gm.eval()).graph_module
             if one.calibration is None and calibration is not None:
                 one = replace(one, calibration=calibration, max_batches=one.max_batches or _SETTLING_BATCHES)
         gm = one.with_policy(policy)(gm).graph_module
-    if pending is not None:
-        pending(gm)
+    if not settled:
+        _settle(gm, policy, calibration, between)
     return gm
 
 
@@ -199,7 +199,8 @@ class Evaluator:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._train = _first(train, _SETTLING_BATCHES)
-            self._val = _first(val, max_batches) if evaluate is None else None
+            self._part = _first(val, max_batches) if evaluate is None else None
+        self._val = val
         self._probe = _probe_inputs(gm, seed) if val is None and evaluate is None else None
         self._wanted = self._outputs(gm)
         if self._probe is not None and not self._wanted:
@@ -218,15 +219,19 @@ class Evaluator:
             FxoptError: If the policy cannot be applied or the data do not fit the model.
         """
         if policy not in self._scores:
-            self._scores[policy] = self.judge(self._rewritten(policy)) - self._penalty(policy)
+            score = self._judge(self._rewritten(policy), self._part)
+            self._scores[policy] = score - self._penalty(policy)
         return self._scores[policy]
 
     def judge(self, model: nn.Module) -> float:
-        """The score of a model, without any preference for cheap ones.
+        """The score of a model on all of the validation data, without any preference for cheap ones.
 
         Raises:
             DataError: If ``evaluate`` gives no number, or the data do not fit the model.
         """
+        return self._judge(model, self._val)
+
+    def _judge(self, model: nn.Module, data: Loader | None) -> float:
         if self._evaluate is not None:
             with torch.no_grad(), eval_mode(model):
                 score: Any = self._evaluate(model)
@@ -234,12 +239,12 @@ class Evaluator:
                 return float(score)
             except (TypeError, ValueError) as failure:
                 raise DataError(f"evaluate gives a {type(score).__name__}; it has to give a number.") from failure
-        if self._val is not None:
-            return accuracy(model, self._val)
+        if data is not None:
+            return accuracy(model, data)
         return 0.0 - self._output_error(model)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the graph, which cannot be pickled.
+        """Everything but the graph, which cannot be pickled, and the data that trials do not use.
 
         Raises:
             SearchError: If there is no source to trace the graph from again.
@@ -247,7 +252,7 @@ class Evaluator:
         if self._source is None:
             raise SearchError("This evaluation cannot leave its process; give an executor of threads.")
         kept = {name: value for name, value in self.__dict__.items() if name != "_rewriting"}
-        return {**kept, "_gm": None, "_scores": {}}
+        return {**kept, "_gm": None, "_val": self._part, "_scores": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Come alive in another process; the graph is traced when it is needed."""
@@ -272,14 +277,9 @@ class Evaluator:
         return self._weight * self._preference(policy) if self._preference is not None else 0.0
 
     def _rewritten(self, policy: Policy) -> fx.GraphModule:
-        def settle(model: fx.GraphModule) -> None:
-            if self._train is not None:
-                recalibrate_batch_norm(model, self._train)
-
-        between = settle if any(kind == "channels" for kind, _ in policy) else None
         # The fake tensors that shapes are propagated with belong to one mode, which threads must not share.
         with self._rewriting:
-            return apply_policy(self._graph(), self._passes, policy, calibration=self._train, between=between)
+            return apply_policy(self._graph(), self._passes, policy, calibration=self._train)
 
     def _outputs(self, model: nn.Module) -> list[torch.Tensor]:
         if self._probe is None:
@@ -303,6 +303,18 @@ _GRAPHS: dict[str, fx.GraphModule] = {}
 
 def _first(loader: Iterable[Any] | None, count: int) -> list[Any] | None:
     return None if loader is None else list(itertools.islice(loader, count))
+
+
+def _settle(
+    gm: fx.GraphModule,
+    policy: Policy,
+    data: Loader | None,
+    between: Callable[[fx.GraphModule], object] | None,
+) -> None:
+    if data is not None and any(kind == "channels" for kind, _ in policy):
+        recalibrate_batch_norm(gm, data, _SETTLING_BATCHES)
+    if between is not None:
+        between(gm)
 
 
 def _quantizes(one: Quantize, policy: Mapping[tuple[str, str], object]) -> bool:

@@ -135,6 +135,19 @@ def test_between_is_called_once_whatever_the_passes(graph: fx.GraphModule, passe
     assert len(seen) == 1
 
 
+def test_batch_norm_is_estimated_anew_where_channels_are_cut(graph: fx.GraphModule) -> None:
+    data, seen = make_data(), []
+    for policy in (Policy({}), CUT):
+        apply_policy(graph, (PruneChannels(),), policy, calibration=data, between=seen.append)
+    uncut, cut = seen
+    assert is_unchanged(uncut, snapshot(graph))
+    expected = apply_policy(graph, (PruneChannels(),), CUT)
+    assert float(expected.norm.running_mean.abs().max()) == 0.0
+    recalibrate_batch_norm(expected, data)
+    assert torch.equal(cut.norm.running_mean, expected.norm.running_mean)
+    assert float(cut.norm.running_mean.abs().max()) > 0.0
+
+
 def test_quantizers_see_the_data_and_keep_their_options(graph: fx.GraphModule) -> None:
     read: list[int] = []
 
@@ -235,7 +248,15 @@ def test_every_policy_is_judged_on_the_same_samples(graph: fx.GraphModule) -> No
     torch.manual_seed(12)
     second = make_evaluator(graph, train=loader, val=loader, max_batches=2)
     assert [first(policy) for policy in (CUT, INTEGERS)] == [second(policy) for policy in (CUT, INTEGERS)]
-    assert first.judge(graph) == first.judge(graph)
+    assert first.judge(graph) == pytest.approx(second.judge(graph))
+
+
+def test_trials_look_at_part_of_the_data_and_reports_at_all(graph: fx.GraphModule) -> None:
+    data = make_data(40)
+    evaluator = make_evaluator(graph, val=data, max_batches=1)
+    assert evaluator.judge(graph) == accuracy(graph, data)
+    assert evaluator(Policy({})) == accuracy(graph, data, 1)
+    assert accuracy(graph, data) != accuracy(graph, data, 1)
 
 
 def test_without_data_the_original_is_best_and_cuts_cost(graph: fx.GraphModule) -> None:
