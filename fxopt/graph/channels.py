@@ -151,12 +151,12 @@ def _signatures(flow: Flow, component: Units) -> npt.NDArray[np.uint64]:
     Every labelled dimension adds its own random 64-bit number for each of its indices, so that two components agree
     only if they have the same number of indices in the same dimensions.
     """
-    rng = np.random.default_rng(0)
+    dimensions = [atoms[atoms != FROZEN] for atoms in _all_dimensions(flow)]
+    numbers = np.random.default_rng(0).integers(1, 2**63, size=len(dimensions), dtype=np.uint64)
     signature = np.zeros(int(component.max(initial=-1)) + 1, dtype=np.uint64)
-    for atoms in _all_dimensions(flow):
-        number = rng.integers(1, 2**63, dtype=np.uint64)
-        counts = np.bincount(component[atoms[atoms != FROZEN]], minlength=len(signature)).astype(np.uint64)
-        signature += counts * number
+    if dimensions:
+        lengths = [len(atoms) for atoms in dimensions]
+        np.add.at(signature, component[np.concatenate(dimensions)], np.repeat(numbers, lengths))
     return signature
 
 
@@ -190,37 +190,46 @@ def _groups(
     reasons: Mapping[int, str],
 ) -> tuple[tuple[ChannelGroup, ...], tuple[ChannelGroup, ...]]:
     makers = [use for use in flow.uses if use.role == "out"]
+    if not makers:
+        return (), ()
+    made = np.concatenate([component[use.atoms] for use in makers])
+    maker = np.repeat(np.arange(len(makers)), [len(use.atoms) for use in makers])
     frozen_component = np.zeros(len(signatures), dtype=bool)
     frozen_component[list(reasons)] = True
-    group_units: dict[tuple[int, bool], list[int]] = {}
-    site_of: dict[tuple[int, bool], str] = {}
-    for use in makers:
-        for index in np.unique(component[use.atoms]):
-            key = (int(signatures[index]), bool(frozen_component[index]))
-            site_of.setdefault(key, use.path)
-            group_units.setdefault(key, []).append(int(index))
-    members = _members_by_component(flow, component)
-    found: tuple[list[ChannelGroup], list[ChannelGroup]] = ([], [])
-    taken: dict[str, int] = {}
+    components, position = np.unique(made, return_index=True)
+    # A signature and its complement tell groups that can be cut from those that cannot.
+    keys = np.where(frozen_component[components], ~signatures[components], signatures[components])
+    _, group_of = np.unique(keys, return_inverse=True)
+    order = np.argsort(group_of, kind="stable")
+    pieces = np.split(order, np.flatnonzero(np.diff(group_of[order])) + 1)
+    pieces.sort(key=lambda piece: int(position[piece].min()))
+    chosen = components[[int(piece[0]) for piece in pieces]]
+    members = _members(flow, component, chosen)
     unit_of_component = np.empty(len(signatures), dtype=np.int64)
     unit_of_component[component] = unit_of
-    for key, indices in group_units.items():
-        unique = np.unique(indices)
-        units = np.sort(unit_of_component[unique])
-        site, frozen = site_of[key], key[1]
+    found: tuple[list[ChannelGroup], list[ChannelGroup]] = ([], [])
+    taken: dict[str, int] = {}
+    for piece, first in zip(pieces, chosen.tolist(), strict=True):
+        site = makers[int(maker[position[piece].min()])].path
         taken[site] = taken.get(site, 0) + 1
         name = site if taken[site] == 1 else f"{site}#{taken[site]}"
-        held = tuple(_translate_use(flow.uses[index], unit_of) for index in members[int(unique[0])])
-        reason = reasons[int(unique[0])] if frozen else None
-        found[frozen].append(ChannelGroup(name, units, held, reason))
+        units = np.sort(unit_of_component[components[piece]])
+        held = tuple(_translate_use(flow.uses[index], unit_of) for index in members[first])
+        found[first in reasons].append(ChannelGroup(name, units, held, reasons.get(first)))
     return tuple(found[0]), tuple(found[1])
 
 
-def _members_by_component(flow: Flow, component: Units) -> dict[int, list[int]]:
-    members: dict[int, list[int]] = {}
-    for index, use in enumerate(flow.uses):
-        for found in np.unique(component[use.atoms[use.atoms != FROZEN]]):
-            members.setdefault(int(found), []).append(index)
+def _members(flow: Flow, component: Units, chosen: Units) -> dict[int, list[int]]:
+    """The uses that each of some components stands in, in order."""
+    uses = [component[use.atoms[use.atoms != FROZEN]] for use in flow.uses]
+    found = np.concatenate(uses)
+    index = np.repeat(np.arange(len(uses)), [len(atoms) for atoms in uses])
+    wanted = np.zeros(int(component.max(initial=-1)) + 1, dtype=bool)
+    wanted[chosen] = True
+    pairs = np.unique(np.stack([index[wanted[found]], found[wanted[found]]], axis=1), axis=0)
+    members: dict[int, list[int]] = {int(one): [] for one in chosen}
+    for use, one in pairs.tolist():
+        members[one].append(use)
     return members
 
 
