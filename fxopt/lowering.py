@@ -80,17 +80,21 @@ class ParametricWorkload:
             self._template[index]["kind"] = row.kind
             for name, value in row.fields.items():
                 self._template[index][name] = value.constant
+            self._template[index]["held"] = sum(value.constant for value in row.held)
         self._sized = [
             (index, name, value)
             for index, row in enumerate(builder.rows)
             for name, value in row.fields.items()
             if value.forms
         ]
+        self._holding = [
+            (index, row.held) for index, row in enumerate(builder.rows) if any(value.forms for value in row.held)
+        ]
         self._layer_of_row = [row.layer for row in builder.rows]
         self._output_of_row = [row.output for row in builder.rows]
         self._inputs_of_row = [row.inputs for row in builder.rows]
         self._values = builder.values
-        self._alive = builder.alive_matrix()
+        self._lives = np.array([(value.first, value.last + 1) for value in builder.values], np.int64).reshape(-1, 2)
         self._site_index = {site: index for index, site in enumerate(self.channel_sites)}
         self._layer_index = {site: index for index, site in enumerate(self.bit_sites)}
 
@@ -117,6 +121,8 @@ class ParametricWorkload:
         rows = np.repeat(self._template[None, :], len(many), axis=0)
         for index, name, value in self._sized:
             rows[name][:, index] = value.evaluate(sizes)
+        for index, held in self._holding:
+            rows["held"][:, index] = sum(value.evaluate(sizes) for value in held)
         _settle_groups(rows)
         self._bind_bits(rows, bits, sizes)
         return Workload(rows, self.names)
@@ -161,8 +167,12 @@ class ParametricWorkload:
                 read = demand[:, list(self._inputs_of_row[index])]
                 rows["activation_bits"][:, index] = read.max(axis=1)
             rows["output_bits"][:, index] = demand[:, self._output_of_row[index]]
-        stored = np.stack([value.size.evaluate(sizes) * np.ones(count) for value in self._values], axis=1)
-        rows["live_bytes"] = (stored * demand / 8.0) @ self._alive.T
+        stored = np.stack([value.size.evaluate(sizes) for value in self._values], axis=1)
+        # Bits that begin and cease to live at each row; whole numbers, so that sums are exact.
+        change = np.zeros((rows.shape[1] + 1, count), np.int64)
+        np.add.at(change, self._lives[:, 0], (stored * demand).T)
+        np.subtract.at(change, self._lives[:, 1], (stored * demand).T)
+        rows["live_bytes"] = change[:-1].cumsum(axis=0).T / 8.0
 
 
 def _settle_groups(rows: npt.NDArray[np.void]) -> None:

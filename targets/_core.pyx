@@ -9,7 +9,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int32_t
 
 from fxopt.targets._rows cimport (
-    FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, macs, weight_bytes
+    FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, macs, stored_bytes
 )
 
 
@@ -70,7 +70,7 @@ cdef class CostModel:
                     cost = settled(self, row, &uncosted[i])
                     latency += cost.latency_s
                     energy += cost.energy_j
-                    stored += weight_bytes(row)
+                    stored += stored_bytes(row)
                     work += macs(row)
                     if row.live_bytes > peak:
                         peak = row.live_bytes
@@ -98,17 +98,17 @@ cdef inline bint is_sound(const Row* row) noexcept nogil:
     cdef int32_t least = 1
     cdef Py_ssize_t j
     # All integers after the flags are sizes or counts.
-    for j in range(4, INTEGERS):
+    for j in range(FLAGS, INTEGERS):
         least = integers[j] if integers[j] < least else least
     if least < 1 or row.kind < 0 or row.kind >= KINDS:
         return False
-    if ((row.fused | row.transposed | row.bias) & ~1) != 0:
+    if ((row.fused | row.transposed | row.bias | row.reused) & ~1) != 0:
         return False
     if row.weight_bits > MAX_BITS or row.activation_bits > MAX_BITS or row.output_bits > MAX_BITS:
         return False
     if not (0.0 < row.weight_density <= 1.0 and 0.0 < row.activation_density <= 1.0):
         return False
-    if not (row.live_bytes >= 0.0 and isfinite(row.live_bytes)):
+    if not (row.live_bytes >= 0.0 and isfinite(row.live_bytes) and row.held >= 0.0 and isfinite(row.held)):
         return False
     if is_among(row, FLAT) and row.groups * row.kernel_d * row.kernel_h * row.kernel_w != 1:
         return False
@@ -143,6 +143,7 @@ def row_layout():
         "fused": <size_t>&row.fused - base,
         "transposed": <size_t>&row.transposed - base,
         "bias": <size_t>&row.bias - base,
+        "reused": <size_t>&row.reused - base,
         "inputs": <size_t>&row.inputs - base,
         "n": <size_t>&row.n - base,
         "c": <size_t>&row.c - base,
@@ -160,11 +161,13 @@ def row_layout():
         "stride_d": <size_t>&row.stride_d - base,
         "stride_h": <size_t>&row.stride_h - base,
         "stride_w": <size_t>&row.stride_w - base,
+        "dilation": <size_t>&row.dilation - base,
         "weight_bits": <size_t>&row.weight_bits - base,
         "activation_bits": <size_t>&row.activation_bits - base,
         "output_bits": <size_t>&row.output_bits - base,
         "weight_density": <size_t>&row.weight_density - base,
         "activation_density": <size_t>&row.activation_density - base,
+        "held": <size_t>&row.held - base,
         "live_bytes": <size_t>&row.live_bytes - base,
         "": sizeof(Row),
     }

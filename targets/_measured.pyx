@@ -30,7 +30,7 @@ cdef inline uint64_t family_of(const Row* row) noexcept nogil:
     key = mixed(mixed(mixed(key, row.in_d), row.in_h), row.in_w)
     key = mixed(mixed(mixed(key, row.out_d), row.out_h), row.out_w)
     key = mixed(mixed(mixed(key, row.kernel_d), row.kernel_h), row.kernel_w)
-    return mixed(mixed(mixed(key, row.stride_d), row.stride_h), row.stride_w)
+    return mixed(mixed(mixed(mixed(key, row.stride_d), row.stride_h), row.stride_w), row.dilation)
 
 
 def family_keys(const Row[::1] rows, uint64_t[::1] keys):

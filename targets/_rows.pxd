@@ -14,17 +14,18 @@ cdef enum Kind:
     SOFTMAX = 7
     EMBEDDING = 8
     COPY = 9
-    UNKNOWN = 10
+    RESIZE = 10
+    UNKNOWN = 11
 
 
 cdef enum:
-    KINDS = 11
-    INTEGERS = 24           # the int32 fields at the head of Row
+    KINDS = 12
+    FLAGS = 5               # kind and the flags at the head of Row
+    INTEGERS = 26           # the int32 fields of Row
     MAX_BITS = 32           # 32 stands for floating point
     # Sets of kinds, bit i for kind i.
     CONVS = (1 << 0) | (1 << 1)
     GEMMS = (1 << 2) | (1 << 3)
-    NORMS = 1 << 6
     WITH_BIAS = CONVS | (1 << 2)
     WITH_WEIGHTS = WITH_BIAS | (1 << 8)
     WITH_MACS = CONVS | GEMMS
@@ -36,6 +37,7 @@ cdef struct Row:
     int32_t fused
     int32_t transposed
     int32_t bias
+    int32_t reused
     int32_t inputs
     int32_t n
     int32_t c
@@ -53,11 +55,13 @@ cdef struct Row:
     int32_t stride_d
     int32_t stride_h
     int32_t stride_w
+    int32_t dilation
     int32_t weight_bits
     int32_t activation_bits
     int32_t output_bits
     double weight_density
     double activation_density
+    double held
     double live_bytes
 
 
@@ -114,9 +118,7 @@ cdef inline double macs(const Row* row) noexcept nogil:
 
 
 cdef inline double weights(const Row* row) noexcept nogil:
-    if is_among(row, WITH_WEIGHTS):
-        return connections(row)
-    return 2.0 * row.k if is_among(row, NORMS) & row.bias else 0.0
+    return connections(row) if is_among(row, WITH_WEIGHTS) else 0.0
 
 
 cdef inline double bias_elements(const Row* row) noexcept nogil:
@@ -137,8 +139,13 @@ cdef inline double out_elements(const Row* row) noexcept nogil:
 
 
 cdef inline double weight_bytes(const Row* row) noexcept nogil:
-    # Parameters as they are stored: biases stay in 32 bits whatever the weights have.
-    return weights(row) * row.weight_bits / 8.0 + 4.0 * bias_elements(row)
+    # Parameters that the row reads: biases and what else it holds stay in 32 bits whatever the weights have.
+    return weights(row) * row.weight_bits / 8.0 + 4.0 * (bias_elements(row) + row.held)
+
+
+cdef inline double stored_bytes(const Row* row) noexcept nogil:
+    # Parameters that nothing has stored before.
+    return 0.0 if row.reused else weight_bytes(row)
 
 
 cdef inline double traffic_bytes(const Row* row) noexcept nogil:

@@ -18,7 +18,7 @@ from fxopt.targets.rows import ROW_DTYPE, Floats, Rows
 
 __all__ = ["MeasurementTable", "cache_folder", "distinct"]
 
-SCHEMA = 1
+SCHEMA = 2
 _INTEGERS = [name for name in ROW_DTYPE.names or () if ROW_DTYPE[name] == np.int32]
 
 
@@ -33,9 +33,9 @@ def distinct(rows: Rows) -> Rows:
     What does not change a measured time is set to one value: whether the row is fused, densities, live bytes.
     """
     plain = np.ravel(rows).copy()
-    plain["fused"] = 0
+    plain["fused"] = plain["reused"] = 0
     plain["weight_density"] = plain["activation_density"] = 1.0
-    plain["live_bytes"] = 0.0
+    plain["held"] = plain["live_bytes"] = 0.0
     _, first = np.unique(plain.view(np.dtype((np.void, ROW_DTYPE.itemsize))), return_index=True)
     return plain[np.sort(first)]
 
@@ -54,7 +54,7 @@ class MeasurementTable:
     """
 
     def __init__(self, fingerprint: str, folder: Path) -> None:
-        digest = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(f"{SCHEMA} {fingerprint}".encode()).hexdigest()[:16]
         self.fingerprint = fingerprint
         self.path = folder / f"host-{digest}.json"
         self._seconds: dict[tuple[int, ...], float | None] = {}

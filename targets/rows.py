@@ -7,7 +7,7 @@ quantities that follow from a row, for whole arrays; the compiled models use the
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,6 +30,8 @@ __all__ = [
     "macs",
     "make_row",
     "out_elements",
+    "parameters",
+    "stored_bytes",
     "traffic_bytes",
     "weight_bytes",
     "weights",
@@ -54,31 +56,35 @@ class OpKind(enum.IntEnum):
     SOFTMAX = 7
     EMBEDDING = 8
     COPY = 9
-    UNKNOWN = 10
+    RESIZE = 10
+    UNKNOWN = 11
 
 
-_FLAGS = ("fused", "transposed", "bias")
+_FLAGS = ("fused", "transposed", "bias", "reused")
 _SIZES = (
     *("inputs", "n", "c", "k", "groups"),
     *("in_d", "in_h", "in_w", "out_d", "out_h", "out_w"),
-    *("kernel_d", "kernel_h", "kernel_w", "stride_d", "stride_h", "stride_w"),
+    *("kernel_d", "kernel_h", "kernel_w", "stride_d", "stride_h", "stride_w", "dilation"),
 )
 _BITS = ("weight_bits", "activation_bits", "output_bits")
 _DENSITIES = ("weight_density", "activation_density")
+_AMOUNTS = ("held", "live_bytes")
 
 ROW_DTYPE: np.dtype[np.void] = np.dtype(
     [(name, np.int32) for name in ("kind", *_FLAGS, *_SIZES, *_BITS)]
-    + [(name, np.float64) for name in (*_DENSITIES, "live_bytes")],
+    + [(name, np.float64) for name in (*_DENSITIES, *_AMOUNTS)],
     align=True,
 )
 """Fields of a row.
 
 ``kind`` (:class:`OpKind`), ``fused`` (1: a fusing runtime merges it into its producer), ``transposed``, ``bias``
-(1: has a bias vector; for NORM, is affine), ``inputs`` (number of activation inputs), ``n`` (batch), ``c`` (input
-channels, or the length of a reduction; for EMBEDDING the number of entries), ``k`` (output channels or columns),
-``groups``, sizes of input, output, kernel and stride in three dimensions (1 where absent; LINEAR and MATMUL hold the
-rows per sample in ``in_h`` and ``out_h``), bits (32: floating point), densities in (0, 1], and ``live_bytes``, the
-bytes of all activations that are alive while the row runs.
+(1: has a bias vector), ``reused`` (1: its weights are those of an earlier row), ``inputs`` (number of activation
+inputs), ``n`` (batch), ``c`` (input channels, or the length of a reduction; for EMBEDDING the number of entries), ``k``
+(output channels or columns), ``groups``, sizes of input, output, kernel and stride in three dimensions (1 where absent;
+LINEAR and MATMUL hold the rows per sample in ``in_h`` and ``out_h``), ``dilation`` (the largest of a kernel's), bits
+(32: floating point), densities in (0, 1], ``held`` (elements of parameters besides weights and bias that no earlier row
+holds: those of a norm, or an embedding of positions), and ``live_bytes``, the bytes of all activations that are alive
+while the row runs.
 """
 
 
@@ -175,24 +181,23 @@ class Workload:
         return f"Workload({self.policies} policies, {len(self)} rows)"
 
 
+_BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (_FLAGS, lambda value: value in (0, 1), "it has to be 0 or 1"),
+    (_SIZES, lambda value: value >= 1, "sizes and counts have to be at least 1"),
+    (_BITS, lambda value: 1 <= value <= FLOAT_BITS, f"bits go from 1 to {FLOAT_BITS}"),
+    (_DENSITIES, lambda value: 0.0 < value <= 1.0, "a density is above 0 and at most 1"),
+    (_AMOUNTS, lambda value: 0.0 <= value < np.inf, "it has to be finite and not negative"),
+)
+
+
 def _explain_fault(row: Any, name: str, where: tuple[int, int]) -> str:
     place = f"Row {where[1]} ({name!r}) of policy {where[0]} cannot be costed: "
     if not 0 <= row["kind"] < len(OpKind):
         return f"{place}kind {row['kind']} is no OpKind."
-    for field in _FLAGS:
-        if row[field] not in (0, 1):
-            return f"{place}{field} is {row[field]}; it has to be 0 or 1."
-    for field in _SIZES:
-        if row[field] < 1:
-            return f"{place}{field} is {row[field]}; sizes and counts have to be at least 1."
-    for field in _BITS:
-        if not 1 <= row[field] <= FLOAT_BITS:
-            return f"{place}{field} is {row[field]}; bits go from 1 to {FLOAT_BITS}."
-    for field in _DENSITIES:
-        if not 0.0 < row[field] <= 1.0:
-            return f"{place}{field} is {row[field]}; a density is above 0 and at most 1."
-    if not np.isfinite(row["live_bytes"]) or row["live_bytes"] < 0.0:
-        return f"{place}live_bytes is {row['live_bytes']}; it has to be finite and not negative."
+    for fields, is_sound, wanted in _BOUNDS:
+        for field in fields:
+            if not is_sound(row[field]):
+                return f"{place}{field} is {row[field]}; {wanted}."
     if row["kind"] in (OpKind.LINEAR, OpKind.MATMUL, OpKind.EMBEDDING):
         sizes = {name: int(row[name]) for name in ROW_DTYPE.names or () if row[name] != 1}
         return (
@@ -243,7 +248,6 @@ def weights(rows: Rows) -> Floats:
             _product(rows, "c", "k") * _volume(rows, "kernel") / rows["groups"],
         ),
         (_is(rows, OpKind.LINEAR, OpKind.EMBEDDING), _product(rows, "c", "k")),
-        (_is(rows, OpKind.NORM) & (rows["bias"] == 1), 2.0 * rows["k"]),
     )
 
 
@@ -274,9 +278,19 @@ def out_elements(rows: Rows) -> Floats:
 
 
 def weight_bytes(rows: Rows) -> Floats:
-    """Bytes that the parameters of each row are stored in: weights at their bits, biases in 4 bytes."""
-    stored: Floats = weights(rows) * rows["weight_bits"] / 8.0 + 4.0 * bias_elements(rows)
-    return stored
+    """Bytes of the parameters that each row reads: weights at their bits, biases and what else it holds in 4 bytes."""
+    read: Floats = weights(rows) * rows["weight_bits"] / 8.0 + 4.0 * (bias_elements(rows) + rows["held"])
+    return read
+
+
+def stored_bytes(rows: Rows) -> Floats:
+    """Bytes that the parameters of each row add to the model's size: none where the weights are an earlier row's."""
+    return np.where(rows["reused"] == 1, 0.0, weight_bytes(rows))
+
+
+def parameters(rows: Rows) -> Floats:
+    """Number of parameters that each row adds to the model's."""
+    return np.where(rows["reused"] == 1, 0.0, weights(rows) + bias_elements(rows) + rows["held"])
 
 
 def traffic_bytes(rows: Rows) -> Floats:

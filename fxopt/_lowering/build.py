@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import fx, nn
 
 from fxopt._lowering.forms import Forms, Size
+from fxopt._lowering.operators import Constant, Drafts, fields_of
 from fxopt.graph import ops, values_at_batch
 from fxopt.graph.channels import analyze
 from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
@@ -19,16 +18,10 @@ from fxopt.targets.rows import FLOAT_BITS, OpKind
 
 __all__ = ["Builder", "Row", "Value"]
 
-_KINDS = {
-    "elementwise": OpKind.ELEMENTWISE,
-    "pool": OpKind.POOL,
-    "norm": OpKind.NORM,
-    "softmax": OpKind.SOFTMAX,
-    "copy": OpKind.COPY,
-    "unknown": OpKind.UNKNOWN,
-}
-_INTEGER_KINDS = ("elementwise", "pool", "copy", "none")
-_AXES = ("d", "h", "w")
+_LAYERS = ("conv", "linear")
+_WITH_WEIGHTS = (*_LAYERS, "embedding")
+_INTEGER_KINDS = ("elementwise", "pool", "copy", "resize", "none")
+_SILU = ops.OpSemantics("SiLU", "elementwise", "broadcast", activation=True, fuses=True)
 
 
 @dataclass
@@ -41,6 +34,7 @@ class Row:
         kind: Kind of work.
         node: Name of the node.
         fields: The row's sizes.
+        held: Sizes of the parameters besides weights and bias that it is the first to read.
         layer: Index of the layer whose bits it runs at, or None.
         output: Index of the value that it makes.
         inputs: Indices of the values that it reads.
@@ -51,6 +45,7 @@ class Row:
     kind: OpKind
     node: str
     fields: dict[str, Size]
+    held: tuple[Size, ...]
     layer: int | None
     output: int
     inputs: tuple[int, ...]
@@ -77,48 +72,94 @@ class Value:
     needs_float: bool = False
 
 
-class Builder:
-    """Walks a graph; :meth:`walk` fills ``rows`` and ``values``."""
+class Builder(Drafts):
+    """Walks a graph; :meth:`walk` fills ``rows`` and ``values``.
+
+    What is computed from parameters alone is a constant: it has no row, and its parameters count where it is read.
+    """
 
     def __init__(self, gm: fx.GraphModule, batch: int) -> None:
-        self.gm = gm
-        self.channels = analyze(gm)
-        self.found = values_at_batch(gm, batch)
-        self.forms = Forms(self.channels.groups)
-        self.channel_sites = {group.site: group.size for group in self.channels.groups}
+        channels = analyze(gm)
+        super().__init__(gm, channels, values_at_batch(gm, batch), Forms(channels.groups))
+        self.channel_sites = {group.site: group.size for group in channels.groups}
         self.bit_sites: dict[str, tuple[int, int]] = {}
         self.rows: list[Row] = []
         self.values: list[Value] = []
         self.barriers: list[str] = []
-        self._value_of: dict[fx.Node, int] = {}
         self._layers: dict[str, int] = {}
+        self._counted: set[int] = set()
+        self._weights: set[int] = set()
+        self._numbers: dict[object, int] = {}
+        self._value_of: dict[fx.Node, int] = {}
 
     def walk(self) -> None:
         """Make the rows and values, in graph order."""
+        gates = set(self._silu_gates())
         for node in self.gm.graph.nodes:
-            meaning = ops.semantics(self.gm, node)
             if node.op == "output":
                 for index in self._read(node):
                     self.values[index].needs_float = True
-                    self.values[index].last = len(self.rows)
-                continue
-            if node.op == "get_attr" or not isinstance(self.found.get(node), torch.Tensor):
-                self._pass_through(node)
-                continue
-            if node.op == "placeholder":
-                self._store(node)
-                continue
-            if meaning.kind == "none":
-                self._pass_through(node)
-                continue
-            self._lower_node(node, meaning)
+                    self.values[index].last = len(self.rows) - 1
+            elif node.op == "placeholder":
+                if isinstance(self.found.get(node), torch.Tensor):
+                    self._store(node)
+            elif not self._is_constant(node):
+                meaning = _SILU if self._is_product_with(gates, node) else ops.semantics(self.gm, node)
+                if node in gates or meaning.kind == "none" or not isinstance(self.found.get(node), torch.Tensor):
+                    self._pass_through(node)
+                else:
+                    self._lower_node(node, meaning)
 
-    def alive_matrix(self) -> npt.NDArray[np.float64]:
-        """Which value is alive while which row runs, shape (rows, values)."""
-        alive = np.zeros((len(self.rows), len(self.values)))
-        for index, value in enumerate(self.values):
-            alive[max(value.first, 0) : value.last + 1, index] = 1.0
-        return alive
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether a tensor depends on no input of the model; notes what it is computed from."""
+        if node.op == "get_attr":
+            tensor = self.attribute(node)
+            held = {id(tensor): self.elements(node)} if isinstance(tensor, nn.Parameter) else {}
+            self.constants[node] = Constant(self._number(id(tensor)), held)
+        elif all(source in self.constants or self.is_number(source) for source in node.all_input_nodes):
+            held = self._own_parameters(node)
+            for source in node.all_input_nodes:
+                held |= self.constants[source].parameters if source in self.constants else {}
+            call = fx.map_arg((node.args, node.kwargs), self._key)
+            self.constants[node] = Constant(self._number(f"{node.op} {node.target} {call}"), held)
+        return node in self.constants and not self.is_number(node)
+
+    def _number(self, computation: object) -> int:
+        return self._numbers.setdefault(computation, len(self._numbers))
+
+    def _key(self, source: fx.Node) -> Any:
+        return f"constant {self.constants[source].key}" if source in self.constants else source
+
+    def _silu_gates(self) -> Iterator[fx.Node]:
+        """The sigmoid of every ``x * sigmoid(x)``, which runtimes compute at once, as they do SiLU."""
+        for node in self.gm.graph.nodes:
+            if ops.semantics(self.gm, node).name.lower() != "sigmoid":
+                continue
+            readers = self._readers(node)
+            product = readers[0] if len(readers) == 1 else None
+            if product is None or ops.semantics(self.gm, product).name != "mul":
+                continue
+            factors = {self._through(source) for source in product.all_input_nodes}
+            if factors == {node, self._through(node.all_input_nodes[0])}:
+                yield node
+
+    def _is_product_with(self, gates: set[fx.Node], node: fx.Node) -> bool:
+        read = {self._through(source) for source in node.all_input_nodes}
+        return not gates.isdisjoint(read) and self._through(node) is node
+
+    def _through(self, node: fx.Node) -> fx.Node:
+        """The node whose value a node passes on quantized, or itself."""
+        while isinstance(self.module(node), ActivationQuantizer):
+            node = node.all_input_nodes[0]
+        return node
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that read a value, as it is or quantized."""
+        found: dict[fx.Node, None] = {}
+        for user in node.users:
+            quantized = isinstance(self.module(user), ActivationQuantizer)
+            found |= dict.fromkeys(self._readers(user) if quantized else [user])
+        return list(found)
 
     def _read(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(
@@ -132,28 +173,22 @@ class Builder:
             self._value_of[node] = read[0]
 
     def _store(self, node: fx.Node) -> int:
-        sizes = self._dims(node)
         index = len(self.values)
-        self.values.append(Value(_product(sizes), len(self.rows), len(self.rows)))
+        self.values.append(Value(self.elements(node), len(self.rows), len(self.rows)))
         self._value_of[node] = index
         return index
 
-    def _dims(self, node: fx.Node) -> list[Size]:
-        """Size of every dimension of a node's tensor at the batch lowered for."""
-        value = self.found[node]
-        shape = [int(size) for size in value.shape]
-        return [self.forms.of(self.channels.labels(node, dim), size) for dim, size in enumerate(shape)]
-
     def _lower_node(self, node: fx.Node, meaning: ops.OpSemantics) -> None:
         inputs = self._read(node)
-        fused = meaning.fuses and self._fuses(node)
+        fused = meaning.fuses and bool(inputs) and self._fuses(node)
         layer = self._layer(node, meaning)
-        rows = self._rows_of(node, meaning)
-        output = self._value_of[node.all_input_nodes[0]] if fused and inputs else self._store(node)
+        drafts = fields_of(self, node, meaning)
+        last = len(self.rows) + len(drafts) - 1
+        output = inputs[0] if fused else self._store(node)
         self._value_of[node] = output
         for index in inputs:
             value = self.values[index]
-            value.last = max(value.last, len(self.rows) + len(rows) - 1)
+            value.last = max(value.last, last)
             if layer is not None:
                 value.read_by_layers.add(layer)
             elif meaning.kind in _INTEGER_KINDS or fused:
@@ -161,33 +196,62 @@ class Builder:
                     value.read_by_values.add(output)
             else:
                 value.needs_float = True
-        self.values[output].last = max(self.values[output].last, len(self.rows) + len(rows) - 1)
+        self.values[output].last = max(self.values[output].last, last)
         name = str(node.target) if node.op == "call_module" else node.name
-        for suffix, kind, fields in rows:
-            fields["fused"] = Forms.fixed(int(fused))
-            self.rows.append(Row(name + suffix, meaning.name, kind, node.name, fields, layer, output, inputs))
+        reused, held = self._parameters(node, meaning)
+        shared = {"fused": Forms.fixed(int(fused)), "reused": Forms.fixed(int(reused))}
+        for suffix, kind, fields in drafts:
+            row = Row(name + suffix, meaning.name, kind, node.name, fields | shared, held, layer, output, inputs)
+            self.rows.append(row)
+            shared, held = {"fused": shared["fused"]}, ()
         if meaning.kind == "unknown":
             self.barriers.append(node.name)
 
+    def _parameters(self, node: fx.Node, meaning: ops.OpSemantics) -> tuple[bool, tuple[Size, ...]]:
+        """Whether the weights of a row are stored by another, and what else it is the first to hold."""
+        held = self._own_parameters(node)
+        for source in node.all_input_nodes:
+            held |= self.constants[source].parameters if source in self.constants else {}
+        fresh = tuple(size for key, size in held.items() if key not in self._counted)
+        self._counted |= held.keys()
+        if meaning.kind not in (*_WITH_WEIGHTS, "matmul"):
+            return False, fresh
+        module: Any = self.module(node)
+        weight = None if module is not None else self.weight(node, meaning)
+        if weight is not None and weight not in self.constants:
+            # Computed while the model runs; a product of activations has no weights at all.
+            return meaning.kind != "matmul", fresh
+        # Slices of one tensor are weights of their own; the same computation made twice is one weight.
+        key = self._number(id(module.weight)) if weight is None else self.constants[weight].key
+        reused = key in self._weights
+        self._weights.add(key)
+        return reused, ()
+
+    def _own_parameters(self, node: fx.Node) -> dict[int, Size]:
+        module = self.module(node)
+        if module is None:
+            return {}
+        owned = module.named_parameters(recurse=False)
+        return {id(tensor): self.parameter(str(node.target), name) for name, tensor in owned}
+
     def _fuses(self, node: fx.Node) -> bool:
         """Whether the input is made by a layer (or something fused to one) and read here alone."""
-        source = node.all_input_nodes[0]
-        while isinstance(self._module(source), ActivationQuantizer):
-            source = source.all_input_nodes[0]
-        if sum(not isinstance(self._module(user), ActivationQuantizer) for user in source.users) > 1:
+        source = self._through(node.all_input_nodes[0])
+        readers = {reader for reader in self._readers(source) if reader is not node}
+        if any(self._readers(reader) != [node] or reader not in self._gate_of(node) for reader in readers):
             return False
         meaning = ops.semantics(self.gm, source)
-        if meaning.kind in ("conv", "linear"):
+        if meaning.kind in _LAYERS:
             return True
-        return meaning.fuses and self._fuses(source)
+        return meaning.fuses and source not in self.constants and self._fuses(source)
 
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+    def _gate_of(self, node: fx.Node) -> list[fx.Node]:
+        return [self._through(source) for source in node.all_input_nodes]
 
     def _layer(self, node: fx.Node, meaning: ops.OpSemantics) -> int | None:
         """Index of a layer that has bits of its own."""
-        module = self._module(node)
-        if module is None or meaning.kind not in ("conv", "linear"):
+        module = self.module(node)
+        if module is None or meaning.kind not in _LAYERS:
             return None
         path = str(node.target)
         if path not in self._layers:
@@ -200,156 +264,9 @@ class Builder:
             return (FLOAT_BITS, FLOAT_BITS)
         weight_bits = int(module.weight_quantizer.bits)
         source = node.all_input_nodes[0]
-        while not isinstance(self._module(source), ActivationQuantizer) and source.all_input_nodes:
+        while not isinstance(self.module(source), ActivationQuantizer) and source.all_input_nodes:
             if ops.semantics(self.gm, source).kind != "none":
                 return (weight_bits, FLOAT_BITS)
             source = source.all_input_nodes[0]
-        quantizer = self._module(source)
+        quantizer = self.module(source)
         return (weight_bits, int(quantizer.bits) if isinstance(quantizer, ActivationQuantizer) else FLOAT_BITS)
-
-    def _rows_of(self, node: fx.Node, meaning: ops.OpSemantics) -> list[tuple[str, OpKind, dict[str, Size]]]:
-        maker = {
-            "conv": self._conv,
-            "linear": self._linear,
-            "matmul": self._matmul,
-            "attention": self._attention,
-            "embedding": self._embedding,
-        }.get(meaning.kind)
-        if maker is not None:
-            return maker(node)
-        return [("", _KINDS[meaning.kind], self._plain(node))]
-
-    def _conv(self, node: fx.Node) -> list[tuple[str, OpKind, dict[str, Size]]]:
-        module: Any = self._module(node)
-        weight, bias, groups, transposed, stride = self._conv_options(node, module)
-        source = self._dims(node.all_input_nodes[0])
-        made = self._dims(node)
-        fixed = Forms.fixed
-        depthwise = groups > 1 and groups == source[1].constant
-        fields = {
-            "n": source[0],
-            "c": source[1],
-            "k": made[1],
-            "groups": source[1] if depthwise else fixed(groups),
-            "bias": fixed(int(bias)),
-            "transposed": fixed(int(transposed)),
-        }
-        fields |= _spatial("in", source[2:]) | _spatial("out", made[2:])
-        fields |= _spatial("kernel", [fixed(int(size)) for size in weight.shape[2:]])
-        fields |= _spatial("stride", [fixed(int(size)) for size in stride])
-        return [("", OpKind.DEPTHWISE if depthwise else OpKind.CONV, fields)]
-
-    def _conv_options(self, node: fx.Node, module: Any) -> tuple[torch.Tensor, bool, int, bool, list[int]]:
-        if module is not None:
-            transposed = bool(getattr(module, "transposed", False))
-            return module.weight, module.bias is not None, module.groups, transposed, list(module.stride)
-        bound = _bound_arguments(node)
-        weight = self.found[bound["weight"]]
-        transposed = "transpose" in str(node.target)
-        stride = bound["stride"]
-        spread = list(stride) if isinstance(stride, (list, tuple)) else [stride]
-        rank = weight.dim() - 2
-        return weight, bound["bias"] is not None, int(bound["groups"]), transposed, (spread * rank)[:rank]
-
-    def _linear(self, node: fx.Node) -> list[tuple[str, OpKind, dict[str, Size]]]:
-        module: Any = self._module(node)
-        bias = module.bias is not None if module is not None else _bound_arguments(node)["bias"] is not None
-        return [("", OpKind.LINEAR, self._linear_fields(node, bias))]
-
-    def _linear_fields(self, node: fx.Node, bias: bool, source: fx.Node | None = None) -> dict[str, Size]:
-        read = self._dims(source or node.all_input_nodes[0])
-        made = self._dims(node)
-        samples = read[0] if len(read) > 1 else Forms.fixed(1)
-        per_sample = _product(read[1:-1])
-        fields = {"n": samples, "c": read[-1], "k": made[-1], "in_h": per_sample, "out_h": per_sample}
-        return {**fields, "bias": Forms.fixed(int(bias))}
-
-    def _matmul(self, node: fx.Node) -> list[tuple[str, OpKind, dict[str, Size]]]:
-        factors = [source for source in node.args if isinstance(source, fx.Node)]
-        left, right = factors[-2], factors[-1]
-        if self._is_parameter(right):
-            return [("", OpKind.LINEAR, self._linear_fields(node, len(factors) == 3, left))]
-        one, other, made = self._dims(left), self._dims(right), self._dims(node)
-        rows = made[-2] if len(one) > 1 and len(made) > 1 else Forms.fixed(1)
-        columns = other[-1] if len(other) > 1 else Forms.fixed(1)
-        fields = {"n": _product(made[:-2]), "c": one[-1], "k": columns, "in_h": rows, "out_h": rows}
-        return [("", OpKind.MATMUL, fields)]
-
-    def _is_parameter(self, node: fx.Node) -> bool:
-        while node.op == "call_function" and len(node.all_input_nodes) == 1:
-            node = node.all_input_nodes[0]
-        return node.op == "get_attr"
-
-    def _attention(self, node: fx.Node) -> list[tuple[str, OpKind, dict[str, Size]]]:
-        query, key, value = (self._dims(source) for source in node.all_input_nodes[:3])
-        heads = _product(query[:-2])
-        rows, columns = query[-2], key[-2]
-        scores = {"n": heads, "c": query[-1], "k": columns, "in_h": rows, "out_h": rows}
-        softmax = {"n": heads, "c": columns, "k": columns, "in_h": rows, "out_h": rows}
-        mixed = {"n": heads, "c": columns, "k": value[-1], "in_h": rows, "out_h": rows}
-        return [(".qk", OpKind.MATMUL, scores), (".softmax", OpKind.SOFTMAX, softmax), (".av", OpKind.MATMUL, mixed)]
-
-    def _embedding(self, node: fx.Node) -> list[tuple[str, OpKind, dict[str, Size]]]:
-        module: Any = self._module(node)
-        entries = module.num_embeddings if module is not None else int(self.found[node.all_input_nodes[0]].shape[0])
-        indices = node.all_input_nodes[0] if module is not None else node.all_input_nodes[-1]
-        read, made = self._dims(indices), self._dims(node)
-        length = _product(read[1:])
-        fields = {"n": read[0] if read else Forms.fixed(1), "c": Forms.fixed(int(entries)), "k": made[-1]}
-        return [("", OpKind.EMBEDDING, {**fields, "in_h": length, "out_h": length})]
-
-    def _plain(self, node: fx.Node) -> dict[str, Size]:
-        """Operators whose cost depends on how much they read and write."""
-        sources = [source for source in node.all_input_nodes if isinstance(self.found.get(source), torch.Tensor)]
-        made = self._dims(node)
-        batch, channels, rest = _layout(made)
-        fields = {"n": batch, "k": channels, "out_h": rest, "c": channels, "in_h": rest}
-        activations = [source for source in sources if source in self._value_of]
-        if activations:
-            largest = max(activations, key=lambda source: math.prod(self.found[source].shape))
-            read = self._dims(largest)
-            batch_in, channels_in, rest_in = _layout(read)
-            fields |= {"c": channels_in, "in_h": rest_in}
-            fields["n"] = batch
-            if batch_in.constant != batch.constant:
-                fields |= {"n": Forms.fixed(1), "k": channels * batch, "c": channels_in * batch_in}
-            total = math.prod(self.found[largest].shape)
-            full = sum(math.prod(self.found[source].shape) == total for source in activations)
-            fields["inputs"] = Forms.fixed(max(full, 1))
-        module = self._module(node)
-        affine = module is not None and getattr(module, "weight", None) is not None
-        fields["bias"] = Forms.fixed(int(affine and ops.semantics(self.gm, node).kind == "norm"))
-        if ops.semantics(self.gm, node).name == "cat":
-            fields |= {"c": fields["k"], "in_h": fields["out_h"], "inputs": Forms.fixed(1)}
-        return fields
-
-
-def _layout(sizes: list[Size]) -> tuple[Size, Size, Size]:
-    """Batch, channels and the rest of a tensor: the changeable dimension, or the usual one, is the channels."""
-    if not sizes:
-        return Forms.fixed(1), Forms.fixed(1), Forms.fixed(1)
-    if len(sizes) == 1:
-        return Forms.fixed(1), sizes[0], Forms.fixed(1)
-    loose = [dim for dim, size in enumerate(sizes) if dim and size.forms]
-    axis = loose[0] if loose else (2 if len(sizes) == 3 else 1)
-    rest = [size for dim, size in enumerate(sizes) if dim not in (0, axis)]
-    return sizes[0], sizes[axis], _product(rest)
-
-
-def _product(sizes: list[Size]) -> Size:
-    result = Forms.fixed(1)
-    for size in sizes:
-        result = result * size
-    return result
-
-
-def _spatial(prefix: str, sizes: list[Size]) -> dict[str, Size]:
-    return {f"{prefix}_{axis}": size for axis, size in zip(_AXES[3 - len(sizes) :], sizes, strict=True)}
-
-
-def _bound_arguments(node: fx.Node) -> dict[str, Any]:
-    bound = {}
-    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        given = node.kwargs.get(argument.name, argument.default_value)
-        bound[argument.name] = node.args[index] if index < len(node.args) else given
-    return bound

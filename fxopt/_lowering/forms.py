@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 from fxopt.graph.channels import ChannelGroup
 
@@ -36,21 +37,28 @@ class Size:
         """The size for every policy, from the forms' values of shape (policies, forms)."""
         result: Ints = np.full(len(sizes), self.factor, dtype=np.int64)
         for form in self.forms:
-            result = result * sizes[:, form]
+            result *= sizes[:, form]
         return result
 
 
+@dataclass(frozen=True)
+class _Form:
+    """``constant + sum(multiplicity * kept channels of a group)``."""
+
+    constant: int
+    terms: tuple[tuple[int, int], ...]
+
+
 class Forms:
-    """A table of sums ``constant + sum(multiplicity * kept channels of a group)``."""
+    """A table of sums of kept channels, each written down once."""
 
     def __init__(self, groups: Sequence[ChannelGroup]) -> None:
         top = max((int(group.units.max()) for group in groups), default=-1)
         self._group_of_unit = np.full(top + 1, -1, dtype=np.int64)
         for index, group in enumerate(groups):
             self._group_of_unit[group.units] = index
-        self._sizes = np.array([group.size for group in groups], dtype=np.int64)
-        self._known: dict[tuple[int, ...], int] = {}
-        self._rows: list[tuple[int, ...]] = []
+        self._sizes = [group.size for group in groups]
+        self._known: dict[_Form, int] = {}
 
     @staticmethod
     def fixed(value: int) -> Size:
@@ -62,12 +70,15 @@ class Forms:
         if units is None:
             return self.fixed(size)
         loose = units[units >= 0]
-        counts = np.bincount(self._group_of_unit[loose], minlength=len(self._sizes)) // np.maximum(self._sizes, 1)
-        row = (size - len(loose), *counts.tolist())
-        if row not in self._known:
-            self._known[row] = len(self._rows)
-            self._rows.append(row)
-        return Size(1, (self._known[row],), size)
+        if not len(loose):
+            return self.fixed(size)
+        groups = self._group_of_unit[loose]
+        counted = [(int(groups[0]), len(loose))]
+        if (groups != groups[0]).any():
+            found, counts = np.unique(groups, return_counts=True)
+            counted = list(zip(found.tolist(), counts.tolist(), strict=True))
+        form = _Form(size - len(loose), tuple((group, count // self._sizes[group]) for group, count in counted))
+        return Size(1, (self._known.setdefault(form, len(self._known)),), size)
 
     def evaluate(self, kept: Ints) -> Ints:
         """Every form for every policy.
@@ -78,8 +89,11 @@ class Forms:
         Returns:
             Sizes, shape (policies, forms).
         """
-        if not self._rows:
-            return np.zeros((len(kept), 0), dtype=np.int64)
-        table = np.array(self._rows, dtype=np.int64)
-        result: Ints = table[:, 0] + kept @ table[:, 1:].T
+        constants = np.array([form.constant for form in self._known], dtype=np.int64)
+        terms = [(row, *term) for row, form in enumerate(self._known) for term in form.terms]
+        if not terms:
+            return np.tile(constants, (len(kept), 1))
+        rows, groups, counts = np.array(terms, dtype=np.int64).T
+        table = csr_array((counts, (rows, groups)), shape=(len(constants), kept.shape[1]))
+        result: Ints = constants + (table @ kept.T).T
         return result

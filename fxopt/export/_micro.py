@@ -132,14 +132,18 @@ def _sizes(row: Mapping[str, Any], what: str) -> list[int]:
 def _window(row: Mapping[str, Any]) -> tuple[list[int], dict[str, Any]]:
     """The input sizes that give just the output sizes, and the attributes of the window."""
     sizes, begins, ends = [], [], []
+    dilation = int(row["dilation"])
     for size, out, kernel, stride in zip(
         _sizes(row, "in"), _sizes(row, "out"), _sizes(row, "kernel"), _sizes(row, "stride"), strict=True
     ):
-        padding = max((out - 1) * stride + kernel - size, 0)
+        reach = (out - 1) * stride + (kernel - 1) * dilation + 1
+        padding = max(reach - size, 0)
         begins.append(padding // 2)
         ends.append(padding - padding // 2)
-        sizes.append((out - 1) * stride + kernel - padding)
+        sizes.append(reach - padding)
     attributes = {"kernel_shape": _sizes(row, "kernel"), "strides": _sizes(row, "stride"), "pads": begins + ends}
+    if dilation > 1:
+        attributes["dilations"] = [dilation] * len(sizes)
     return sizes, attributes
 
 
@@ -245,6 +249,14 @@ def _copy(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
     return builder.finish(builder.hold(builder.node("Concat", halves, axis=1)), CARRIERS - {"Concat"})
 
 
+def _resize(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
+    """To the nearest pixel, which has an integer kernel."""
+    x = builder.input(int(row["n"]), int(row["c"]), *_sizes(row, "in"))
+    sizes = builder.constant(np.array([int(row["n"]), int(row["c"]), *_sizes(row, "out")], np.int64))
+    y = builder.node("Resize", [x, "", "", sizes], mode="nearest", coordinate_transformation_mode="asymmetric")
+    return builder.finish(builder.hold(y), CARRIERS)
+
+
 _BUILDERS: Mapping[OpKind, Callable[[_Builder, Mapping[str, Any]], Micro | None]] = {
     OpKind.CONV: _convolution,
     OpKind.DEPTHWISE: _convolution,
@@ -256,4 +268,5 @@ _BUILDERS: Mapping[OpKind, Callable[[_Builder, Mapping[str, Any]], Micro | None]
     OpKind.SOFTMAX: _softmax,
     OpKind.EMBEDDING: _embedding,
     OpKind.COPY: _copy,
+    OpKind.RESIZE: _resize,
 }

@@ -8,11 +8,12 @@ the table is a *barrier*: its channels are frozen, its cost is reported as unkno
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-__all__ = ["BARRIER", "OpSemantics", "is_activation", "register_function", "register_module", "semantics"]
+__all__ = ["BARRIER", "OpSemantics", "arguments", "is_activation", "register_function", "register_module", "semantics"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class OpSemantics:
     Attributes:
         name: The operator's name, for people.
         kind: What a cost model calls the work: ``conv``, ``linear``, ``matmul``, ``elementwise``, ``pool``, ``norm``,
-            ``softmax``, ``embedding``, ``copy``; ``none`` for what costs nothing; ``unknown`` for a barrier.
+            ``softmax``, ``embedding``, ``copy``, ``resize``; ``none`` for what costs nothing, ``unknown`` for a
+            barrier.
         flow: How channels flow, a rule of :mod:`fxopt.graph.channels`; ``barrier`` freezes them.
         activation: Whether it is a unary, channel-wise activation function.
         fuses: Whether a fusing runtime merges it into the operator that makes its input.
@@ -72,6 +74,17 @@ def semantics(gm: fx.GraphModule, node: fx.Node) -> OpSemantics:
     if not isinstance(node.meta.get("val"), torch.Tensor):
         return OpSemantics(getattr(node.target, "__name__", str(node.target)), "none", "scalar")
     return OpSemantics(str(node.target), "unknown", "barrier")
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of a call by name, an ATen call's defaults filled in; those of other calls by their position."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
+    found: dict[str, Any] = {}
+    for index, argument in enumerate(node.target._schema.arguments):
+        given = index < len(node.args)
+        found[argument.name] = node.args[index] if given else node.kwargs.get(argument.name, argument.default_value)
+    return found
 
 
 def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -235,7 +248,7 @@ def _fill_functions() -> None:
     fill(_BINARY, "elementwise", "broadcast")
     fill(_COMPARE, "elementwise", "broadcast")
     fill(_SPATIAL, "pool", "spatial")
-    fill(_RESIZE, "copy", "spatial")
+    fill(_RESIZE, "resize", "spatial")
     fill(_MAKERS, "none", "constant")
     fill("sym_size size sym_numel", "none", "scalar")
     for name, (kind, flow) in _NARY_RULES.items():

@@ -4,7 +4,7 @@ from fxopt.targets._rows cimport Row
 
 cdef enum:
     CLASSES = 3
-    GROUPS = 11
+    GROUPS = 12
 
 
 cdef struct Linear:

@@ -20,7 +20,7 @@ from fxopt.targets.parameters import Parameter, ParameterError
 CLASS_NAMES = ("int8", "int16", "float")
 GROUP_NAMES = (
     "pointwise", "dense", "depthwise", "linear", "matmul", "elementwise", "pool", "norm", "softmax", "embedding",
-    "copy",
+    "copy", "resize",
 )
 COEFFICIENTS = {
     "mac": "MAC",

@@ -42,10 +42,16 @@ CASES: dict[str, tuple[Rows, set[str], set[str] | None]] = {
     "activation": (make_row(OpKind.ELEMENTWISE, c=8, k=8, **SQUARE), {"LeakyRelu"}, {"QLinearLeakyRelu"}),
     "pool": (make_row(OpKind.POOL, c=16, k=16, **HALVED), {"MaxPool"}, {"NhwcMaxPool"}),
     "global pool": (make_row(OpKind.POOL, c=16, k=16, **WHOLE), {"GlobalAveragePool"}, {"QLinearGlobalAveragePool"}),
-    "batch norm": (make_row(OpKind.NORM, c=8, k=8, bias=1, **SQUARE), {"BatchNormalization"}, None),
-    "layer norm": (make_row(OpKind.NORM, c=8, k=8, bias=1, in_h=5, out_h=5), {"LayerNormalization"}, None),
+    "batch norm": (make_row(OpKind.NORM, c=8, k=8, held=16, **SQUARE), {"BatchNormalization"}, None),
+    "layer norm": (make_row(OpKind.NORM, c=8, k=8, held=16, in_h=5, out_h=5), {"LayerNormalization"}, None),
     "softmax": (make_row(OpKind.SOFTMAX, c=8, k=8, in_h=5, out_h=5), {"Softmax"}, None),
     "embedding": (make_row(OpKind.EMBEDDING, c=50, k=8, in_h=5, out_h=5), {"Gather"}, None),
+    "resize": (make_row(OpKind.RESIZE, c=8, k=8, in_h=5, in_w=5, out_h=10, out_w=10), {"Resize"}, {"Resize"}),
+    "dilated conv": (
+        make_row(OpKind.CONV, c=8, k=8, kernel_h=3, kernel_w=3, dilation=2, **SQUARE),
+        {"Conv", "FusedConv"},
+        {"QLinearConv"},
+    ),
     "copy": (make_row(OpKind.COPY, c=8, k=8, **SQUARE), {"Concat"}, {"QLinearConcat"}),
 }
 

@@ -16,6 +16,7 @@ CLASS_BITS = {"int8": 8, "int16": 16, "float": 32}
 GROUPS = (
     *("pointwise", "dense", "depthwise", "linear", "matmul", "elementwise", "pool", "norm", "softmax", "embedding"),
     "copy",
+    "resize",
 )
 WITH_WINDOW = (OpKind.CONV, OpKind.DEPTHWISE, OpKind.POOL)
 
@@ -38,7 +39,7 @@ def random_rows(rng: np.random.Generator, count: int) -> Rows:
     """Sound rows of all kinds; sizes and bits of every row are its own."""
     rows = default_rows(count)
     rows["kind"] = rng.integers(0, len(OpKind), count)
-    for name in ("fused", "transposed", "bias"):
+    for name in ("fused", "transposed", "bias", "reused"):
         rows[name] = rng.integers(0, 2, count)
     rows["inputs"] = rng.integers(1, 4, count)
     rows["n"] = rng.integers(1, 9, count)
@@ -49,6 +50,7 @@ def random_rows(rng: np.random.Generator, count: int) -> Rows:
     for name in ("weight_density", "activation_density"):
         rows[name] = rng.uniform(0.01, 1.0, count)
     rows["live_bytes"] = rng.uniform(0.0, 1e7, count)
+    rows["held"] = rng.integers(0, 1000, count)
     groups = rng.choice([1, 1, 2, 3, 8], count)
     flat = np.isin(rows["kind"], [OpKind.LINEAR, OpKind.MATMUL, OpKind.EMBEDDING])
     rows["groups"] = np.where(flat, 1, groups)

@@ -71,7 +71,7 @@ def test_totals_are_sums_over_rows(name: str, seed: int) -> None:
     work = policies(seed)
     estimate = load(name).estimate(work)
     np.testing.assert_allclose(estimate.latency_s, estimate.rows.latency_s.sum(axis=1), rtol=1e-12)
-    np.testing.assert_allclose(estimate.weight_bytes, r.weight_bytes(work.rows).sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(estimate.weight_bytes, r.stored_bytes(work.rows).sum(axis=1), rtol=1e-12)
     np.testing.assert_allclose(estimate.macs, r.macs(work.rows).sum(axis=1), rtol=1e-12)
     np.testing.assert_array_equal(estimate.peak_activation_bytes, work.rows["live_bytes"].max(axis=1))
 
@@ -117,7 +117,7 @@ def test_the_share_of_macs_without_a_model_is_told(tmp_path: Path) -> None:
 
 def test_fused_rows_are_free_where_the_runtime_fuses() -> None:
     convolution = conv(16, 32, 14, n=8)
-    norm = make_row(OpKind.NORM, n=8, c=32, k=32, in_h=14, in_w=14, out_h=14, out_w=14, bias=1, fused=1)
+    norm = make_row(OpKind.NORM, n=8, c=32, k=32, in_h=14, in_w=14, out_h=14, out_w=14, held=64, fused=1)
     phone, eager = (load(name).estimate(workload(convolution, norm)) for name in NAMES)
     assert phone.rows.latency_s[0, 1] == 0.0
     assert eager.rows.latency_s[0, 1] == pytest.approx(39e-6)

@@ -23,7 +23,7 @@ BITS = ("weight_bits", "activation_bits", "output_bits")
 
 def test_dtype_has_the_layout_of_the_struct() -> None:
     layout = row_layout()
-    assert layout.pop("") == ROW_DTYPE.itemsize == 120
+    assert layout.pop("") == ROW_DTYPE.itemsize == 136
     assert [*layout] == [*(ROW_DTYPE.names or ())]
     assert [*layout.values()] == [ROW_DTYPE.fields[name][1] for name in layout]
 
@@ -75,8 +75,8 @@ GOLDEN = {
         make_row(OpKind.EMBEDDING, n=2, c=1000, k=16, in_h=10, out_h=10),
         *(0, 16_000, 0, 20, 320, 64_000),
     ),
-    # scale and shift of 64 channels
-    "affine norm": (make_row(OpKind.NORM, c=64, k=64, in_h=8, out_h=8, bias=1), 0, 128, 0, 512, 512, 512),
+    # scale and shift of 64 channels, 4 bytes each
+    "affine norm": (make_row(OpKind.NORM, c=64, k=64, in_h=8, out_h=8, held=128), 0, 0, 0, 512, 512, 512),
     "plain norm": (make_row(OpKind.NORM, c=64, k=64, in_h=8, out_h=8), 0, 0, 0, 512, 512, 0),
     # addition reads two tensors
     "addition": (make_row(OpKind.ELEMENTWISE, inputs=2, c=5, k=5, in_h=3, out_h=3), 0, 0, 0, 30, 15, 0),
@@ -106,12 +106,23 @@ def test_c_and_numpy_derive_the_same(quantity: str, seed: int) -> None:
     rows = random_rows(np.random.default_rng(seed), 200)
     rows = rows[rows["kind"] != OpKind.UNKNOWN]
     groups = ("pointwise", "dense", "depthwise", "linear", "matmul", "elementwise", "pool", "norm", "softmax")
-    values = {f"float.{group}.{quantity}": 1.0 for group in (*groups, "embedding", "copy")}
+    values = {f"float.{group}.{quantity}": 1.0 for group in (*groups, "embedding", "copy", "resize")}
     compiled, energy = np.empty((1, len(rows))), np.empty((1, len(rows)))
     Model(values, False).per_row(rows.reshape(1, -1), compiled, energy)
     functions = {"mac": r.macs, "weight": r.weights, "in": r.in_elements, "out": r.out_elements}
     expected = functions[quantity](rows) if quantity in functions else np.ones(len(rows))
     np.testing.assert_allclose(compiled[0], expected, rtol=1e-12)
+
+
+def test_parameters_count_where_they_are_stored() -> None:
+    first = conv(6, 8, 10, bias=1, weight_bits=4)
+    again = conv(6, 8, 10, bias=1, weight_bits=4, reused=1)
+    positions = make_row(OpKind.ELEMENTWISE, c=8, k=8, held=40)
+    rows = np.concatenate([first, again, positions])
+    assert r.parameters(rows).tolist() == [56.0, 0.0, 40.0]
+    assert r.stored_bytes(rows).tolist() == [24 + 32, 0.0, 160.0]
+    # what is stored once is read by both
+    assert r.weight_bytes(rows).tolist() == [24 + 32, 24 + 32, 160.0]
 
 
 def test_one_policy_and_many() -> None:
@@ -158,7 +169,7 @@ def test_wrong_arrays_are_refused(rows: np.ndarray, names: str, message: str) ->
 BAD = [
     *((name, value) for name in (*SIZES, *BITS) for value in (0, -1)),
     *((name, 33) for name in BITS),
-    *(("kind", value) for value in (-1, 11)),
+    *(("kind", value) for value in (-1, 12)),
     *((name, value) for name in ("fused", "transposed", "bias") for value in (-1, 2)),
     *((name, value) for name in ("weight_density", "activation_density") for value in (0.0, -0.5, 1.5, np.nan)),
     *(("live_bytes", value) for value in (-1.0, np.nan, np.inf)),
