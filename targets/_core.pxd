@@ -10,3 +10,4 @@ cdef class CostModel:
     cdef readonly bint fuses
     cdef readonly bint has_energy
     cdef Cost cost(self, const Row* row) noexcept nogil
+    cdef double dram_bytes(self, const Row* row) noexcept nogil

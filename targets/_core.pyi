@@ -18,7 +18,11 @@ class CostModel:
         uncosted: NDArray[np.uint8],
     ) -> None: ...
     def per_row(
-        self, rows: NDArray[np.void], latency_s: NDArray[np.float64], energy_j: NDArray[np.float64]
+        self,
+        rows: NDArray[np.void],
+        latency_s: NDArray[np.float64],
+        energy_j: NDArray[np.float64],
+        dram_bytes: NDArray[np.float64],
     ) -> None: ...
 
 def first_fault(rows: NDArray[np.void]) -> tuple[int, int] | None: ...

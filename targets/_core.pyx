@@ -1,7 +1,7 @@
 """The loops under every cost model: a scalar cost per row, totals and per-row arrays over batches of policies.
 
-A model is a cdef class that derives from CostModel and overrides ``cost`` alone. Everything that is the same on all
-hardware (fused rows, sizes, MACs, rows without a model) is done here, once.
+A model is a cdef class that derives from CostModel and overrides ``cost``, and ``dram_bytes`` if it fetches again.
+Everything that is the same on all hardware (fused rows, sizes, MACs, rows without a model) is done here, once.
 """
 
 from libc.math cimport NAN, isfinite
@@ -9,7 +9,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int32_t
 
 from fxopt.targets._rows cimport (
-    FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, macs, stored_bytes
+    FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, macs, stored_bytes, traffic_bytes
 )
 
 
@@ -47,6 +47,10 @@ cdef class CostModel:
         none.energy_j = NAN
         return none
 
+    cdef double dram_bytes(self, const Row* row) noexcept nogil:
+        """Bytes that one row moves to and from memory: each operand once, unless the model knows better."""
+        return traffic_bytes(row)
+
     def totals(
         self,
         const Row[:, ::1] rows,
@@ -80,17 +84,23 @@ cdef class CostModel:
                 peak_bytes[p] = peak
                 macs_out[p] = work
 
-    def per_row(self, const Row[:, ::1] rows, double[:, ::1] latency_s, double[:, ::1] energy_j):
-        """Fill one latency and one energy per policy and row."""
+    def per_row(
+        self, const Row[:, ::1] rows, double[:, ::1] latency_s, double[:, ::1] energy_j, double[:, ::1] dram_bytes
+    ):
+        """Fill one latency, energy and traffic per policy and row; fused rows and those without a model have none."""
         cdef Py_ssize_t p, i
-        cdef unsigned char ignored = 0
+        cdef unsigned char without_model
+        cdef bint free
         cdef Cost cost
         with nogil:
             for p in range(rows.shape[0]):
                 for i in range(rows.shape[1]):
-                    cost = settled(self, &rows[p, i], &ignored)
+                    without_model = 0
+                    cost = settled(self, &rows[p, i], &without_model)
                     latency_s[p, i] = cost.latency_s
                     energy_j[p, i] = cost.energy_j
+                    free = without_model or (self.fuses and rows[p, i].fused)
+                    dram_bytes[p, i] = 0.0 if free else self.dram_bytes(&rows[p, i])
 
 
 cdef inline bint is_sound(const Row* row) noexcept nogil:

@@ -93,5 +93,5 @@ def _coefficients(rows: Rows, seconds: Floats) -> Iterator[tuple[str, float]]:
 
 def _predict(model: MeasuredModel, rows: Rows) -> Floats:
     latency_s: Floats = np.empty((1, len(rows)), np.float64)
-    model.per_row(rows.reshape(1, -1), latency_s, np.empty_like(latency_s))
+    model.per_row(rows.reshape(1, -1), latency_s, np.empty_like(latency_s), np.empty_like(latency_s))
     return latency_s.ravel()

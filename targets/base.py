@@ -15,7 +15,7 @@ import numpy as np
 from fxopt.decisions import Capabilities
 from fxopt.errors import TargetError, UnknownNameError, UnsupportedError
 from fxopt.targets._core import CostModel
-from fxopt.targets.rows import Floats, Rows, Workload, compute_bits, macs
+from fxopt.targets.rows import Floats, Rows, Workload, compute_bits, macs, stored_bytes
 
 __all__ = ["METRICS", "Estimate", "RowCosts", "Status", "Target", "TargetInfo"]
 
@@ -67,10 +67,18 @@ class RowCosts:
     Attributes:
         latency_s: Seconds.
         energy_j: Joules, or None where the target has no energy figures.
+        dram_bytes: Bytes moved to and from memory.
+        weight_bytes: Bytes of the parameters that the operator adds to the model's.
+        activation_bytes: Bytes of all activations alive while it runs.
+        macs: Multiply-accumulates.
     """
 
     latency_s: Floats
     energy_j: Floats | None
+    dram_bytes: Floats
+    weight_bytes: Floats
+    activation_bytes: Floats
+    macs: Floats
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,12 @@ class Estimate:
     def rows(self) -> RowCosts:
         """Costs by operator, computed from the workload's rows on first use."""
         return self._per_row()
+
+    @property
+    def dram_bytes(self) -> Floats:
+        """Bytes moved to and from memory in one run, shape (policies,)."""
+        total: Floats = self.rows.dram_bytes.sum(axis=1)
+        return total
 
     def metric(self, name: str) -> Floats:
         """The costs under the name that budgets use: latency, energy, size, macs or memory.
@@ -250,5 +264,8 @@ def _macs_share(rows: Rows, whole: Floats) -> float:
 def _per_row(model: CostModel, rows: Rows) -> RowCosts:
     latency_s = np.empty(rows.shape, np.float64)
     energy_j = np.empty(rows.shape, np.float64)
-    model.per_row(rows, latency_s, energy_j)
-    return RowCosts(latency_s, energy_j if model.has_energy else None)
+    dram_bytes = np.empty(rows.shape, np.float64)
+    model.per_row(rows, latency_s, energy_j, dram_bytes)
+    energy = energy_j if model.has_energy else None
+    alive: Floats = rows["live_bytes"]
+    return RowCosts(latency_s, energy, dram_bytes, stored_bytes(rows), alive, macs(rows))

@@ -74,6 +74,14 @@ def test_totals_are_sums_over_rows(name: str, seed: int) -> None:
     np.testing.assert_allclose(estimate.weight_bytes, r.stored_bytes(work.rows).sum(axis=1), rtol=1e-12)
     np.testing.assert_allclose(estimate.macs, r.macs(work.rows).sum(axis=1), rtol=1e-12)
     np.testing.assert_array_equal(estimate.peak_activation_bytes, work.rows["live_bytes"].max(axis=1))
+    by_row = estimate.rows
+    np.testing.assert_allclose(estimate.weight_bytes, by_row.weight_bytes.sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(estimate.macs, by_row.macs.sum(axis=1), rtol=1e-12)
+    free = (work.rows["kind"] == OpKind.UNKNOWN) | (load(name).info.fuses & (work.rows["fused"] == 1))
+    costed = ~(free | np.isin(np.array(work.names), estimate.uncosted))
+    np.testing.assert_allclose(by_row.dram_bytes[costed], r.traffic_bytes(work.rows)[costed], rtol=1e-12)
+    assert (by_row.dram_bytes[free] == 0.0).all()
+    np.testing.assert_array_equal(estimate.dram_bytes, by_row.dram_bytes.sum(axis=1))
 
 
 @given(SEEDS)

@@ -302,7 +302,7 @@ def test_fitted_estimates_never_fall_as_channels_grow(seed: int) -> None:
     wider = rows.copy()
     wider["c"] += rows["groups"]
     wider["k"] += rows["groups"]
-    model.per_row(np.stack([rows, wider]), latency, np.empty_like(latency))
+    model.per_row(np.stack([rows, wider]), latency, np.empty_like(latency), np.empty_like(latency))
     assert np.all(latency[1] >= latency[0] * (1.0 - 1e-12))
 
 
@@ -311,7 +311,7 @@ def test_factors_are_geometric_means_of_their_families() -> None:
     seconds = seconds_of(sweep)
     model = fit(sweep, seconds)
     latency = np.empty((1, len(sweep)))
-    model.per_row(sweep.reshape(1, -1), latency, np.empty_like(latency))
+    model.per_row(sweep.reshape(1, -1), latency, np.empty_like(latency), np.empty_like(latency))
     ratios = np.log(seconds / latency[0])
     keys = families_of(sweep)
     for key in np.unique(keys):

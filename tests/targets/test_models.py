@@ -61,7 +61,7 @@ def linear_values(rng: np.random.Generator) -> dict[str, float]:
 def costs(model: CostModel, rows: Rows) -> tuple[Floats, Floats]:
     """(latency, energy) of each row; rows without a model come as zero."""
     latency, energy = np.empty((1, len(rows))), np.empty((1, len(rows)))
-    model.per_row(rows.reshape(1, -1), latency, energy)
+    model.per_row(rows.reshape(1, -1), latency, energy, np.empty_like(latency))
     return latency[0], energy[0]
 
 

@@ -108,7 +108,7 @@ def test_c_and_numpy_derive_the_same(quantity: str, seed: int) -> None:
     groups = ("pointwise", "dense", "depthwise", "linear", "matmul", "elementwise", "pool", "norm", "softmax")
     values = {f"float.{group}.{quantity}": 1.0 for group in (*groups, "embedding", "copy", "resize")}
     compiled, energy = np.empty((1, len(rows))), np.empty((1, len(rows)))
-    Model(values, False).per_row(rows.reshape(1, -1), compiled, energy)
+    Model(values, False).per_row(rows.reshape(1, -1), compiled, energy, np.empty_like(compiled))
     functions = {"mac": r.macs, "weight": r.weights, "in": r.in_elements, "out": r.out_elements}
     expected = functions[quantity](rows) if quantity in functions else np.ones(len(rows))
     np.testing.assert_allclose(compiled[0], expected, rtol=1e-12)

@@ -1,0 +1,58 @@
+"""Compare every target with published measurements; print a table on stderr and JSON on stdout.
+
+The figures lie in a folder (``--data``, or the environment variable FXOPT_SHARED_DATA); a comparison whose figures are
+not there is left out. Errors are relative to the measurement. ``evidence`` tells fitted points from points that were
+left out of the fit or never seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import pkgutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import accuracy
+from benchmarks.accuracy import Line
+
+
+def collect(data: Path, families: list[str]) -> list[Line]:
+    """The lines of all families, or of some."""
+    known = sorted(info.name for info in pkgutil.iter_modules(accuracy.__path__) if not info.name.startswith("_"))
+    lines: list[Line] = []
+    for name in known:
+        if not families or name in families:
+            lines += importlib.import_module(f"benchmarks.accuracy.{name}").lines(data)
+    return lines
+
+
+def show(line: Line) -> str:
+    figures = ", ".join(
+        f"{name} {value:.4g}" + (f" (bar {line.bar[name]:g})" if name in line.bar else "")
+        for name, value in line.figure.items()
+    )
+    verdict = "met" if line.met else "SHORT"
+    return f"{verdict:5}  {line.target:20} {line.evidence:9} {line.points:6d}  {line.against}: {figures}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="families to compare; all by default")
+    parser.add_argument("--data", type=Path, default=os.environ.get("FXOPT_SHARED_DATA"), help="folder of the figures")
+    options = parser.parse_args()
+    if options.data is None or not options.data.is_dir():
+        parser.error("the folder of the published figures is missing; give --data or set FXOPT_SHARED_DATA")
+    lines = collect(options.data, options.families)
+    for line in lines:
+        print(show(line), file=sys.stderr)
+    print(json.dumps([{**dataclasses.asdict(line), "met": line.met} for line in lines], indent=1))
+
+
+if __name__ == "__main__":
+    main()
