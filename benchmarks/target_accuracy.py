@@ -16,10 +16,8 @@ import pkgutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import accuracy
-from benchmarks.accuracy import Line
+import accuracy
+from accuracy import Line
 
 
 def collect(data: Path, families: list[str]) -> list[Line]:
@@ -28,7 +26,7 @@ def collect(data: Path, families: list[str]) -> list[Line]:
     lines: list[Line] = []
     for name in known:
         if not families or name in families:
-            lines += importlib.import_module(f"benchmarks.accuracy.{name}").lines(data)
+            lines += importlib.import_module(f"accuracy.{name}").lines(data)
     return lines
 
 
