@@ -33,7 +33,7 @@ def mobilenet_v2() -> Rows:
         window = {"kernel_h": kernel, "kernel_w": kernel, "stride_h": stride, "stride_w": stride}
         rows.append(make_row(kind, c=c, k=k, groups=c if depthwise else 1, **sides, **window))
         pixels = {"in_h": size, "in_w": size, "out_h": size, "out_w": size}
-        rows.append(make_row(OpKind.NORM, c=k, k=k, bias=1, fused=1, **pixels))
+        rows.append(make_row(OpKind.NORM, c=k, k=k, held=2 * k, fused=1, **pixels))
         rows.append(make_row(OpKind.ELEMENTWISE, c=k, k=k, fused=1, **pixels))
 
     convolution(3, 32, 112, 3, 2)

@@ -7,7 +7,9 @@ rows for thousands of policies at once, with no graph in sight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +17,40 @@ import numpy.typing as npt
 from torch import fx
 
 from fxopt._lowering.build import Builder
-from fxopt._lowering.forms import Forms
-from fxopt.decisions import Policy
+from fxopt._lowering.forms import Forms, Size
+from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import PolicyError
-from fxopt.targets import Workload
+from fxopt.targets import ColumnWorkload, Estimate, Target, Workload
+from fxopt.targets.base import join_estimates
 from fxopt.targets.rows import FLOAT_BITS, OpKind, default_rows
 
-__all__ = ["ParametricWorkload", "RowInfo", "lower"]
+__all__ = ["Choices", "ParametricWorkload", "RowInfo", "lower"]
 
 Ints = npt.NDArray[np.int64]
+
+_BLOCK = 4096
+"""Policies that are bound at once: as many as keep the columns of a row in a processor's cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What policies decide, as arrays.
+
+    Attributes:
+        kept: Kept channels, shape (channel sites, policies), or (channel sites, 1) where all policies agree.
+        bits: Weight and activation bits, shape (bit sites, 2, policies), or (bit sites, 2, 1).
+        policies: Number of policies.
+    """
+
+    kept: Ints
+    bits: Ints
+    policies: int
+
+    def part(self, start: int, stop: int) -> Choices:
+        """The policies from ``start`` to ``stop``."""
+        kept = self.kept if self.kept.shape[-1] == 1 else self.kept[:, start:stop]
+        bits = self.bits if self.bits.shape[-1] == 1 else self.bits[:, :, start:stop]
+        return Choices(kept, bits, min(stop, self.policies) - start)
 
 
 @dataclass(frozen=True)
@@ -78,23 +105,11 @@ class ParametricWorkload:
         self._template = default_rows(len(builder.rows))
         for index, row in enumerate(builder.rows):
             self._template[index]["kind"] = row.kind
+            self._template[index]["held"] = sum(value.constant for value in row.held)
             for name, value in row.fields.items():
                 self._template[index][name] = value.constant
-            self._template[index]["held"] = sum(value.constant for value in row.held)
-        self._sized = [
-            (index, name, value)
-            for index, row in enumerate(builder.rows)
-            for name, value in row.fields.items()
-            if value.forms
-        ]
-        self._holding = [
-            (index, row.held) for index, row in enumerate(builder.rows) if any(value.forms for value in row.held)
-        ]
-        self._layer_of_row = [row.layer for row in builder.rows]
-        self._output_of_row = [row.output for row in builder.rows]
-        self._inputs_of_row = [row.inputs for row in builder.rows]
+        self._drafts = builder.rows
         self._values = builder.values
-        self._lives = np.array([(value.first, value.last + 1) for value in builder.values], np.int64).reshape(-1, 2)
         self._site_index = {site: index for index, site in enumerate(self.channel_sites)}
         self._layer_index = {site: index for index, site in enumerate(self.bit_sites)}
 
@@ -113,31 +128,118 @@ class ParametricWorkload:
             A workload of shape (policies, rows).
 
         Raises:
-            PolicyError: If a policy decides channels or bits of a site that the graph does not have.
+            PolicyError: If a policy decides channels or bits of a site that the graph does not have, or more
+                channels than there are.
         """
         many = [policies] if isinstance(policies, Policy) else list(policies) or [Policy({})]
-        kept, bits = self._arrays(many)
-        sizes = self._forms.evaluate(kept)
-        rows = np.repeat(self._template[None, :], len(many), axis=0)
-        for index, name, value in self._sized:
-            rows[name][:, index] = value.evaluate(sizes)
-        for index, held in self._holding:
-            rows["held"][:, index] = sum(value.evaluate(sizes) for value in held)
-        _settle_groups(rows)
-        self._bind_bits(rows, bits, sizes)
-        return Workload(rows, self.names)
+        return self.columns(self._choices(many)).expand()
 
-    def _arrays(self, policies: Sequence[Policy]) -> tuple[Ints, Ints]:
-        """Kept channels (policies, sites) and bits (policies, layers, 2)."""
-        kept = np.tile(np.array(list(self.channel_sites.values()), dtype=np.int64), (len(policies), 1))
-        bits = np.tile(np.array(list(self.bit_sites.values()), dtype=np.int64).reshape(-1, 2), (len(policies), 1, 1))
+    def estimate(self, target: Target, policies: Iterable[Policy] | Choices, *, threads: int = 1) -> Estimate:
+        """Cost policies on a target, block by block: what is kept of each policy is its totals.
+
+        Args:
+            target: The target.
+            policies: Policies, or their choices as arrays; millions are no trouble.
+            threads: Threads that share each block.
+
+        Returns:
+            The totals of every policy. Costs by operator are to be had from ``target.estimate(workload.bind(...))``.
+
+        Raises:
+            PolicyError: As :meth:`bind` does, or if there is no policy.
+        """
+        found = [target.estimate(self.columns(block), threads=threads) for block in self._blocks(policies)]
+        if not found:
+            raise PolicyError("There is no policy to estimate; give at least one.")
+        return join_estimates(found)
+
+    def columns(self, choices: Choices) -> ColumnWorkload:
+        """The rows of some policies, kept as what differs between them.
+
+        Raises:
+            PolicyError: If a choice is out of range.
+        """
+        self._check(choices)
+        count = choices.policies
+        sizes = self._forms.evaluate(choices.kept)
+        known: dict[Size, Ints] = {}
+        template = self._template.copy()
+        columns: list[dict[str, npt.NDArray[np.generic]]] = []
+        demands = self._demands(choices.bits)
+        lives = self._live_bits(sizes, demands, known)
+        for index, (row, live) in enumerate(zip(self._drafts, lives, strict=True)):
+            fields: dict[str, Ints] = {
+                name: _evaluated(value, sizes, known) for name, value in row.fields.items() if value.forms
+            }
+            if row.kind == OpKind.DEPTHWISE and "groups" in fields:
+                # Cut to one channel it is a plain convolution.
+                fields["kind"] = np.where(fields["groups"] == 1, OpKind.CONV, OpKind.DEPTHWISE)
+            if row.layer is not None:
+                fields["weight_bits"], fields["activation_bits"] = choices.bits[row.layer]
+            elif row.inputs:
+                fields["activation_bits"] = functools.reduce(np.maximum, (demands[value] for value in row.inputs))
+            fields["output_bits"] = demands[row.output]
+            held = sum((_evaluated(value, sizes, known) for value in row.held), np.zeros(1, np.int64))
+            amounts = {"held": held.astype(np.float64), "live_bytes": live / 8.0}
+            varying = {}
+            for name, column in ({name: column.astype(np.int32) for name, column in fields.items()} | amounts).items():
+                if len(column) == count > 1:
+                    varying[name] = np.ascontiguousarray(column)
+                else:
+                    template[index][name] = column[0]
+            columns.append(varying)
+        return ColumnWorkload(template, columns, self.names, count)
+
+    def _choices(self, policies: Sequence[Policy]) -> Choices:
+        """Kept channels and bits of some policies; of one alone where all agree to leave them as they are."""
+        kept = np.array(list(self.channel_sites.values()), dtype=np.int64).reshape(-1, 1)
+        bits = np.array(list(self.bit_sites.values()), dtype=np.int64).reshape(-1, 2, 1)
+        kinds = {kind for policy in policies for kind, _ in policy}
+        kept = np.repeat(kept, len(policies), axis=1) if "channels" in kinds else kept
+        bits = np.repeat(bits, len(policies), axis=2) if "bits" in kinds else bits
         for index, policy in enumerate(policies):
             for (kind, site), choice in policy.items():
                 if kind == "channels":
-                    kept[index, self._index(self._site_index, kind, site)] = choice
+                    kept[self._index(self._site_index, kind, site), index] = choice
                 elif kind == "bits":
-                    bits[index, self._index(self._layer_index, kind, site)] = choice
-        return kept, bits
+                    bits[self._index(self._layer_index, kind, site), :, index] = choice
+        return Choices(kept, bits, len(policies))
+
+    def choices(self, space: SearchSpace, indices: npt.NDArray[np.integer]) -> Choices:
+        """The choices of policies that are given by choice indices, with no policy made of them.
+
+        Args:
+            space: The search space that the indices belong to.
+            indices: Index of the choice of every decision, shape (policies, decisions), as ``space.encode`` gives.
+
+        Raises:
+            PolicyError: If the space decides sites that the graph does not have, or an index is out of range.
+        """
+        if indices.ndim != 2 or indices.shape[1] != len(space):
+            raise PolicyError(f"Choice indices need the shape (policies, {len(space)}), got {indices.shape}.")
+        one = self._choices([space.default()])
+        count = len(indices)
+        kept, bits = np.repeat(one.kept, count, axis=1), one.bits
+        if any(decision.kind == "bits" for decision in space):
+            bits = np.repeat(one.bits, count, axis=2)
+        for decision, column in zip(space, indices.T, strict=True):
+            if column.size and not 0 <= column.min() <= column.max() < len(decision.choices):
+                raise PolicyError(f"A choice of {decision.kind} of {decision.site!r} is out of range.")
+            table = np.array(decision.choices, dtype=np.int64)
+            if decision.kind == "channels":
+                kept[self._index(self._site_index, decision.kind, decision.site)] = table[column]
+            elif decision.kind == "bits":
+                bits[self._index(self._layer_index, decision.kind, decision.site)] = table[column].T
+        return Choices(kept, bits, count)
+
+    def _blocks(self, policies: Iterable[Policy] | Choices) -> Iterator[Choices]:
+        if isinstance(policies, Choices):
+            for start in range(0, policies.policies, _BLOCK):
+                yield policies.part(start, start + _BLOCK)
+            return
+        pending = iter(policies)
+        while block := list(itertools.islice(pending, _BLOCK)):
+            yield self._choices(block)
 
     def _index(self, table: Mapping[str, int], kind: str, site: str) -> int:
         if site not in table:
@@ -146,36 +248,43 @@ class ParametricWorkload:
             )
         return table[site]
 
-    def _bind_bits(self, rows: npt.NDArray[np.void], bits: Ints, sizes: Ints) -> None:
-        """Bits of every value from those of the layers that read it, then of every row, then the live bytes."""
-        count = len(rows)
-        demand = np.zeros((count, len(self._values)), dtype=np.int64)
+    def _check(self, choices: Choices) -> None:
+        for (site, size), kept in zip(self.channel_sites.items(), choices.kept, strict=True):
+            if not 1 <= kept.min() <= kept.max() <= size:
+                raise PolicyError(f"{site!r} has {size} channels; a policy keeps {kept.min()} to {kept.max()} of them.")
+        for site, bits in zip(self.bit_sites, choices.bits, strict=True):
+            if not 1 <= bits.min() <= bits.max() <= FLOAT_BITS:
+                raise PolicyError(f"Bits of {site!r} go from 1 to {FLOAT_BITS}; a policy chooses {bits.min()}.")
+
+    def _demands(self, bits: Ints) -> list[Ints]:
+        """Bits of every value: the most that a layer reads it with, floating point where something else reads it."""
+        demands: list[Ints] = [np.zeros(1, np.int64)] * len(self._values)
         for index in range(len(self._values) - 1, -1, -1):
             value = self._values[index]
-            if value.needs_float:
-                demand[:, index] = FLOAT_BITS
-            for layer in value.read_by_layers:
-                np.maximum(demand[:, index], bits[:, layer, 1], out=demand[:, index])
-            for follower in value.read_by_values:
-                np.maximum(demand[:, index], demand[:, follower], out=demand[:, index])
-        demand[demand == 0] = FLOAT_BITS
-        for index, own in enumerate(self._layer_of_row):
-            if own is not None:
-                rows["weight_bits"][:, index] = bits[:, own, 0]
-                rows["activation_bits"][:, index] = bits[:, own, 1]
-            elif self._inputs_of_row[index]:
-                read = demand[:, list(self._inputs_of_row[index])]
-                rows["activation_bits"][:, index] = read.max(axis=1)
-            rows["output_bits"][:, index] = demand[:, self._output_of_row[index]]
-        stored = np.stack([value.size.evaluate(sizes) for value in self._values], axis=1)
-        # Bits that begin and cease to live at each row; whole numbers, so that sums are exact.
-        change = np.zeros((rows.shape[1] + 1, count), np.int64)
-        np.add.at(change, self._lives[:, 0], (stored * demand).T)
-        np.subtract.at(change, self._lives[:, 1], (stored * demand).T)
-        rows["live_bytes"] = change[:-1].cumsum(axis=0).T / 8.0
+            read = [bits[layer, 1] for layer in value.read_by_layers] + [demands[each] for each in value.read_by_values]
+            if value.needs_float or not read:
+                read = [np.full(1, FLOAT_BITS)]
+            demands[index] = functools.reduce(np.maximum, read)
+        return demands
+
+    def _live_bits(self, sizes: Ints, demands: Sequence[Ints], known: dict[Size, Ints]) -> Iterator[Ints]:
+        """Bits of all values that are alive while each row runs; whole numbers, so that sums are exact."""
+        born: dict[int, list[int]] = {}
+        dying: dict[int, list[int]] = {}
+        for index, value in enumerate(self._values):
+            born.setdefault(value.first, []).append(index)
+            dying.setdefault(value.last, []).append(index)
+        alive = np.zeros(1, np.int64)
+        for row in range(len(self._drafts)):
+            for index in born.get(row, ()):
+                alive = alive + _evaluated(self._values[index].size, sizes, known) * demands[index]
+            yield alive
+            for index in dying.get(row, ()):
+                alive = alive - _evaluated(self._values[index].size, sizes, known) * demands[index]
 
 
-def _settle_groups(rows: npt.NDArray[np.void]) -> None:
-    """A depthwise convolution cut to one channel is a plain one."""
-    single = (rows["kind"] == OpKind.DEPTHWISE) & (rows["groups"] == 1)
-    rows["kind"][single] = OpKind.CONV
+def _evaluated(size: Size, sizes: Ints, known: dict[Size, Ints]) -> Ints:
+    """A size for every policy, computed once for all fields that share it."""
+    if size not in known:
+        known[size] = size.evaluate(sizes)
+    return known[size]

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -6,10 +8,24 @@ class CostModel:
     def fuses(self) -> bool: ...
     @property
     def has_energy(self) -> bool: ...
+    @property
+    def searches(self) -> bool: ...
     def __init__(self, fuses: bool) -> None: ...
     def totals(
         self,
         rows: NDArray[np.void],
+        latency_s: NDArray[np.float64],
+        energy_j: NDArray[np.float64],
+        weight_bytes_out: NDArray[np.float64],
+        peak_bytes: NDArray[np.float64],
+        macs_out: NDArray[np.float64],
+        uncosted: NDArray[np.uint8],
+    ) -> None: ...
+    def add_row(
+        self,
+        template: NDArray[np.void],
+        integers: Sequence[tuple[int, NDArray[np.int32]]],
+        amounts: Sequence[tuple[int, NDArray[np.float64]]],
         latency_s: NDArray[np.float64],
         energy_j: NDArray[np.float64],
         weight_bytes_out: NDArray[np.float64],

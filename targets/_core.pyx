@@ -6,10 +6,11 @@ Everything that is the same on all hardware (fused rows, sizes, MACs, rows witho
 
 from libc.math cimport NAN, isfinite
 from libc.stddef cimport size_t
-from libc.stdint cimport int32_t
+from libc.stdint cimport int32_t, uint32_t
+from libc.stdlib cimport free, malloc
 
 from fxopt.targets._rows cimport (
-    FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, macs, stored_bytes, traffic_bytes
+    AMOUNTS, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, macs, stored_bytes, traffic_bytes
 )
 
 
@@ -26,6 +27,65 @@ cdef inline Cost settled(CostModel model, const Row* row, unsigned char* uncoste
     return result
 
 
+cdef struct Columns:
+    # Where the fields that differ from policy to policy stand in a row, and where their values come from.
+    Py_ssize_t integers
+    Py_ssize_t amounts
+    int32_t* integer_at[INTEGERS]
+    const int32_t* integer_from[INTEGERS]
+    double* amount_at[AMOUNTS]
+    const double* amount_from[AMOUNTS]
+
+
+cdef struct Known:
+    # What one row cost when the fields that differ had these values.
+    int32_t integers[INTEGERS]
+    double held
+    Cost cost
+    double stored_bytes
+    double macs
+    unsigned char used
+    unsigned char uncosted
+
+
+cdef enum:
+    SLOTS = 1024
+
+
+cdef inline void fill(const Columns* columns, Py_ssize_t p) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(columns.integers):
+        columns.integer_at[j][0] = columns.integer_from[j][p]
+    for j in range(columns.amounts):
+        columns.amount_at[j][0] = columns.amount_from[j][p]
+
+
+cdef inline const Known* look_up(CostModel model, const Row* row, const Columns* columns, Known* known) noexcept nogil:
+    # Policies repeat the sizes of a single operator. Where a cost takes a search it is kept in a table with one place
+    # for each hash, where the latest stays; a closed formula is as quick as the table.
+    cdef uint32_t key = 0
+    cdef bint same
+    cdef Known* slot = known
+    cdef Py_ssize_t j
+    if model.searches:
+        for j in range(columns.integers):
+            key = (key ^ <uint32_t>columns.integer_at[j][0]) * <uint32_t>0x9E3779B1
+        slot = &known[(key >> 16) & (SLOTS - 1)]
+        same = slot.used and slot.held == row.held
+        for j in range(columns.integers):
+            same &= slot.integers[j] == columns.integer_at[j][0]
+            slot.integers[j] = columns.integer_at[j][0]
+        if same:
+            return slot
+        slot.held = row.held
+        slot.used = 1
+    slot.uncosted = 0
+    slot.cost = settled(model, row, &slot.uncosted)
+    slot.stored_bytes = stored_bytes(row)
+    slot.macs = macs(row)
+    return slot
+
+
 cdef class CostModel:
     """Base of all cost models.
 
@@ -34,14 +94,20 @@ cdef class CostModel:
 
     Attributes:
         has_energy: Whether ``cost`` gives an energy; set by subclasses.
+        searches: Whether ``cost`` searches, for tiles or the like, so that known costs are worth looking up; set by
+            subclasses.
     """
 
     def __init__(self, bint fuses):
         self.fuses = fuses
         self.has_energy = False
+        self.searches = False
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        """Cost of one row by itself; NaN where the model has no figures. Must not fail on a valid row."""
+        """Cost of one row by itself; NaN where the model has no figures.
+
+        Must not fail on a valid row, and must not look at ``live_bytes``, which is of the whole network.
+        """
         cdef Cost none
         none.latency_s = NAN
         none.energy_j = NAN
@@ -84,13 +150,64 @@ cdef class CostModel:
                 peak_bytes[p] = peak
                 macs_out[p] = work
 
+    def add_row(
+        self,
+        const Row[::1] template,
+        integers,
+        amounts,
+        double[::1] latency_s,
+        double[::1] energy_j,
+        double[::1] weight_bytes_out,
+        double[::1] peak_bytes,
+        double[::1] macs_out,
+        unsigned char[::1] uncosted,
+    ):
+        """Add one row's costs to the totals of many policies.
+
+        ``template`` is the row; ``integers`` and ``amounts`` are (byte offset, column) pairs of the int32 and the
+        double fields that differ from policy to policy. Adding the rows in order gives what :meth:`totals` gives.
+        """
+        cdef Known* known = <Known*>malloc(SLOTS * sizeof(Known))
+        cdef Columns columns
+        cdef Row row = template[0]
+        cdef const Known* found
+        cdef Py_ssize_t j, p
+        cdef const int32_t[::1] integer_column
+        cdef const double[::1] amount_column
+        if known == NULL:
+            raise MemoryError("no memory for the costs of one operator")
+        columns.integers = len(integers)
+        columns.amounts = len(amounts)
+        for j, (offset, column) in enumerate(integers):
+            integer_column = column[:latency_s.shape[0]]
+            columns.integer_at[j] = <int32_t*>(<char*>&row + <Py_ssize_t>offset)
+            columns.integer_from[j] = &integer_column[0]
+        for j, (offset, column) in enumerate(amounts):
+            amount_column = column[:latency_s.shape[0]]
+            columns.amount_at[j] = <double*>(<char*>&row + <Py_ssize_t>offset)
+            columns.amount_from[j] = &amount_column[0]
+        with nogil:
+            for j in range(SLOTS):
+                known[j].used = 0
+            for p in range(latency_s.shape[0]):
+                fill(&columns, p)
+                found = look_up(self, &row, &columns, known)
+                latency_s[p] += found.cost.latency_s
+                energy_j[p] += found.cost.energy_j
+                weight_bytes_out[p] += found.stored_bytes
+                macs_out[p] += found.macs
+                uncosted[0] |= found.uncosted
+                if row.live_bytes > peak_bytes[p]:
+                    peak_bytes[p] = row.live_bytes
+        free(known)
+
     def per_row(
         self, const Row[:, ::1] rows, double[:, ::1] latency_s, double[:, ::1] energy_j, double[:, ::1] dram_bytes
     ):
         """Fill one latency, energy and traffic per policy and row; fused rows and those without a model have none."""
         cdef Py_ssize_t p, i
         cdef unsigned char without_model
-        cdef bint free
+        cdef bint is_free
         cdef Cost cost
         with nogil:
             for p in range(rows.shape[0]):
@@ -99,8 +216,8 @@ cdef class CostModel:
                     cost = settled(self, &rows[p, i], &without_model)
                     latency_s[p, i] = cost.latency_s
                     energy_j[p, i] = cost.energy_j
-                    free = without_model or (self.fuses and rows[p, i].fused)
-                    dram_bytes[p, i] = 0.0 if free else self.dram_bytes(&rows[p, i])
+                    is_free = without_model or (self.fuses and rows[p, i].fused)
+                    dram_bytes[p, i] = 0.0 if is_free else self.dram_bytes(&rows[p, i])
 
 
 cdef inline bint is_sound(const Row* row) noexcept nogil:

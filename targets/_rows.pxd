@@ -22,6 +22,7 @@ cdef enum:
     KINDS = 12
     FLAGS = 5               # kind and the flags at the head of Row
     INTEGERS = 26           # the int32 fields of Row
+    AMOUNTS = 4             # its double fields
     MAX_BITS = 32           # 32 stands for floating point
     # Sets of kinds, bit i for kind i.
     CONVS = (1 << 0) | (1 << 1)
@@ -106,7 +107,11 @@ cdef inline bint is_pointwise(const Row* row) noexcept nogil:
 # of the latter have groups, kernel and all but one size of their volumes equal to 1.
 
 cdef inline double connections(const Row* row) noexcept nogil:
-    return <double>row.c * row.k / row.groups * kernel_volume(row)
+    cdef double pairs = <double>row.c * row.k
+    # Which rows have groups repeats from policy to policy, so this is guessed right and saves a division.
+    if row.groups != 1:
+        pairs /= row.groups
+    return pairs * kernel_volume(row)
 
 
 cdef inline double macs(const Row* row) noexcept nogil:

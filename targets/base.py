@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from fxopt.decisions import Capabilities
 from fxopt.errors import TargetError, UnknownNameError, UnsupportedError
 from fxopt.targets._core import CostModel
-from fxopt.targets.rows import Floats, Rows, Workload, compute_bits, macs, stored_bytes
+from fxopt.targets.rows import ROW_DTYPE, ColumnWorkload, Floats, Rows, Workload, compute_bits, macs, stored_bytes
 
-__all__ = ["METRICS", "Estimate", "RowCosts", "Status", "Target", "TargetInfo"]
+__all__ = ["METRICS", "Estimate", "RowCosts", "Status", "Target", "TargetInfo", "join_estimates"]
 
 Status = Literal["calibrated", "uncalibrated", "measured"]
+
+_FIELDS: Mapping[str, Any] = ROW_DTYPE.fields or {}
+_OFFSETS = {name: int(field[1]) for name, field in _FIELDS.items()}
+_AMOUNTS = frozenset(name for name, field in _FIELDS.items() if field[0] == np.float64)
 
 METRICS: Mapping[str, str] = {
     "latency": "latency_s",
@@ -204,7 +208,7 @@ class Target(abc.ABC):
             f"{self.name} is uncalibrated (it is {self.status} at {known} bits).",
         )
 
-    def estimate(self, workload: Workload, *, threads: int = 1) -> Estimate:
+    def estimate(self, workload: Workload | ColumnWorkload, *, threads: int = 1) -> Estimate:
         """Cost every policy of ``workload``.
 
         Args:
@@ -218,12 +222,13 @@ class Target(abc.ABC):
         if threads < 1:
             raise TargetError(f"threads has to be at least 1, got {threads}.")
         model = self.model
-        totals = np.empty((5, workload.policies), np.float64)
+        totals = np.zeros((5, workload.policies), np.float64)
         flags = np.zeros((threads, len(workload)), np.uint8)
-        _total(model, workload.rows, totals, flags, threads)
+        _total(model, workload, totals, flags)
         if not np.isfinite(totals[0]).all() or (model.has_energy and not np.isfinite(totals[1]).all()):
             raise TargetError(f"Target {self.name!r} gives a cost that is not finite; check its figures.")
         uncosted = np.flatnonzero(flags.any(axis=0))
+        share = _uncosted_share(workload, uncosted, totals[4])
         return Estimate(
             target=self.name,
             latency_s=totals[0],
@@ -232,32 +237,83 @@ class Target(abc.ABC):
             peak_activation_bytes=totals[3],
             macs=totals[4],
             uncosted=tuple(workload.names[i] for i in uncosted),
-            uncosted_macs_share=_macs_share(workload.rows[:, uncosted], totals[4]) if uncosted.size else 0.0,
+            uncosted_macs_share=share,
             energy_reason=self.info.energy_reason,
-            _per_row=lambda: _per_row(model, workload.rows),
+            _per_row=lambda: _per_row(model, _expanded(workload)),
         )
 
 
+def join_estimates(parts: Sequence[Estimate]) -> Estimate:
+    """The estimates of one target as one, policies in order; costs by operator are those of none."""
+
+    def joined(name: str) -> Floats:
+        whole: Floats = np.concatenate([getattr(part, name) for part in parts])
+        return whole
+
+    def no_rows() -> RowCosts:
+        raise TargetError("Costs by operator are not kept for policies that were streamed; estimate one of them alone.")
+
+    first = parts[0]
+    return Estimate(
+        target=first.target,
+        latency_s=joined("latency_s"),
+        energy_j=None if first.energy_j is None else joined("energy_j"),
+        weight_bytes=joined("weight_bytes"),
+        peak_activation_bytes=joined("peak_activation_bytes"),
+        macs=joined("macs"),
+        uncosted=tuple(dict.fromkeys(name for part in parts for name in part.uncosted)),
+        uncosted_macs_share=max(part.uncosted_macs_share for part in parts),
+        energy_reason=first.energy_reason,
+        _per_row=first._per_row if len(parts) == 1 else no_rows,
+    )
+
+
 def _total(
-    model: CostModel, rows: Rows, totals: Floats, flags: np.ndarray[tuple[int, int], np.dtype[np.uint8]], threads: int
+    model: CostModel,
+    workload: Workload | ColumnWorkload,
+    totals: Floats,
+    flags: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
 ) -> None:
-    """Fill ``totals`` (5, policies) and a line of ``flags`` for each thread, each thread its own block of policies."""
-    if threads == 1:
-        model.totals(rows, totals[0], totals[1], totals[2], totals[3], totals[4], flags[0])
+    """Add to ``totals`` (5, policies) and mark a line of ``flags`` for each thread, each its own block of policies."""
+    count = totals.shape[1]
+    edges = np.linspace(0, count, len(flags) + 1).astype(int).tolist()
+    blocks = [(slice(*edge), flags[i]) for i, edge in enumerate(itertools.pairwise(edges)) if edge[0] < edge[1]]
+    if len(blocks) == 1:
+        _total_block(model, workload, totals, *blocks[0])
         return
-    edges = np.linspace(0, len(rows), threads + 1).astype(int)
-    with ThreadPoolExecutor(threads) as pool:
-        blocks = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-        jobs = [
-            pool.submit(_total, model, rows[block], totals[:, block], flags[i : i + 1], 1)
-            for i, block in enumerate(blocks)
-        ]
-        for job in jobs:
+    with ThreadPoolExecutor(len(blocks)) as pool:
+        for job in [pool.submit(_total_block, model, workload, totals, *block) for block in blocks]:
             job.result()
 
 
-def _macs_share(rows: Rows, whole: Floats) -> float:
-    part = macs(rows).sum(axis=1)
+def _total_block(
+    model: CostModel,
+    workload: Workload | ColumnWorkload,
+    totals: Floats,
+    block: slice,
+    flags: np.ndarray[tuple[int], np.dtype[np.uint8]],
+) -> None:
+    latency_s, energy_j, stored, peak, work = totals[:, block]
+    if isinstance(workload, Workload):
+        model.totals(workload.rows[block], latency_s, energy_j, stored, peak, work, flags)
+        return
+    for index, fields in enumerate(workload.columns):
+        columns = [(_OFFSETS[name], name in _AMOUNTS, column[block]) for name, column in fields.items()]
+        integers = [(offset, column) for offset, is_amount, column in columns if not is_amount]
+        amounts = [(offset, column) for offset, is_amount, column in columns if is_amount]
+        row, flag = workload.template[index : index + 1], flags[index : index + 1]
+        model.add_row(row, integers, amounts, latency_s, energy_j, stored, peak, work, flag)
+
+
+def _expanded(workload: Workload | ColumnWorkload) -> Rows:
+    return workload.rows if isinstance(workload, Workload) else workload.expand().rows
+
+
+def _uncosted_share(workload: Workload | ColumnWorkload, uncosted: np.ndarray[Any, Any], whole: Floats) -> float:
+    """The largest share of a policy's MACs that rows without a model have."""
+    if not uncosted.size:
+        return 0.0
+    part = macs(_expanded(workload)[:, uncosted]).sum(axis=1)
     return float(np.max(np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0.0)))
 
 

@@ -19,6 +19,7 @@ from fxopt.targets._core import first_fault, row_layout
 __all__ = [
     "FLOAT_BITS",
     "ROW_DTYPE",
+    "ColumnWorkload",
     "Floats",
     "OpKind",
     "Rows",
@@ -188,6 +189,75 @@ _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_DENSITIES, lambda value: 0.0 < value <= 1.0, "a density is above 0 and at most 1"),
     (_AMOUNTS, lambda value: 0.0 <= value < np.inf, "it has to be finite and not negative"),
 )
+
+
+class ColumnWorkload:
+    """A workload of many policies, kept as what differs between them: a row for all, and columns.
+
+    It costs what the :class:`Workload` that :meth:`expand` gives costs, at a fraction of the memory and time.
+
+    Args:
+        template: One row for each operator, shape (rows,).
+        columns: For each row the fields that differ from policy to policy; int32 or float64 (``held`` and
+            ``live_bytes``), shape (policies,).
+        names: A name for each row.
+        policies: Number of policies.
+
+    Raises:
+        TargetError: If a field of any policy is not sound, as :class:`Workload` says; or if columns have another
+            shape or type.
+    """
+
+    __slots__ = ("columns", "names", "policies", "template")
+
+    def __init__(
+        self, template: Rows, columns: Sequence[Mapping[str, NDArray[Any]]], names: Sequence[str], policies: int
+    ) -> None:
+        self.template = np.ascontiguousarray(template)
+        self.columns = tuple(columns)
+        self.names = tuple(names)
+        self.policies = policies
+        if len(self.columns) != len(self.template):
+            raise TargetError(f"{len(self.template)} rows need columns for each, got {len(self.columns)}.")
+        for fields in self.columns:
+            for name, column in fields.items():
+                if column.dtype != ROW_DTYPE[name] or column.shape != (policies,):
+                    raise TargetError(
+                        f"Column {name!r} needs {policies} values of {ROW_DTYPE[name]}, got {column.dtype} of shape "
+                        f"{column.shape}."
+                    )
+        self._check_bounds()
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.template)
+
+    def __repr__(self) -> str:
+        return f"ColumnWorkload({self.policies} policies, {len(self)} rows)"
+
+    def expand(self) -> Workload:
+        """The same rows written out, shape (policies, rows)."""
+        rows = np.repeat(self.template[None, :], self.policies, axis=0)
+        for index, fields in enumerate(self.columns):
+            for name, column in fields.items():
+                rows[name][:, index] = column
+        return Workload(rows, self.names)
+
+    def _check_bounds(self) -> None:
+        """See that rows are sound: each of one policy in full, the other policies in the fields that differ."""
+        extremes = np.repeat(self.template[None, :], 2, axis=0)
+        for index, fields in enumerate(self.columns):
+            for name, column in fields.items():
+                extremes[name][:, index] = column.min(), column.max()
+            groups = fields.get("groups", self.template["groups"][index])
+            for name in ("c", "k"):
+                size = fields.get(name, self.template[name][index])
+                if np.any(groups > 1) and np.any(size % np.maximum(groups, 1)):
+                    raise TargetError(f"Row {index} ({self.names[index]!r}): groups do not divide all of its {name}.")
+        for name in ("c", "k", "groups"):
+            # Divisibility was looked at above, policy by policy.
+            extremes[name] = np.minimum(extremes[name], 1)
+        Workload(extremes, self.names)
 
 
 def _explain_fault(row: Any, name: str, where: tuple[int, int]) -> str:

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxopt import lowering
 from fxopt.decisions import Capabilities, Policy, SearchSpace
-from fxopt.errors import PolicyError
+from fxopt.errors import PolicyError, TargetError
 from fxopt.graph import trace
 from fxopt.lowering import lower
 from fxopt.models import small_mobilenet_v2
@@ -89,6 +90,54 @@ def test_many_policies_are_bound_as_one_by_one(network, seed):
     together = workload.bind(policies)
     for index, policy in enumerate(policies):
         np.testing.assert_array_equal(together.rows[index], workload.bind(policy).rows[0])
+
+
+@settings(max_examples=6)
+@given(network=networks(), seed=st.integers(0, 2**16))
+def test_streamed_estimates_equal_those_of_written_rows(network, seed):
+    gm = traced(network)[0]
+    decisions = [d for one in (PruneChannels(), Quantize()) for d in one.search_space(gm, CAPABILITIES)]
+    space = SearchSpace(decisions)
+    rng = np.random.default_rng(seed)
+    policies = [space.sample(rng) for _ in range(5)]
+    workload = lower(gm)
+    indices = np.stack([space.encode(policy) for policy in policies])
+    for name in ("pixel1", "v100"):
+        target = load(name)
+        written = target.estimate(workload.bind(policies))
+        choices = workload.choices(space, indices)
+        for given_as, threads in ((policies, 1), (iter(policies), 1), (choices, 1), (choices, 2)):
+            streamed = workload.estimate(target, given_as, threads=threads)
+            assert streamed.uncosted == written.uncosted
+            for metric in ("latency", "size", "macs", "memory"):
+                np.testing.assert_array_equal(streamed.metric(metric), written.metric(metric))
+
+
+def test_blocks_are_joined_in_order(monkeypatch):
+    monkeypatch.setattr(lowering, "_BLOCK", 3)
+    gm = trace(small_mobilenet_v2(), torch.randn(2, 1, 16, 16))
+    workload, target = lower(gm), load("pixel1")
+    space = PruneChannels().search_space(gm, CAPABILITIES)
+    policies = [space.uniform(fraction) for fraction in np.linspace(0.1, 1.0, 10)]
+    streamed = workload.estimate(target, policies)
+    np.testing.assert_array_equal(streamed.latency_s, target.estimate(workload.bind(policies)).latency_s)
+    with pytest.raises(TargetError, match="streamed"):
+        _ = streamed.rows
+    with pytest.raises(PolicyError, match="no policy"):
+        workload.estimate(target, [])
+
+
+def test_choices_out_of_range_are_refused_by_site():
+    gm = trace(small_mobilenet_v2(), torch.randn(2, 1, 16, 16))
+    workload = lower(gm)
+    space = PruneChannels().search_space(gm, CAPABILITIES)
+    site = space[0].site
+    with pytest.raises(PolicyError, match=f"'{site}' has"):
+        workload.bind(Policy({("channels", site): 10**6}))
+    with pytest.raises(PolicyError, match=f"of '{site}' is out of range"):
+        workload.choices(space, np.full((2, len(space)), 10**3))
+    with pytest.raises(PolicyError, match=r"shape \(policies, "):
+        workload.choices(space, np.zeros((2, 1), int))
 
 
 @settings(max_examples=6)

@@ -34,10 +34,10 @@ class Size:
         return Size(self.factor * other.factor, self.forms + other.forms, self.constant * other.constant)
 
     def evaluate(self, sizes: Ints) -> Ints:
-        """The size for every policy, from the forms' values of shape (policies, forms)."""
-        result: Ints = np.full(len(sizes), self.factor, dtype=np.int64)
+        """The size for every policy, from the forms' values of shape (forms, policies)."""
+        result: Ints = np.full(sizes.shape[1] if self.forms else 1, self.factor, dtype=np.int64)
         for form in self.forms:
-            result *= sizes[:, form]
+            result *= sizes[form]
         return result
 
 
@@ -84,16 +84,16 @@ class Forms:
         """Every form for every policy.
 
         Args:
-            kept: Kept units, shape (policies, groups).
+            kept: Kept units, shape (groups, policies).
 
         Returns:
-            Sizes, shape (policies, forms).
+            Sizes, shape (forms, policies).
         """
-        constants = np.array([form.constant for form in self._known], dtype=np.int64)
+        constants = np.array([form.constant for form in self._known], dtype=np.int64).reshape(-1, 1)
         terms = [(row, *term) for row, form in enumerate(self._known) for term in form.terms]
         if not terms:
-            return np.tile(constants, (len(kept), 1))
+            return np.tile(constants, (1, kept.shape[1]))
         rows, groups, counts = np.array(terms, dtype=np.int64).T
-        table = csr_array((counts, (rows, groups)), shape=(len(constants), kept.shape[1]))
-        result: Ints = constants + (table @ kept.T).T
+        table = csr_array((counts, (rows, groups)), shape=(len(constants), len(kept)))
+        result: Ints = constants + table @ kept
         return result

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fxopt.targets
 from fxopt.errors import TargetError, UnknownNameError, UnsupportedError
-from fxopt.targets import METRICS, Estimate, OpKind, Target, Workload, load, make_row
+from fxopt.targets import METRICS, ColumnWorkload, Estimate, OpKind, Target, Workload, load, make_row
 from fxopt.targets import rows as r
 from tests.targets.oracle import conv, random_rows, workload
 
@@ -82,6 +82,40 @@ def test_totals_are_sums_over_rows(name: str, seed: int) -> None:
     np.testing.assert_allclose(by_row.dram_bytes[costed], r.traffic_bytes(work.rows)[costed], rtol=1e-12)
     assert (by_row.dram_bytes[free] == 0.0).all()
     np.testing.assert_array_equal(estimate.dram_bytes, by_row.dram_bytes.sum(axis=1))
+
+
+@given(SEEDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_columns_cost_what_written_rows_cost(name: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    count, template = 6, random_rows(rng, 12)
+    columns = []
+    for row in template:
+        sizes = {field: row["groups"] * rng.integers(1, 9, count).astype(np.int32) for field in ("c", "k")}
+        bits = rng.choice([4, 8, 32], count).astype(np.int32)
+        columns.append({**sizes, "output_bits": bits, "live_bytes": rng.uniform(0.0, 1e6, count)})
+    work = ColumnWorkload(template, columns, [f"row{i}" for i in range(12)], count)
+    target = load(name)
+    written = fields(target.estimate(work.expand()))
+    for threads in (1, 2, 6):
+        np.testing.assert_array_equal(fields(target.estimate(work, threads=threads)), written)
+    np.testing.assert_array_equal(target.estimate(work).rows.latency_s, target.estimate(work.expand()).rows.latency_s)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"c": np.array([8, 0], np.int32)}, "c is 0"),
+        ({"c": np.array([8, 12], np.int32), "groups": np.array([8, 8], np.int32)}, "groups do not divide"),
+        ({"weight_bits": np.array([8, 33], np.int32)}, "weight_bits is 33"),
+        ({"live_bytes": np.array([0.0, np.nan])}, "live_bytes is nan"),
+        ({"c": np.array([8, 8])}, "int64"),
+        ({"c": np.array([8], np.int32)}, r"shape \(1,\)"),
+    ],
+)
+def test_unsound_columns_are_refused(column: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(TargetError, match=message):
+        ColumnWorkload(conv(8, 8, 4), [column], ["conv"], 2)
 
 
 @given(SEEDS)
