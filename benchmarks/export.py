@@ -8,14 +8,14 @@ which both files run in turn, of float time by 8-bit time.
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from common.networks import NETWORKS
+from common.output import finish, progress
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,22 +23,17 @@ from fxopt.export import export_onnx, host_fingerprint, measure
 from fxopt.graph import trace
 from fxopt.passes import FoldBatchNorm, Quantize
 
-NETWORKS = {
-    "mobilenetv2_w1": "mobilenetv2",
-    "resnet18": "resnet",
-    "resnet50": "resnet",
-    "efficientnet_b0": "efficientnet",
-    "mobilenetv3_large_w1": "mobilenetv3",
-}
+NAMES = ("mobilenetv2_w1", "resnet18", "resnet50", "efficientnet_b0", "mobilenetv3_large_w1")
 
 
-def network(name: str, size: int) -> nn.Module:
-    torch.manual_seed(0)
-    module = importlib.import_module(f"pytorchcv.models.{NETWORKS[name]}")
-    model: nn.Module = getattr(module, name)()
+def settled(name: str, size: int) -> nn.Module:
+    """A network whose batch norms know the statistics of its activations on noise."""
+    model = NETWORKS[f"pytorchcv:{name}"].build()
     for norm in model.modules():
         if isinstance(norm, _BatchNorm):
             norm.momentum = None
+            norm.reset_running_stats()
+    torch.manual_seed(0)
     with torch.no_grad():
         for _ in range(3):
             model.train()(torch.randn(8, 3, size, size))
@@ -53,7 +48,7 @@ def timed(results: dict[str, Any], name: str, call: Any) -> Any:
 
 
 def run(name: str, size: int, rounds: int, threads: int, folder: Path) -> dict[str, Any]:
-    model, example = network(name, size), torch.randn(2, 3, size, size)
+    model, example = settled(name, size), torch.randn(2, 3, size, size)
     results: dict[str, Any] = {}
     graph = timed(results, "trace", lambda: trace(model, example))
     folded = timed(results, "fold", lambda: FoldBatchNorm()(graph).graph_module)
@@ -82,7 +77,7 @@ def run(name: str, size: int, rounds: int, threads: int, folder: Path) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="network", help=", ".join(NETWORKS))
+    parser.add_argument("networks", nargs="*", default=NAMES, metavar="network", help=", ".join(NAMES))
     parser.add_argument("--size", type=int, default=224, help="height and width of the images")
     parser.add_argument("--rounds", type=int, default=50, help="rounds of the latency measurement")
     parser.add_argument("--threads", type=int, default=1, help="threads of onnxruntime")
@@ -90,10 +85,10 @@ def main() -> None:
     torch.set_num_threads(1)
     results = {}
     for name in options.networks:
+        progress(name)
         with tempfile.TemporaryDirectory() as folder:
             results[name] = run(name, options.size, options.rounds, options.threads, Path(folder))
-    host = host_fingerprint(options.threads)
-    print(json.dumps({"benchmark": "export", "host": host, "size": options.size, "results": results}, indent=2))
+    finish("export", results, host=host_fingerprint(options.threads), size=options.size)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def val() -> data.TensorLoader:
 
 
 def untrained() -> tuple[nn.Module, torch.Tensor]:
-    return small_mobilenet_v2(), torch.zeros(2, 1, 16, 16)
+    return small_mobilenet_v2(), next(iter(val()))[0][:2]
 
 
 def trained() -> tuple[nn.Module, torch.Tensor]:

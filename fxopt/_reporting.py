@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
-from fxopt.decisions import Policy
+from fxopt.decisions import Policy, SearchSpace
+from fxopt.export import ExportReport
 from fxopt.graph.channels import analyze
 from fxopt.lowering import ParametricWorkload
 from fxopt.report import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine
@@ -18,7 +21,7 @@ from fxopt.search import SearchResult
 from fxopt.targets import Estimate, OpKind, Target
 from fxopt.targets.rows import macs
 
-__all__ = ["build_report", "metrics_of"]
+__all__ = ["build_report", "changes_in", "export_data", "metrics_of", "notes_on"]
 
 _PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime", "numpy")
 _LAYERS = (OpKind.CONV, OpKind.DEPTHWISE, OpKind.LINEAR, OpKind.MATMUL)
@@ -78,6 +81,40 @@ def build_report(
         versions=_versions(),
         export=None,
     )
+
+
+def export_data(made: ExportReport) -> dict[str, Any]:
+    """What a report tells of an export; its notes are told with the export."""
+    data = {name: value for name, value in dataclasses.asdict(made).items() if name != "notes"}
+    data["path"] = made.path.name
+    data["batches"] = ", ".join(map(str, made.batches))
+    data["operators"] = ", ".join(f"{count} {name}" for name, count in made.operators)
+    return data
+
+
+def changes_in(space: SearchSpace, policy: Policy) -> str:
+    """How many of the decisions that are not about bits differ from the original."""
+    others = [decision for decision in space if decision.kind != "bits"]
+    changed = sum(policy.get(decision.key, decision.default) != decision.default for decision in others)
+    return f"{changed} of {len(others)} decisions"
+
+
+def notes_on(train: object, val: object, evaluate: object, found: SearchResult | None) -> list[str]:
+    """What a reader should know first: which data were missing, and what went wrong on the way."""
+    notes = []
+    if val is None and evaluate is None:
+        notes.append(
+            "No validation data was given: policies were judged by how little they change the outputs on random "
+            "inputs, and no accuracy is known."
+        )
+    if train is None:
+        notes.append("No training data was given: nothing was fine-tuned, and ranges come from random inputs.")
+    if found is None:
+        notes.append("The passes find nothing to decide in this model; it was left as it is.")
+    elif found.failed:
+        first = next(trial.error for trial in found.trials if trial.failed)
+        notes.append(f"{found.failed} of {len(found.trials)} trials failed; the first with: {first}")
+    return notes
 
 
 def _layers(target: Target, workload: ParametricWorkload, policy: Policy) -> tuple[LayerLine, ...]:

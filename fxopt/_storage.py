@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxopt import passes as pass_registry
@@ -18,16 +22,44 @@ from fxopt._files import replacing, write_text
 from fxopt.decisions import Policy
 from fxopt.errors import FxoptError, PolicyError
 from fxopt.evaluate import apply_policy
-from fxopt.graph import as_args, trace
+from fxopt.graph import as_args, eval_mode, trace
 from fxopt.passes import Canonicalize, TunablePass
 from fxopt.passes._fork import own_copy
 
-__all__ = ["load", "save"]
+__all__ = ["digest", "digest_of", "explain_other_weights", "load", "save", "shapes_of", "traced"]
 
 _SCHEMA = 1
 _RECIPE = "recipe.json"
 _POLICY = "policy.json"
 _WEIGHTS = "model.safetensors"
+
+
+def traced(model: nn.Module | ExportedProgram, example_inputs: object) -> fx.GraphModule:
+    """The canonical graph of a model in eval mode; the model keeps its mode."""
+    with eval_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext():
+        graph: fx.GraphModule = Canonicalize()(trace(model, example_inputs)).graph_module
+    return graph
+
+
+def shapes_of(model: nn.Module | ExportedProgram) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model's state."""
+    state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def digest_of(graph: fx.GraphModule) -> str:
+    """A short name for what a graph computes: its code and its tensors."""
+    tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in graph.state_dict().items())
+    parts = (part for name, tensor in tensors for part in (name, tensor.reshape(-1).view(torch.uint8).numpy().data))
+    return digest(graph.code, *parts)
+
+
+def digest(*parts: str | bytes | memoryview) -> str:
+    """A short name for what the parts say."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()[:12]
 
 
 def save(
@@ -38,73 +70,160 @@ def save(
     example_inputs: object,
     original_state: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Write everything that :func:`load` needs to ``folder``."""
+    """Write everything that :func:`load` needs to ``folder``; the recipe, which tells the files' digests, last."""
     leaves, spec = pytree.tree_flatten(as_args(example_inputs))
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    with replacing(folder / _WEIGHTS) as scratch:
+        try:
+            save_file(tensors, scratch)
+        except SafetensorError as failure:
+            raise FxoptError(f"Cannot write {folder / _WEIGHTS}: {failure}. Choose a folder with space.") from failure
+    policy.save(folder / _POLICY)
     recipe = {
         "schema": _SCHEMA,
         "passes": [{"name": one.name, "options": _options(one)} for one in passes],
         "inputs": {"spec": pytree.treespec_dumps(spec), "leaves": [_describe(leaf) for leaf in leaves]},
         "original_state": {name: list(shape) for name, shape in original_state.items()},
+        "digests": {name: _file_digest(folder / name) for name in (_WEIGHTS, _POLICY)},
     }
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
-    with replacing(folder / _WEIGHTS) as scratch:
-        try:
-            save_file(tensors, scratch)
-        except Exception as failure:
-            raise FxoptError(f"Cannot write {folder / _WEIGHTS}: {failure}. Choose a folder with space.") from failure
-    policy.save(folder / _POLICY)
     write_text(folder / _RECIPE, json.dumps(recipe, indent=1))
 
 
-def load(folder: Path, model: nn.Module) -> fx.GraphModule:
+def load(folder: Path, model: nn.Module | ExportedProgram) -> fx.GraphModule:
     """Apply the saved policy to ``model`` and load the saved weights."""
+    given: object = model
+    if not isinstance(given, (nn.Module, ExportedProgram)):
+        kind = f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__}"
+        raise PolicyError(f"The model is {kind}; give an instance of the original model, with any weights.")
     recipe = _read_recipe(folder)
-    _check_same_model(folder, recipe["original_state"], model)
-    leaves = [_example(leaf) for leaf in recipe["inputs"]["leaves"]]
-    args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(recipe["inputs"]["spec"]))
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        graph = Canonicalize()(trace(model.eval(), (args, kwargs))).graph_module
-    finally:
-        for module, training in modes:
-            module.training = training
-    passes: list[Any] = [pass_registry.create(one["name"], **one["options"]) for one in recipe["passes"]]
-    graph = apply_policy(graph, passes, Policy.load(folder / _POLICY)).eval()
-    return _with_weights(folder, graph)
+    _check_same_model(folder, recipe.original_state, model)
+    _check_files(folder, recipe.digests)
+    policy = Policy.load(folder / _POLICY)
+    graph = apply_policy(traced(model, recipe.inputs), recipe.passes, policy).eval()
+    graph = _with_weights(folder, graph)
+    explain_other_weights(graph)
+    return graph
+
+
+def explain_other_weights(graph: fx.GraphModule) -> None:
+    """Let ``graph.load_state_dict`` say what to do with the weights of the model from before the optimization.
+
+    A GraphModule has a class of its own, where fx puts its ``forward``; copies of the graph, to be optimized further,
+    get another one. So does this method.
+    """
+    setattr(type(graph), "load_state_dict", _load_state_dict)  # noqa: B010 (a method, on a class made at run time)
+
+
+def _load_state_dict(
+    self: fx.GraphModule, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+) -> Any:
+    mine = self.state_dict()
+    wrong = [
+        f"{name!r} is {tuple(tensor.shape)} there and {tuple(mine[name].shape)} here"
+        for name, tensor in state_dict.items()
+        if name in mine and isinstance(tensor, torch.Tensor) and tensor.shape != mine[name].shape
+    ]
+    strange = sorted(set(mine) ^ set(state_dict)) if strict else []
+    if wrong or strange:
+        where = wrong[0] if wrong else f"{strange[0]!r} is only {'here' if strange[0] in mine else 'there'}"
+        raise PolicyError(
+            f"These weights are of another model than this optimized one: {where}. To build a saved result again, use "
+            "fxopt.load(folder, original_model); weights of the original go into the original, before fxopt.optimize."
+        )
+    return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
 
 
 def _with_weights(folder: Path, graph: fx.GraphModule) -> fx.GraphModule:
     """Give the graph tensors of its own, holding the saved values."""
     try:
         saved = load_file(folder / _WEIGHTS)
-    except Exception as failure:
+    except (SafetensorError, OSError) as failure:
         raise FxoptError(f"Cannot read {folder / _WEIGHTS}: {failure}. Save the result again.") from failure
     mine = graph.state_dict()
-    wrong = sorted(set(saved) ^ set(mine)) or [name for name in mine if mine[name].shape != saved[name].shape]
+    wrong = sorted(set(saved) ^ set(mine)) or [name for name in mine if _form(mine[name]) != _form(saved[name])]
     if wrong:
-        raise PolicyError(f"The weights in {folder} do not fit the rebuilt graph at {wrong[0]!r}; is it another model?")
+        raise PolicyError(
+            f"The weights in {folder} do not fit the rebuilt graph at {wrong[0]!r}: the model has the same parameters "
+            "as the original and computes something else with them. Give the original model."
+        )
     graph = own_copy(graph)
     graph.load_state_dict(saved)
     return graph
 
 
-def _read_recipe(folder: Path) -> dict[str, Any]:
+def _form(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (*tensor.shape, tensor.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """How to build a saved model again.
+
+    Attributes:
+        passes: The passes in order.
+        inputs: Example inputs of the original model, ``(args, kwargs)``.
+        original_state: Shapes of the original model's state.
+        digests: Digests of the other files.
+    """
+
+    passes: list[Any]
+    inputs: Any
+    original_state: Mapping[str, list[int]]
+    digests: Mapping[str, str]
+
+
+def _read_recipe(folder: Path) -> _Recipe:
     path = folder / _RECIPE
     try:
-        recipe: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as failure:
-        raise FxoptError(f"{folder} is no saved result: cannot read {path.name}: {failure}.") from failure
-    if recipe.get("schema") != _SCHEMA:
-        raise FxoptError(f"{path} has schema {recipe.get('schema')!r}; this fxopt reads schema {_SCHEMA}.")
-    return recipe
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as failure:
+        raise FxoptError(
+            f"{folder} holds no saved result: cannot read {path.name}: {failure.strerror}. "
+            "Give a folder that OptimizationResult.save wrote."
+        ) from failure
+    except ValueError as failure:
+        raise FxoptError(f"{path} is damaged: {failure}. Save the result again.") from failure
+    if not isinstance(data, dict) or data.get("schema") != _SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else None
+        raise FxoptError(
+            f"{path} has schema {found!r} and this release of fxopt reads {_SCHEMA}. "
+            "Save the result again, or load it with the release that wrote it."
+        )
+    try:
+        leaves = [_example(leaf) for leaf in data["inputs"]["leaves"]]
+        inputs = pytree.tree_unflatten(leaves, pytree.treespec_loads(data["inputs"]["spec"]))
+        passes = [pass_registry.create(one["name"], **one["options"]) for one in data["passes"]]
+        return _Recipe(passes, inputs, dict(data["original_state"]), dict(data["digests"]))
+    except FxoptError:
+        raise
+    except Exception as failure:
+        raise FxoptError(f"{path} is damaged: {type(failure).__name__}: {failure}. Save the result again.") from failure
 
 
-def _check_same_model(folder: Path, wanted: Mapping[str, list[int]], model: nn.Module) -> None:
-    mine = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = sorted(set(mine) ^ set(wanted)) or [name for name in mine if mine[name] != wanted[name]]
+def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
+    """The files are those that were saved together."""
+    for name in (_WEIGHTS, _POLICY):
+        if _file_digest(folder / name) != digests.get(name):
+            raise FxoptError(
+                f"{folder / name} is damaged, or of another save than {_RECIPE} beside it. Save the result again."
+            )
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as failure:
+        raise FxoptError(f"Cannot read {path}: {failure.strerror}. Save the result again.") from failure
+
+
+def _check_same_model(folder: Path, wanted: Mapping[str, Sequence[int]], model: nn.Module | ExportedProgram) -> None:
+    mine = shapes_of(model)
+    wrong = sorted(set(mine) ^ set(wanted)) or [name for name in mine if mine[name] != tuple(wanted[name])]
     if wrong:
         raise PolicyError(
-            f"{folder} was saved from another model: {type(model).__name__} differs at {wrong[0]!r}. "
+            f"{folder} was saved from another model: {type(model).__name__} differs at {wrong[0]!r} "
+            f"({mine.get(wrong[0], 'nothing')} here, {wanted.get(wrong[0], 'nothing')} then). "
             "Give the original model, not the optimized one, with the same options as then."
         )
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,20 +17,20 @@ from torch import fx, nn
 
 from fxopt import _storage, targets
 from fxopt import passes as pass_registry
-from fxopt._reporting import build_report, metrics_of
+from fxopt._reporting import build_report, changes_in, export_data, metrics_of, notes_on
 from fxopt.data import Loader, first_batch
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
-from fxopt.errors import DataError, InfeasibleError, PassError, SearchError
-from fxopt.evaluate import Evaluator, apply_policy
+from fxopt.errors import DataError, InfeasibleError, PassError, SearchError, TargetError
+from fxopt.evaluate import Evaluator, RelativeLatency, apply_policy
 from fxopt.export import ExportReport, export_onnx, host_fingerprint, measure, onnxruntime_profiler
-from fxopt.graph import trace
 from fxopt.lowering import ParametricWorkload, lower
-from fxopt.passes import Canonicalize, TunablePass
+from fxopt.passes import Quantize, TunablePass
 from fxopt.passes._fork import own_copy
+from fxopt.passes.quantize import CALIBRATION_META
 from fxopt.progress import Progress, reporter
-from fxopt.report import PassLine, Report
+from fxopt.report import Metrics, PassLine, Report
 from fxopt.search import SearchResult, engines, run_search
-from fxopt.training import fit
+from fxopt.training import fit, rehearse
 
 __all__ = ["OptimizationResult", "load", "optimize"]
 
@@ -65,11 +64,18 @@ class OptimizationResult:
         format: Literal["qdq", "float"] = "qdq",  # noqa: A002
         check: bool = True,
     ) -> ExportReport:
-        """Write the model to an ONNX file that was proved in onnxruntime; see :func:`fxopt.export_onnx`."""
-        return export_onnx(self.model, path, self.example_inputs, format=format, check=check)
+        """Write the model to an ONNX file that was proved in onnxruntime; see :func:`fxopt.export_onnx`.
+
+        ``report`` tells of it from then on.
+        """
+        made = export_onnx(self.model, path, self.example_inputs, format=format, check=check)
+        self.report = dataclasses.replace(self.report, export=export_data(made))
+        return made
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write policy, weights, recipe and report to a folder that :func:`load` reads.
+
+        The recipe is written last and tells the others' digests, so that files of two saves are not taken for one.
 
         Returns:
             The folder.
@@ -79,9 +85,17 @@ class OptimizationResult:
         """
         place = Path(folder)
         _storage.save(place, self.model, self.policy, self.passes, self.example_inputs, self.original_state)
-        self.report.save(place / "report.json")
-        self.report.save(place / "report.html")
+        self.save_report(place)
         return place
+
+    def save_report(self, folder: str | os.PathLike[str]) -> None:
+        """Write the report alone, as ``report.json`` and ``report.html``.
+
+        Raises:
+            FxoptError: If a file cannot be written.
+        """
+        for name in ("report.json", "report.html"):
+            self.report.save(Path(folder) / name)
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> fx.GraphModule:
@@ -149,7 +163,8 @@ def optimize(
         learning_rate: Its highest learning rate.
         seed: Seed of everything random.
         workdir: Folder for the journal and checkpoints; the same call with the same folder resumes.
-        executor: Where trials run; None for here.
+        executor: Where trials run: any of ``concurrent.futures``; None for here. Other processes trace the model anew,
+            so model, data and ``evaluate`` have to be picklable; the result is the same as without.
         parallel: Trials at a time.
         verify_on_host: Whether to measure the model before and after in onnxruntime on this machine.
         progress: True shows progress on a terminal; or a reporter of one's own.
@@ -164,53 +179,45 @@ def optimize(
     chosen = _resolve_passes(passes)
     budgets = Budget.parse_all(budget or {})
     engines.load(engine)
-    if trials < 1:
-        raise SearchError(f"trials has to be at least 1, got {trials}.")
+    _check_whole(1, trials=trials, parallel=parallel)
+    _check_whole(0, epochs=epochs, seed=seed)
     show = reporter(progress)
     device = _load_target(target, show)
     _check_data(train, val, evaluate)
-    _check_weights(model)
-    job = _Job(copy.deepcopy(model), example_inputs, device, chosen, budgets)
+    _check_executor(executor)
     folder = Path(workdir) if workdir is not None else None
+    job = _Job(model, example_inputs, device, chosen, budgets)
+    tuning = _Tuning(train, epochs, loss, learning_rate, seed, folder)
     judge = Evaluator(
         job.graph,
         chosen,
         train=train,
         val=val,
         evaluate=evaluate,
-        preference=job.relative_latency,
+        preference=RelativeLatency(device, job.workload, float(job.original.latency_s[0])),
         weight=_CHEAPNESS,
         seed=seed,
+        source=(model, example_inputs),
     )
+    before = job.metrics(job.graph, judge.rehearse())
+    tuning.rehearse(job.graph)
     found = job.search(judge, engine, trials, seed, folder, executor, parallel, show)
     policy = found.policy if found is not None else job.space.default()
-    before = job.judged(judge, job.graph)
     steps: list[PassLine] = []
 
-    def tune(graph: fx.GraphModule) -> None:
-        steps.append(PassLine("prune-channels", "after the cut", job.accuracy(judge, graph), None))
-        if train is None or epochs < 1:
-            return
-        show.start("fine-tuning", epochs)
-        fit(
-            graph,
-            train,
-            epochs=epochs,
-            loss=loss,
-            learning_rate=learning_rate,
-            teacher=job.graph if loss is None else None,
-            checkpoint=folder / "fine-tune" if folder else None,
-            seed=seed,
-            progress=lambda epoch, _, value: show.advance("fine-tuning", 1, f"loss {value:.4f}"),
-        )
-        show.finish("fine-tuning")
-        steps.append(PassLine("fine-tune", f"{epochs} epochs", job.accuracy(judge, graph), None))
+    def between(graph: fx.GraphModule) -> None:
+        cut = [one.name for one in chosen if not isinstance(one, Quantize)]
+        if cut:
+            steps.append(job.step(", ".join(cut), changes_in(job.space, policy), graph, judge))
+        if tuning.run(graph, job, policy, show):
+            steps.append(job.step("fine-tune", f"epochs: {epochs}", graph, judge))
 
-    final = apply_policy(own_copy(job.graph), chosen, policy, calibration=train, between=tune).eval()
+    final = apply_policy(own_copy(job.graph), chosen, policy, calibration=train, between=between).eval()
     job.check_budget(final)
-    after = job.judged(judge, final)
-    if any(kind == "bits" for kind, _ in policy):
-        steps.append(PassLine("quantize", "calibrated", after.accuracy, None))
+    source = final.meta.get(CALIBRATION_META, {}).get("source")
+    if source is not None and CALIBRATION_META not in job.graph.meta:
+        steps.append(job.step("quantize", f"calibrated on: {source}", final, judge))
+    after = job.metrics(final, steps[-1].accuracy if steps else judge.judge(final))
     timed = _measured(job.graph, final, example_inputs) if verify_on_host else (None, None)
     report = build_report(
         title=f"{type(model).__name__} for {device.name}",
@@ -219,17 +226,67 @@ def optimize(
         final=lower(final),
         policy=policy,
         budgets=job.budget_lines(final),
-        before=_with_time(before, timed[0]),
-        after=_with_time(after, timed[1]),
+        before=dataclasses.replace(before, measured_latency_s=timed[0]),
+        after=dataclasses.replace(after, measured_latency_s=timed[1]),
         steps=steps,
         graph=job.graph,
         search=found,
         score_name=judge.score_name,
-        notes=_notes(train, val, evaluate, judge),
+        notes=notes_on(train, val, evaluate, found),
         seed=seed,
     )
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    return OptimizationResult(final, policy, report, found, chosen, example_inputs, shapes)
+    _storage.explain_other_weights(final)
+    return OptimizationResult(final, policy, report, found, chosen, example_inputs, job.state)
+
+
+@dataclass(frozen=True)
+class _Tuning:
+    """How to fine-tune what the search has found."""
+
+    train: Loader | None
+    epochs: int
+    loss: Callable[[Any, Any], torch.Tensor] | None
+    learning_rate: float
+    seed: int
+    folder: Path | None
+
+    def rehearse(self, original: fx.GraphModule) -> None:
+        """Notice what is wrong with data or loss before anything is searched.
+
+        Raises:
+            FxoptError: If fine-tuning could not take a step.
+        """
+        if self.train is not None:
+            rehearse(
+                original,
+                self.train,
+                epochs=self.epochs,
+                loss=self.loss,
+                learning_rate=self.learning_rate,
+                teacher=self._teacher(original),
+            )
+
+    def run(self, graph: fx.GraphModule, job: _Job, policy: Policy, show: Progress) -> bool:
+        """Fine-tune ``graph`` in place, if there is something to train on; whether it was done."""
+        if self.train is None or self.epochs < 1:
+            return False
+        show.start("fine-tuning", self.epochs)
+        fit(
+            graph,
+            self.train,
+            epochs=self.epochs,
+            loss=self.loss,
+            learning_rate=self.learning_rate,
+            teacher=self._teacher(job.graph),
+            checkpoint=None if self.folder is None else self.folder / f"fine-tune-{job.digest_with(policy)}",
+            seed=self.seed,
+            progress=lambda epoch, _, value: show.advance("fine-tuning", 1, f"loss {value:.4f}"),
+        )
+        show.finish("fine-tuning")
+        return True
+
+    def _teacher(self, original: fx.GraphModule) -> fx.GraphModule | None:
+        return original if self.loss is None else None
 
 
 class _Job:
@@ -245,9 +302,11 @@ class _Job:
     ) -> None:
         self.target = target
         self.budgets = budgets
-        training = model.training
-        self.graph: fx.GraphModule = Canonicalize()(trace(model.eval(), example_inputs)).graph_module
-        self.graph.train(training).eval()
+        # Tensors of its own: whatever a judge or a loss does to the graph, the model stays as it was.
+        self.graph: fx.GraphModule = own_copy(_storage.traced(model, example_inputs)).eval()
+        self.state = _storage.shapes_of(model)
+        _check_weights(self.graph)
+        self.digest = _storage.digest_of(self.graph)
         self.workload: ParametricWorkload = lower(self.graph, batch=target.capabilities.batch)
         decisions = [d for one in passes for d in one.search_space(self.graph, target.capabilities)]
         self.space = SearchSpace(decisions)
@@ -295,11 +354,6 @@ class _Job:
         estimate = self.target.estimate(self.workload.bind(policies))
         return np.stack([estimate.metric(budget.metric) for budget in self.budgets], axis=1)
 
-    def relative_latency(self, policy: Policy) -> float:
-        """Predicted latency over that of the original."""
-        estimate = self.target.estimate(self.workload.bind(policy))
-        return float(estimate.latency_s[0] / max(float(self.original.latency_s[0]), 1e-30))
-
     def search(
         self,
         judge: Evaluator,
@@ -323,6 +377,7 @@ class _Job:
             journal=folder / "journal.jsonl" if folder else None,
             executor=executor,
             parallel=parallel,
+            context={"model": self.digest, "target": self.target.name, "judge": judge.score_name},
             progress=lambda state: show.advance(
                 "search", 1, f"best {state.best.score:.4f}" if state.best and state.best.score is not None else ""
             ),
@@ -330,14 +385,19 @@ class _Job:
         show.finish("search")
         return found
 
-    def accuracy(self, judge: Evaluator, graph: fx.GraphModule) -> float | None:
-        """The score of a graph, if it says something about accuracy."""
-        return judge.judge(graph)
+    def digest_with(self, policy: Policy) -> str:
+        """A short name for what the policy makes of the model."""
+        return _storage.digest(self.digest, policy.to_json())
 
-    def judged(self, judge: Evaluator, graph: fx.GraphModule) -> Any:
-        """Metrics of a graph as it is."""
+    def metrics(self, graph: fx.GraphModule, score: float | None) -> Metrics:
+        """Metrics of a graph as it is, with the score it was given."""
         estimate = self.target.estimate(lower(graph, batch=self.target.capabilities.batch).bind())
-        return metrics_of(graph, estimate, judge.judge(graph))
+        return metrics_of(graph, estimate, score)
+
+    def step(self, name: str, detail: str, graph: fx.GraphModule, judge: Evaluator) -> PassLine:
+        """What a graph is worth and costs after a step."""
+        metrics = self.metrics(graph, judge.judge(graph))
+        return PassLine(name, detail, metrics.accuracy, metrics)
 
     def achieved(self, final: fx.GraphModule) -> npt.NDArray[np.float64]:
         """Cost of the final graph in every budgeted metric."""
@@ -368,13 +428,18 @@ class _Job:
 
 
 def _resolve_passes(passes: Sequence[PassLike]) -> tuple[TunablePass, ...]:
-    if isinstance(passes, (str, TunablePass)):
-        passes = (passes,)
-    found = []
-    for one in passes:
+    listed = (passes,) if isinstance(passes, (str, TunablePass)) else passes
+    if not isinstance(listed, Iterable):
+        raise PassError(f"passes is a {type(passes).__name__}; give names of passes, such as ('prune-channels',).")
+    found: list[TunablePass] = []
+    for one in listed:
         made = pass_registry.create(one) if isinstance(one, str) else one
         if not isinstance(made, TunablePass):
             raise PassError(f"{one!r} decides nothing; optimize takes tunable passes, such as prune-channels.")
+        if made.name in [other.name for other in found]:
+            raise PassError(f"passes names {made.name!r} twice; a pass decides about a model once.")
+        if any(isinstance(other, Quantize) for other in found):
+            raise PassError(f"passes names {made.name!r} behind 'quantize', whose graph is final; put 'quantize' last.")
         found.append(made)
     if not found:
         raise PassError("passes is empty; name at least one, such as 'prune-channels'.")
@@ -382,7 +447,9 @@ def _resolve_passes(passes: Sequence[PassLike]) -> tuple[TunablePass, ...]:
 
 
 def _load_target(target: str | os.PathLike[str] | targets.Target, show: Progress) -> targets.Target:
-    if str(target) != "host":
+    if not isinstance(target, (str, os.PathLike, targets.Target)):
+        raise TargetError(f"target is a {type(target).__name__}; give a name, the path of a TOML file, or a target.")
+    if str(target) != targets.HOST:
         return targets.load(target)
 
     def measured(done: int, total: int, what: str) -> None:
@@ -392,19 +459,32 @@ def _load_target(target: str | os.PathLike[str] | targets.Target, show: Progress
         if done == total:
             show.finish("measuring this machine")
 
-    return targets.load("host", profiler=onnxruntime_profiler, fingerprint=host_fingerprint(), progress=measured)
+    return targets.load(targets.HOST, profiler=onnxruntime_profiler, fingerprint=host_fingerprint(), progress=measured)
+
+
+def _check_whole(least: int, **options: object) -> None:
+    for name, value in options.items():
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+            raise SearchError(f"{name} has to be a whole number of at least {least}, got {value!r}.")
 
 
 def _check_data(train: Loader | None, val: Loader | None, evaluate: object) -> None:
     if evaluate is not None and not callable(evaluate):
         raise DataError(f"evaluate is a {type(evaluate).__name__}; give a function of a module.")
+    if evaluate is not None and val is not None:
+        raise DataError("Both val and evaluate say how good a model is; give one of them.")
     for loader, name in ((train, "train"), (val, "val")):
         if loader is not None:
             first_batch(loader, name)
 
 
-def _check_weights(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+def _check_executor(executor: object) -> None:
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise SearchError(f"executor is a {type(executor).__name__}; give one of concurrent.futures, or None.")
+
+
+def _check_weights(graph: fx.GraphModule) -> None:
+    for name, tensor in (*graph.named_parameters(), *graph.named_buffers()):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{name!r} holds NaN or infinity; load weights that are finite.")
 
@@ -412,19 +492,3 @@ def _check_weights(model: nn.Module) -> None:
 def _measured(before: fx.GraphModule, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:
     found = measure(before, inputs, runs=15, peers=(after,))
     return found.median_s, found.peers[0].median_s
-
-
-def _with_time(metrics: Any, seconds: float | None) -> Any:
-    return dataclasses.replace(metrics, measured_latency_s=seconds)
-
-
-def _notes(train: object, val: object, evaluate: object, judge: Evaluator) -> list[str]:
-    notes = []
-    if val is None and evaluate is None:
-        notes.append(
-            "No validation data was given: policies were judged by how little they change the outputs on random "
-            "inputs, and no accuracy is known."
-        )
-    if train is None:
-        notes.append("No training data was given: nothing was fine-tuned, and ranges come from random inputs.")
-    return notes

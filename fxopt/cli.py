@@ -146,6 +146,14 @@ def optimize(
         Optional[str],  # noqa: UP045
         typer.Option(metavar="MODULE:FUNCTION", help="Takes a module, gives a score; in place of --val."),
     ] = None,
+    loss: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODULE:FUNCTION", help="Takes output and label, gives a loss; by default cross entropy."),
+    ] = None,
+    learning_rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Highest learning rate of the fine-tuning; by default 0.02.", show_default=False),
+    ] = None,
     inputs: Inputs = None,
     recipe: Annotated[
         Optional[Path],  # noqa: UP045
@@ -175,6 +183,8 @@ def optimize(
         "train": train,
         "val": val,
         "evaluate": evaluate,
+        "loss": loss,
+        "learning_rate": learning_rate,
         "input": tuple(inputs or ()),
         "out": str(out) if out is not None else None,
         "seed": seed,

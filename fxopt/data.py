@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import os
+import traceback
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,22 +18,33 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import DataError
+from fxopt.errors import DataError, FxoptError
 
 __all__ = [
+    "IGNORED_LABEL",
     "Loader",
     "TensorLoader",
     "batch_for",
+    "blaming",
     "call_model",
+    "class_numbers",
     "class_scores",
     "digits",
     "fashion_mnist",
     "first_batch",
+    "read",
     "split_batch",
+    "told",
 ]
 
 Loader: TypeAlias = Iterable[Any]
 """Batches of (input, label), as often as one iterates: a DataLoader, a list, a :class:`TensorLoader`."""
+
+IGNORED_LABEL = -100
+"""A label that counts for nothing, in losses (as in torch's cross entropy) and accuracies."""
+
+_MOST_WORDS = 300
+_LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 _IDX_BYTES = b"\x00\x00\x08"
 
@@ -173,7 +186,7 @@ def first_batch(loader: Loader, what: str) -> Any:
             f"{what} is a {type(loader).__name__}, which can be read only once; give what it was made from: "
             "a DataLoader, a list of batches, or a fxopt.data.TensorLoader."
         )
-    batch = next(iter(loader), None)
+    batch = next(read(loader, what, 1), None)
     if batch is None:
         raise DataError(f"{what} yields nothing; give a loader with at least one batch.")
     for part, name in zip(split_batch(batch, what), ("inputs", "labels"), strict=True):
@@ -181,6 +194,47 @@ def first_batch(loader: Loader, what: str) -> Any:
             if isinstance(leaf, torch.Tensor):
                 _check_tensor(leaf, f"The {name} of {what}'s first batch")
     return batch
+
+
+def read(loader: Loader, what: str = "the loader", count: int | None = None) -> Iterator[Any]:
+    """The batches of a loader, at most ``count`` of them.
+
+    Raises:
+        DataError: If the loader raises anything; says what and where.
+    """
+    remedy = "Correct the loader; it has to go through without an error."
+    with blaming(what, remedy):
+        batches = iter(loader)
+    number = 0
+    while number != count:
+        with blaming(f"{what}, batch {number},", remedy):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+        yield batch
+        number += 1
+
+
+@contextlib.contextmanager
+def blaming(what: str, remedy: str) -> Iterator[None]:
+    """Raise an error of the user's own code as a DataError that says whose it is, where, and what to do."""
+    try:
+        yield
+    except FxoptError:
+        raise
+    except Exception as failure:
+        raise DataError(f"{what} raised {told(failure)} {remedy}") from failure
+
+
+def told(failure: Exception) -> str:
+    """An error in one line: its type, the first line of its message, and the line of code that is not torch's."""
+    first = next((line for line in str(failure).splitlines() if line.strip()), "").strip().rstrip(".")
+    words = f"{type(failure).__name__}: {first}" if first else type(failure).__name__
+    frames = traceback.extract_tb(failure.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, "<"))]
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    return f"{words[:_MOST_WORDS]}{where}."
 
 
 def split_batch(batch: Any, what: str = "the loader") -> tuple[Any, Any]:
@@ -211,13 +265,23 @@ def batch_for(model: nn.Module, batch: Any, what: str = "the loader") -> tuple[A
     return inputs, label
 
 
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Call a model on a batch's inputs: a tensor, a tuple of arguments or a mapping."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+def call_model(model: nn.Module, inputs: Any, what: str = "the loader") -> Any:
+    """Call a model on a batch's inputs: a tensor, a tuple of arguments or a mapping.
+
+    Args:
+        model: The model.
+        inputs: The inputs.
+        what: Where they come from, for messages.
+
+    Raises:
+        DataError: If the model fails on them; says how, and what they are.
+    """
+    with blaming(f"The model, given {_described(inputs)} by {what},", "Give inputs such as example_inputs."):
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        return model(inputs)
 
 
 def class_scores(output: Any, remedy: str) -> torch.Tensor:
@@ -233,7 +297,49 @@ def class_scores(output: Any, remedy: str) -> torch.Tensor:
     scores = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if isinstance(scores, torch.Tensor) and scores.dim() >= 2:
         return scores
-    raise DataError(f"The model gives a {type(output).__name__}, no tensor of class scores (batch, classes); {remedy}.")
+    raise DataError(f"The model gives {_described(output)}, no tensor of class scores (batch, classes); {remedy}.")
+
+
+def class_numbers(label: Any, scores: torch.Tensor, what: str, remedy: str) -> torch.Tensor:
+    """Labels as 64-bit class numbers, checked against class scores.
+
+    Args:
+        label: What the loader gives as labels.
+        scores: Class scores, classes in dimension 1.
+        what: The loader, for messages.
+        remedy: What to do about labels of another kind, for messages.
+
+    Raises:
+        DataError: If the labels are not one whole number for each position of the scores, or out of range.
+    """
+    wanted = (scores.shape[0], *scores.shape[2:])
+    needs = f"the model's class scores need {wanted}: one class number for each"
+    if not isinstance(label, torch.Tensor):
+        raise DataError(f"{what} has {_described(label)} for labels, where {needs}, in a tensor; {remedy}.")
+    if label.shape != wanted:
+        raise DataError(f"{what} has labels of shape {tuple(label.shape)}, where {needs}; {remedy}.")
+    if label.is_floating_point() or label.is_complex():
+        raise DataError(f"{what} has labels of type {label.dtype}, where class numbers are whole; {remedy}.")
+    numbers = label.long()
+    classes = scores.shape[1]
+    wrong = numbers[((numbers < 0) | (numbers >= classes)) & (numbers != IGNORED_LABEL)]
+    if wrong.numel():
+        raise DataError(
+            f"{what} has the label {int(wrong[0])}, where the model knows the classes 0 to {classes - 1}; correct the "
+            f"labels (those to be left out are {IGNORED_LABEL}), or the model's number of classes."
+        )
+    return numbers
+
+
+def _described(value: Any) -> str:
+    """Tensors by shape and type, within whatever holds them."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {', '.join(map(str, value)) or 'nothing'}"
+    if isinstance(value, (tuple, list)) and value and all(isinstance(item, torch.Tensor) for item in value):
+        return f"a {type(value).__name__} of {', '.join(_described(item) for item in value)}"
+    return f"a {type(value).__name__}"
 
 
 def _check_tensor(tensor: torch.Tensor, where: str) -> None:

@@ -113,9 +113,10 @@ def _run(out: Path, effort: _Effort, seed: int, show: Progress) -> DemoOutcome:
         seed=seed,
         progress=show,
     )
-    export = result.export(out / "model.onnx")
-    result.report = replace(result.report, export=_as_data(export))
+    # Saved first: a refused export loses no result.
     result.save(out)
+    export = result.export(out / "model.onnx")
+    result.save_report(out)
     return DemoOutcome(result, export, accuracy(OnnxModule(out / "model.onnx"), val), out)
 
 
@@ -138,17 +139,3 @@ def _check_writable(folder: Path) -> None:
         raise FxoptError(
             f"Cannot write to {folder}: {failure.strerror}. Choose another folder with --out."
         ) from failure
-
-
-def _as_data(export: ExportReport) -> dict[str, object]:
-    return {
-        "path": export.path.name,
-        "format": export.format,
-        "opset": export.opset,
-        "file_bytes": export.file_bytes,
-        "max_abs_diff": export.max_abs_diff,
-        "mean_abs_diff": export.mean_abs_diff,
-        "top1_agreement": export.top1_agreement,
-        "integer_nodes": export.integer_nodes,
-        "float_nodes": export.float_nodes,
-    }

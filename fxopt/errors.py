@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "BudgetError",
@@ -29,7 +30,17 @@ __all__ = [
 
 
 class FxoptError(Exception):
-    """Root of all errors that fxopt raises on purpose."""
+    """Root of all errors that fxopt raises on purpose; they can be pickled, as pools of processes need it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(cls: type[FxoptError], args: tuple[Any, ...], state: dict[str, Any]) -> FxoptError:
+    """An error as it was, whatever its constructor takes."""
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class TraceError(FxoptError):
@@ -37,7 +48,15 @@ class TraceError(FxoptError):
 
 
 class VerifyError(FxoptError):
-    """A graph is not canonical."""
+    """A graph is not canonical.
+
+    Attributes:
+        node: Name of the node that breaks a rule; empty if it is the graph as a whole.
+    """
+
+    def __init__(self, message: str, *, node: str = "") -> None:
+        super().__init__(message)
+        self.node = node
 
 
 class PassError(FxoptError):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -15,20 +15,33 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from fxopt.data import Loader, batch_for, call_model, class_scores
+from fxopt.data import (
+    IGNORED_LABEL,
+    Loader,
+    batch_for,
+    blaming,
+    call_model,
+    class_numbers,
+    class_scores,
+    read,
+    split_batch,
+)
 from fxopt.decisions import Policy
 from fxopt.errors import DataError, SearchError
 from fxopt.graph import eval_mode, trace
+from fxopt.lowering import ParametricWorkload
 from fxopt.passes import Canonicalize, FoldBatchNorm, Quantize, TunablePass
 from fxopt.passes._calibrate import feed, synthetic_batch
 from fxopt.passes._fork import fork
 from fxopt.passes.quantize import FLOAT
+from fxopt.targets import Target
 
-__all__ = ["Evaluator", "accuracy", "apply_policy", "recalibrate_batch_norm"]
+__all__ = ["Evaluator", "RelativeLatency", "accuracy", "apply_policy", "recalibrate_batch_norm"]
 
 Judge: TypeAlias = Callable[[nn.Module], float]
 
 _SETTLING_BATCHES = 4
+_OTHER_TASKS = "give evaluate=callable(module) -> float"
 
 
 def accuracy(model: nn.Module, loader: Loader, max_batches: int | None = None) -> float:
@@ -40,25 +53,19 @@ def accuracy(model: nn.Module, loader: Loader, max_batches: int | None = None) -
         max_batches: Batches to look at, or None for all.
 
     Raises:
-        DataError: If the loader yields nothing, the model's output is no tensor of class scores, or the labels do not
-            fit it.
+        DataError: If the loader yields nothing or fails, the model's output is no tensor of class scores, or the labels
+            do not fit it. Labels of :data:`fxopt.data.IGNORED_LABEL` count for nothing.
     """
     right = seen = 0
     with torch.no_grad(), eval_mode(model):
-        for batch in itertools.islice(loader, max_batches):
+        for batch in read(loader, "val", max_batches):
             inputs, label = batch_for(model, batch, "val")
-            output = call_model(model, inputs)
-            best = class_scores(output, "give evaluate=callable(module) -> float").argmax(1)
-            if not isinstance(label, torch.Tensor) or label.shape != best.shape:
-                found = tuple(label.shape) if isinstance(label, torch.Tensor) else type(label).__name__
-                raise DataError(
-                    f"val has labels of shape {found}, where the model's class scores need {tuple(best.shape)}: one "
-                    "class number for each. For another task give evaluate=callable(module) -> float."
-                )
-            right += int((best == label).sum())
-            seen += label.numel()
+            scores = class_scores(call_model(model, inputs, "val"), _OTHER_TASKS)
+            numbers = class_numbers(label, scores, "val", f"for another task {_OTHER_TASKS}")
+            right += int((scores.argmax(1) == numbers).sum())
+            seen += int((numbers != IGNORED_LABEL).sum())
     if not seen:
-        raise DataError("val yields nothing; give a loader with at least one batch.")
+        raise DataError("val yields nothing to judge by; give a loader with at least one labelled sample.")
     return right / seen
 
 
@@ -76,8 +83,8 @@ def apply_policy(
         gm: A canonical graph.
         passes: The passes in order.
         policy: Decisions for all of them.
-        calibration: Batches that quantizers are calibrated on and, where the policy decides channels, batch norm is
-            estimated anew from; the first few are read.
+        calibration: Batches of (input, label) that quantizers are calibrated on and, where the policy decides channels,
+            batch norm is estimated anew from; the first few are read.
         between: Called with the rewritten graph before the first Quantize, or at the end if there is none, after batch
             norm was estimated: the place for fine-tuning, of a graph whose tensors are nobody else's.
 
@@ -95,7 +102,8 @@ def apply_policy(
                 continue
             gm = FoldBatchNorm()(gm.eval()).graph_module
             if one.calibration is None and calibration is not None:
-                one = replace(one, calibration=calibration, max_batches=one.max_batches or _SETTLING_BATCHES)
+                batches = one.max_batches or _SETTLING_BATCHES
+                one = replace(one, calibration=_InputsOnly(calibration), max_batches=batches)
         gm = one.with_policy(policy)(gm).graph_module
     if not settled:
         _settle(gm, policy, calibration, between)
@@ -118,7 +126,7 @@ def recalibrate_batch_norm(model: nn.Module, loader: Loader, max_batches: int = 
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return
-    batches = list(itertools.islice(loader, max_batches))
+    batches = list(read(loader, "train", max_batches))
     if not batches:
         raise DataError("There is no batch to estimate batch norm from; give a loader with at least one.")
     kept = [(norm, norm.momentum, norm.training, dict(norm._buffers)) for norm in norms]
@@ -133,13 +141,45 @@ def recalibrate_batch_norm(model: nn.Module, loader: Loader, max_batches: int = 
     try:
         with torch.no_grad():
             for batch in batches:
-                call_model(model, batch_for(model, batch)[0])
+                call_model(model, batch_for(model, batch, "train")[0], "train")
         done = True
     finally:
         for norm, momentum, training, buffers in kept:
             norm.momentum, norm.training = momentum, training
             if not done:
                 norm._buffers.update(buffers)
+
+
+@dataclass(frozen=True)
+class _InputsOnly:
+    """The inputs of a loader of (input, label), as the arguments of a call."""
+
+    loader: Loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in read(self.loader, "train"):
+            inputs, _ = split_batch(batch, "train")
+            yield (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else inputs
+
+
+@dataclass(frozen=True)
+class RelativeLatency:
+    """Predicted latency of a policy over that of the original; knows no graph, so that it can leave the process.
+
+    Attributes:
+        target: Where latency is predicted for.
+        workload: The original model, as a target costs it.
+        original_s: Its latency.
+    """
+
+    target: Target
+    workload: ParametricWorkload
+    original_s: float
+
+    def __call__(self, policy: Policy) -> float:
+        """The ratio for one policy."""
+        estimate = self.target.estimate(self.workload.bind(policy))
+        return float(estimate.latency_s[0]) / max(self.original_s, 1e-30)
 
 
 class Evaluator:
@@ -198,8 +238,8 @@ class Evaluator:
         self._rewriting = threading.Lock()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self._train = _first(train, _SETTLING_BATCHES)
-            self._part = _first(val, max_batches) if evaluate is None else None
+            self._train = None if train is None else list(read(train, "train", _SETTLING_BATCHES))
+            self._part = None if val is None or evaluate is not None else list(read(val, "val", max_batches))
         self._val = val
         self._probe = _probe_inputs(gm, seed) if val is None and evaluate is None else None
         self._wanted = self._outputs(gm)
@@ -227,9 +267,30 @@ class Evaluator:
         """The score of a model on all of the validation data, without any preference for cheap ones.
 
         Raises:
-            DataError: If ``evaluate`` gives no number, or the data do not fit the model.
+            DataError: If ``evaluate`` fails or gives no number, or the data do not fit the model.
         """
-        return self._judge(model, self._val)
+        with contextlib.nullcontext() if self._evaluate is None else blaming("evaluate", "Correct it and run again."):
+            return self._judge(model, self._val)
+
+    def rehearse(self) -> float:
+        """The score of the original graph, after a look at everything that trials will use.
+
+        Whatever is wrong with the data or the user's function then shows in the original, before any policy is tried.
+
+        Raises:
+            DataError: If the batches do not fit the model or its graph, or the score is no finite number.
+        """
+        graph = self._graph()
+        with torch.no_grad(), eval_mode(graph):
+            for batch in self._train or ():
+                call_model(graph, batch_for(graph, batch, "train")[0], "train")
+        if self._train is not None and any(isinstance(one, Quantize) for one in self._passes):
+            for number, inputs in enumerate(_InputsOnly(self._train)):
+                feed(graph, inputs, f"train, batch {number}")
+        score = self.judge(graph)
+        if not math.isfinite(score):
+            raise DataError(f"The original model has the score {score} by {self.score_name}; it has to be finite.")
+        return score
 
     def _judge(self, model: nn.Module, data: Loader | None) -> float:
         if self._evaluate is not None:
@@ -237,7 +298,7 @@ class Evaluator:
                 score: Any = self._evaluate(model)
             try:
                 return float(score)
-            except (TypeError, ValueError) as failure:
+            except (TypeError, ValueError, RuntimeError) as failure:
                 raise DataError(f"evaluate gives a {type(score).__name__}; it has to give a number.") from failure
         if data is not None:
             return accuracy(model, data)
@@ -299,10 +360,6 @@ class Evaluator:
 
 _GRAPHS: dict[str, fx.GraphModule] = {}
 """In a worker process: the graph of the evaluator that was used last."""
-
-
-def _first(loader: Iterable[Any] | None, count: int) -> list[Any] | None:
-    return None if loader is None else list(itertools.islice(loader, count))
 
 
 def _settle(

@@ -17,11 +17,21 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fxopt._files import replacing
-from fxopt.data import Loader, TensorLoader, batch_for, call_model, class_scores, first_batch
+from fxopt.data import (
+    Loader,
+    TensorLoader,
+    batch_for,
+    blaming,
+    call_model,
+    class_numbers,
+    class_scores,
+    first_batch,
+    read,
+)
 from fxopt.errors import DataError, FxoptError, UnknownNameError
 from fxopt.graph import eval_mode
 
-__all__ = ["History", "fit"]
+__all__ = ["History", "fit", "rehearse"]
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """``loss(output, label)``, a tensor of one element."""
@@ -29,9 +39,11 @@ Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 EpochDone: TypeAlias = Callable[[int, int, float], None]
 """Told after every epoch: its number from 1, how many there are, and its mean loss."""
 
+_OTHER_TASKS = "give loss=callable(output, label) -> scalar"
 _OPTIMIZERS = ("sgd", "adamw")
 _MODEL, _OPTIMIZER = "model.", "optimizer."
 _WARM_UP_SHARE = 0.05
+_TEMPERATURE = 2.0
 _TEACHER_SHARE = 0.5
 
 
@@ -57,11 +69,11 @@ class _Settings:
     epochs: int
     steps: int
     learning_rate: float
-    optimizer: str
-    momentum: float
-    weight_decay: float
-    temperature: float | None
-    seed: int
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    temperature: float | None = _TEMPERATURE
+    seed: int = 0
 
     def learning_rate_at(self, step: int) -> float:
         """A linear rise over the first twentieth of all steps, times half a cosine from 1 to 0."""
@@ -81,7 +93,7 @@ def fit(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     teacher: nn.Module | None = None,
-    temperature: float = 2.0,
+    temperature: float = _TEMPERATURE,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: EpochDone | None = None,
@@ -145,6 +157,38 @@ def fit(
     return history
 
 
+def rehearse(
+    model: nn.Module,
+    train: Loader,
+    *,
+    epochs: int,
+    loss: Loss | None = None,
+    learning_rate: float = 0.02,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Look at everything that :func:`fit` needs, on the first batch and without training.
+
+    Args:
+        model: The model; it is not changed.
+        train: As for ``fit``; so for the others.
+        epochs: As for ``fit``; nothing is looked at if 0.
+        loss: The loss.
+        learning_rate: The learning rate.
+        teacher: The teacher.
+
+    Raises:
+        FxoptError: As ``fit`` would on its first step.
+    """
+    _check_options(epochs, learning_rate, "sgd", _TEMPERATURE)
+    if epochs == 0:
+        return
+    batch = first_batch(train, "train")
+    settings = _Settings(epochs=epochs, steps=1, learning_rate=learning_rate)
+    training = _Training(model, train, settings, loss, teacher)
+    with torch.random.fork_rng(), torch.no_grad(), eval_mode(model):
+        training.loss(batch)
+
+
 class _Training:
     """A model in training."""
 
@@ -162,24 +206,31 @@ class _Training:
         """One pass over the data; its mean loss.
 
         Raises:
-            FxoptError: If the loss or a parameter stops being finite; the model is as it was before the epoch.
+            FxoptError: If a batch does not fit, or the loss or a parameter stops being finite; the model is as it was
+                before the epoch, as it is after whatever else stops it.
         """
         good = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         torch.manual_seed(self.settings.seed + epoch)
+        try:
+            return self._go_through(epoch)
+        except BaseException:
+            self.model.load_state_dict(good)
+            self.model.eval()
+            raise
+
+    def _go_through(self, epoch: int) -> float:
         self.model.train()
         batches = self._train.at_epoch(epoch) if isinstance(self._train, TensorLoader) else self._train
-        total, count = 0.0, 0
-        for index, batch in enumerate(batches):
+        total, value, count = 0.0, 0.0, 0
+        for index, batch in enumerate(read(batches, "train")):
             value = self._step(epoch * self.settings.steps + index, batch)
             total, count = total + value, count + 1
             if not math.isfinite(value):
                 break
-        if math.isfinite(total) and count and self._finite():
-            return total / count
-        self.model.load_state_dict(good)
-        self.model.eval()
         if not count:
             raise DataError(f"train yields nothing in epoch {epoch + 1}; give a loader that can be read again.")
+        if math.isfinite(total) and self._finite():
+            return total / count
         what = f"The loss is {value}" if not math.isfinite(value) else "A parameter or buffer is NaN or infinite"
         raise FxoptError(
             f"{what} in epoch {epoch + 1} of {self.settings.epochs}, batch {count}; the model is back at the state "
@@ -187,24 +238,31 @@ class _Training:
         )
 
     def _step(self, step: int, batch: Any) -> float:
-        inputs, label = batch_for(self.model, batch, "train")
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(step)
         self.optimizer.zero_grad()
-        value = self._loss_of(_forward(self.model, inputs), inputs, label)
+        value = self.loss(batch)
         if bool(torch.isfinite(value.detach()).all()):
             torch.autograd.backward(value)
             self.optimizer.step()
         return float(value.detach())
 
-    def _loss_of(self, output: Any, inputs: Any, label: Any) -> torch.Tensor:
-        own: Any = self._loss(output, label)
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch, a tensor of one element.
+
+        Raises:
+            DataError: If the batch does not fit the model or the loss.
+        """
+        inputs, label = batch_for(self.model, batch, "train")
+        output = _forward(self.model, inputs)
+        with blaming("loss", "Correct it, or the labels of train; it is called with the model's output and a label."):
+            own: Any = self._loss(output, label)
         if not isinstance(own, torch.Tensor) or own.numel() != 1:
             raise DataError(f"loss gives {_described(own)}; it has to give a tensor of one element, such as a mean.")
         if self._teacher is None or self.settings.temperature is None:
             return own
         with torch.no_grad():
-            wanted = call_model(self._teacher, inputs)
+            wanted = call_model(self._teacher, inputs, "train")
         soft = _distance(output, wanted, self.settings.temperature)
         return torch.lerp(own.squeeze(), soft, _TEACHER_SHARE)
 
@@ -215,8 +273,8 @@ class _Training:
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
     try:
-        return call_model(model, inputs)
-    except ValueError as failure:
+        return call_model(model, inputs, "train")
+    except DataError as failure:
         if "more than 1 value per channel" not in str(failure):
             raise
         raise DataError(
@@ -226,8 +284,11 @@ def _forward(model: nn.Module, inputs: Any) -> Any:
 
 
 def _cross_entropy(output: Any, label: Any) -> torch.Tensor:
-    scores = class_scores(output, "give loss=callable(output, label) -> scalar")
-    return nn.functional.cross_entropy(scores, label)
+    scores = class_scores(output, _OTHER_TASKS)
+    if isinstance(label, torch.Tensor) and label.is_floating_point() and label.shape == scores.shape:
+        return nn.functional.cross_entropy(scores, label)
+    numbers = class_numbers(label, scores, "train", f"for another task {_OTHER_TASKS}")
+    return nn.functional.cross_entropy(scores, numbers)
 
 
 def _distance(output: Any, wanted: Any, temperature: float) -> torch.Tensor:
@@ -241,7 +302,9 @@ def _distance(output: Any, wanted: Any, temperature: float) -> torch.Tensor:
 def _make_optimizer(model: nn.Module, settings: _Settings) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
-        raise DataError("The model has no parameter to train; set requires_grad on what shall be trained.")
+        raise DataError(
+            "The model has no parameter to train; set requires_grad on what shall be trained, or ask for no epochs."
+        )
     groups: list[dict[str, Any]] = [
         {"params": [one for one in parameters if one.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [one for one in parameters if one.dim() <= 1], "weight_decay": 0.0},
@@ -267,7 +330,7 @@ def _count(train: Loader) -> int:
     try:
         return len(train)  # type: ignore[arg-type]
     except TypeError:
-        return sum(1 for _ in train)
+        return sum(1 for _ in read(train, "train"))
 
 
 def _described(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Feeding a graph from anybody's loader."""
+"""Feeding a graph from anybody's loader, before it is quantized."""
 
 from __future__ import annotations
 
@@ -9,13 +9,28 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import DataError, TraceError
+from fxopt.errors import DataError, PassError, TraceError
 from fxopt.graph import as_args
+from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
 from fxopt.graph.shapes import TRACE_META
 
-__all__ = ["batches", "feed", "synthetic_batch"]
+__all__ = ["batches", "feed", "refuse_quantized", "synthetic_batch"]
 
 _SYNTHETIC_SAMPLES = 16
+
+
+def refuse_quantized(gm: fx.GraphModule, name: str) -> None:
+    """Refuse a graph whose values lie on integer grids already: those were found for the weights as they are.
+
+    Raises:
+        PassError: Naming a layer.
+    """
+    for path, module in gm.named_modules():
+        if isinstance(module, (ActivationQuantizer, QuantizedLayer)):
+            raise PassError(
+                f"Pass {name!r} takes floating-point graphs, and {path!r} is quantized already; start from the graph "
+                "before it was quantized."
+            )
 
 
 def batches(loader: Iterable[Any]) -> Iterator[Any]:

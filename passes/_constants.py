@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.graph import eval_mode, ops
+from fxopt.graph import edit, eval_mode, ops
 
 __all__ = ["fold_constants", "merge_constants"]
 
@@ -48,13 +48,13 @@ def merge_constants(gm: fx.GraphModule) -> bool:
         key = _identity(gm, node)
         keep = first.setdefault(key, node)
         if keep is not node:
-            node.replace_all_uses_with(keep)
-            gm.graph.erase_node(node)
+            edit.replace_uses(node, keep)
+            edit.erase(gm, node)
             merged = True
     read = {str(node.target) for node in gm.graph.find_nodes(op="get_attr") if node.users}
     for name in [name for name in gm._buffers if _is_folded(name) and name not in read]:
         for node in [node for node in gm.graph.find_nodes(op="get_attr") if node.target == name]:
-            gm.graph.erase_node(node)
+            edit.erase(gm, node)
         delattr(gm, name)
         merged = True
     return merged
@@ -147,11 +147,9 @@ def _replace_by_buffer(gm: fx.GraphModule, node: fx.Node, value: torch.Tensor) -
     while hasattr(gm, f"{_STEM}_{number}"):
         number += 1
     name = f"{_STEM}_{number}"
-    gm.register_buffer(name, value, persistent=False)
-    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
-        constant = gm.graph.get_attr(name)
+    constant = edit.insert_get_attr(gm, name, value)
     constant.meta["val"] = node.meta["val"]
-    node.replace_all_uses_with(constant)
+    edit.replace_uses(node, constant)
 
 
 def _is_folded(path: str) -> bool:

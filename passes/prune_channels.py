@@ -16,6 +16,7 @@ from fxopt.decisions import Capabilities, Decision, SearchSpace
 from fxopt.errors import PassError, PolicyError, UnknownNameError
 from fxopt.graph import ops, verify
 from fxopt.graph.channels import ChannelGraph, ChannelGroup, analyze
+from fxopt.passes._calibrate import refuse_quantized
 from fxopt.passes._cutting import Scores, Units, choose_removed, cut, l1_importance, mask, saved_elements
 from fxopt.passes._fork import fork
 from fxopt.passes.base import PassResult, TunablePass
@@ -97,8 +98,9 @@ class PruneChannels(TunablePass):
         of the target's tile, and the full size, which is the default.
 
         Raises:
-            PassError: If a pattern of ``ignore`` matches no module.
+            PassError: If a pattern of ``ignore`` matches no module, or layers are quantized already.
         """
+        refuse_quantized(graph_module, self.name)
         tile = math.lcm(self.round_to, capabilities.channel_tile if capabilities else 1)
         verify(graph_module)
         channels = analyze(graph_module)
@@ -111,6 +113,14 @@ class PruneChannels(TunablePass):
                 operator = _operator(graph_module, group.site)
                 decisions.append(Decision("channels", group.site, choices, group.size, features, operator))
         return SearchSpace(decisions)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Nothing is quantized yet.
+
+        Raises:
+            PassError: If something is.
+        """
+        refuse_quantized(graph_module, self.name)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Cut what the policy says.

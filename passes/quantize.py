@@ -14,7 +14,7 @@ from fxopt.decisions import Capabilities, Decision, SearchSpace
 from fxopt.errors import DataError, PassError
 from fxopt.graph import edit, eval_mode, ops, shape
 from fxopt.graph.fake_quantize import QUANTIZED_LAYERS, ActivationQuantizer, QuantizedLayer, observing, quantize_layer
-from fxopt.passes._calibrate import batches, feed, synthetic_batch
+from fxopt.passes._calibrate import batches, feed, refuse_quantized, synthetic_batch
 from fxopt.passes._placement import Point, place
 from fxopt.passes.base import PassResult, TunablePass
 
@@ -69,9 +69,14 @@ class Quantize(TunablePass):
         Args:
             graph_module: A graph from ``fxopt.trace``.
             capabilities: What the target can run; None for all layers of :data:`DEFAULT_RECIPE`.
+
+        Raises:
+            PassError: If some layers, but not all, are quantized already.
         """
         able = capabilities or Capabilities({kind: (bits, FLOAT) for kind, bits in DEFAULT_RECIPE.items()})
         decisions = [_decision(graph_module, node) for node in _layers(graph_module)]
+        if decisions:
+            refuse_quantized(graph_module, self.name)
         offered = SearchSpace(decisions).restrict(able)
         return SearchSpace(decision for decision in offered if decision.choices != (FLOAT,))
 
@@ -96,7 +101,7 @@ class Quantize(TunablePass):
         chosen = self._chosen(graph_module)
         if not chosen:
             return PassResult(graph_module, False)
-        _refuse_quantized(graph_module)
+        refuse_quantized(graph_module, self.name)
         _check_weights(graph_module, chosen)
         _split_silu(graph_module, chosen)
         points = place(graph_module, {path: activation for path, (_, activation) in chosen.items()})
@@ -182,13 +187,6 @@ def _decision(gm: fx.GraphModule, node: fx.Node) -> Decision:
         "macs": weights * positions,
     }
     return Decision("bits", str(node.target), BITS, FLOAT, features, operator=_kind(gm, node))
-
-
-def _refuse_quantized(gm: fx.GraphModule) -> None:
-    """Quantizers are placed for all layers at once."""
-    for path, module in gm.named_modules():
-        if isinstance(module, (ActivationQuantizer, QuantizedLayer)):
-            raise PassError(f"{path!r} is quantized already; run Quantize once, on the graph from before.")
 
 
 def _check_weights(gm: fx.GraphModule, chosen: Iterable[str]) -> None:

@@ -197,7 +197,10 @@ def test_a_shape_replaces_the_example() -> None:
 
 def test_optimize_passes_every_option_on(calls: list[dict[str, Any]]) -> None:
     words = "optimize my_models:small --target pixel1 --budget latency=60% --budget size=2MB --passes quantize "
-    words += "--engine random --trials 3 --epochs 0 --train my_models:loader --val my_models:loader --out made --seed 7"
+    words += (
+        "--engine random --trials 3 --epochs 0 --train my_models:loader --val my_models:loader --out made --seed 7 "
+    )
+    words += "--loss my_models:score --learning-rate 0.1"
     result = run(*words.split())
     assert "as far as this test goes" in result.stderr
     (call_,) = calls
@@ -213,6 +216,8 @@ def test_optimize_passes_every_option_on(calls: list[dict[str, Any]]) -> None:
     }
     assert len(call_["train"]) == len(call_["val"]) == 1
     assert call_["evaluate"] is None
+    assert call_["loss"](None) == 0.5
+    assert call_["learning_rate"] == 0.1
     assert tuple(call_["example_inputs"].shape) == (2, 3, 8, 8)
 
 
@@ -236,6 +241,8 @@ def test_a_recipe_gives_the_same_options_and_the_command_line_wins(calls: list[d
         ('target = "pixel1"\n\ntrails = 3\n', 3, "Did you mean 'trials'"),
         ('target = "pixel1"\ntrials = "three"\n', 2, "whole number of at least 1"),
         ("\n\nepochs = -1\n", 3, "at least 0"),
+        ('learning_rate = "fast"\n', 1, "a number above zero"),
+        ("learning_rate = 0\n", 1, "a number above zero"),
         ("seed = true\n", 1, "whole number"),
         ("target = 3\n", 1, "text in quotes"),
         ("passes = [1]\n", 1, "list of texts"),

@@ -13,12 +13,16 @@ from torch import nn
 from fxopt.data import (
     TensorLoader,
     batch_for,
+    blaming,
     call_model,
+    class_numbers,
     class_scores,
     digits,
     fashion_mnist,
     first_batch,
+    read,
     split_batch,
+    told,
 )
 from fxopt.errors import DataError
 
@@ -242,3 +246,71 @@ def test_broken_archives_are_refused(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(raw)
     with pytest.raises(DataError, match="fetch it again"):
         fashion_mnist(tmp_path)
+
+
+def test_reading_gives_the_batches_and_stops_in_time() -> None:
+    drawn = []
+
+    class Counting:
+        def __iter__(self) -> Any:
+            for number in range(5):
+                drawn.append(number)
+                yield number
+
+    assert list(read(Counting(), "train", 2)) == [0, 1]
+    assert drawn == [0, 1]
+    assert list(read(Counting())) == [0, 1, 2, 3, 4]
+    assert list(read([], "train")) == []
+
+
+def test_a_loader_that_fails_is_blamed_with_batch_and_line() -> None:
+    def batches() -> Any:
+        yield 1
+        raise KeyError("label")
+
+    with pytest.raises(DataError, match=r"train, batch 1, raised KeyError: 'label' \(.*test_data\.py:\d+\)") as caught:
+        list(read(batches(), "train"))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_only_the_users_errors_are_blamed() -> None:
+    with pytest.raises(KeyboardInterrupt), blaming("it", "Do."):
+        raise KeyboardInterrupt
+    with pytest.raises(DataError, match=r"^as it is$"), blaming("it", "Do."):
+        raise DataError("as it is")
+
+
+def test_an_error_is_told_in_one_short_line() -> None:
+    assert told(ValueError("first.\nsecond")) == "ValueError: first."
+    assert told(ValueError()) == "ValueError."
+    assert len(told(ValueError("x" * 10_000))) < 400
+
+
+def test_a_model_that_fails_on_a_batch_is_told_with_what_it_was_given() -> None:
+    with pytest.raises(
+        DataError, match=r"given a tensor of shape \(2, 5\) and type float32 by val, raised RuntimeError"
+    ):
+        call_model(nn.Linear(3, 2), torch.zeros(2, 5), "val")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_class_numbers_are_whole_numbers_of_any_type(dtype: torch.dtype) -> None:
+    numbers = class_numbers(torch.tensor([0, 1, 1]).to(dtype), torch.zeros(3, 2), "val", "do")
+    assert numbers.dtype is torch.int64
+    assert numbers.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ([0, 1], "a list for labels"),
+        (torch.zeros(3).long(), r"shape \(3,\), .* need \(2, 5\)"),
+        (torch.zeros(2, 5), "float32, where class numbers are whole; do something"),
+        (torch.full((2, 5), 4), "the label 4, where the model knows the classes 0 to 3"),
+        (torch.full((2, 5), -1), "the label -1"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_refused(label: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        class_numbers(label, torch.zeros(2, 4, 5), "val", "do something")
+    assert class_numbers(torch.full((2, 5), -100), torch.zeros(2, 4, 5), "val", "do something").sum() == -1000

@@ -10,7 +10,7 @@ import fxopt
 from fxopt import demo
 from fxopt.data import TensorLoader, digits
 from fxopt.decisions import Capabilities
-from fxopt.errors import FxoptError
+from fxopt.errors import FxoptError, ParityError
 from fxopt.graph.fake_quantize import QuantizedLayer
 from fxopt.models import small_mobilenet_v2
 from fxopt.passes import Canonicalize, Quantize
@@ -63,6 +63,18 @@ def test_the_demonstration_goes_all_the_way(tmp_path: Path) -> None:
     images = small_digits(0)[1].inputs
     with torch.no_grad():
         assert torch.equal(again(images), outcome.result.model(images))
+
+
+@pytest.mark.usefixtures("smaller")
+def test_a_refused_export_loses_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ParityError("computes something else")
+
+    monkeypatch.setattr("fxopt.api.export_onnx", refuse)
+    with pytest.raises(ParityError):
+        demo.run(tmp_path, quick=True, progress=None)
+    assert fxopt.load(tmp_path, small_net(width=demo._WIDTH)).training is False
+    assert (tmp_path / "report.html").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_trained(tmp_path: Path) -> None:

@@ -23,11 +23,13 @@ from fxopt import cli
 
 PACKAGE = Path(fxopt.__file__).parent
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+OTHERS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md")
+PAGES = sorted([*(ROOT / name for name in OTHERS), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(?P<language>\w*)(?P<info>[^\n]*)\n(?P<code>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 TITLE = re.compile(r'\btitle="(?P<file>[^"]+)"')
 SKIP = re.compile(r"<!-- skip: (?P<reason>\S.*?) -->\s*\Z")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+SCRIPT = re.compile(r"\bbenchmarks/\w+\.py\b")
 IDENTIFIER = re.compile(r"^::: (?P<name>[\w.]+)", re.MULTILINE)
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
@@ -110,7 +112,8 @@ def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             if block.file:
                 (tmp_path / block.file).write_text(block.code, encoding="utf-8")
                 continue
-            exec(compile("\n" * block.line + block.code, str(page), "exec"), namespace)
+            code = compile("\n" * block.line + block.code, str(page), "exec", dont_inherit=True)
+            exec(code, namespace)
     run_test_classes(namespace)
 
 
@@ -180,6 +183,12 @@ def test_links_lead_somewhere(page: Path) -> None:
     local = [target for target in targets if target and "://" not in target]
     missing = [target for target in local if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_every_benchmark_that_is_named_exists() -> None:
+    named = {name for page in PAGES for name in SCRIPT.findall(page.read_text(encoding="utf-8"))}
+    assert "benchmarks/trace_zoo.py" in named
+    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_every_documented_name_exists() -> None:

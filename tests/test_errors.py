@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import pickle  # noqa: TID251 (pools of processes pickle what is raised in them)
 
 import pytest
 
 from fxopt import errors
-from fxopt.errors import FxoptError, InfeasibleError, JournalError, SearchError, UnknownNameError
+from fxopt.errors import FxoptError, InfeasibleError, JournalError, SearchError, UnknownNameError, VerifyError
 
 CLASSES = [value for _, value in inspect.getmembers(errors, inspect.isclass) if value.__module__ == errors.__name__]
 
@@ -48,3 +49,30 @@ def test_infeasible_carries_its_numbers() -> None:
     error = InfeasibleError("over", metric="latency", limit=0.5, least=0.7)
     assert (error.metric, error.limit, error.least) == ("latency", 0.5, 0.7)
     assert str(error) == "over"
+
+
+MADE: list[FxoptError] = [
+    *(error("it is so; do this") for error in CLASSES if error is not UnknownNameError),
+    InfeasibleError("over", metric="latency", limit=0.5, least=0.7),
+    VerifyError("broken", node="conv"),
+    UnknownNameError("search engine", "evolutoin", ["greedy", "evolution"]),
+]
+
+
+@pytest.mark.parametrize("error", MADE, ids=lambda error: type(error).__name__)
+def test_errors_come_back_from_other_processes(error: FxoptError) -> None:
+    restored = pickle.loads(pickle.dumps(error))
+    assert type(restored) is type(error)
+    assert str(restored) == str(error)
+    assert vars(restored) == vars(error)
+
+
+def test_an_error_of_ones_own_with_any_constructor_can_be_pickled() -> None:
+    restored = pickle.loads(pickle.dumps(OwnError(1, two="2")))
+    assert (str(restored), restored.two) == ("1 and 2", "2")
+
+
+class OwnError(FxoptError):
+    def __init__(self, one: int, *, two: str) -> None:
+        super().__init__(f"{one} and {two}")
+        self.two = two

@@ -94,7 +94,7 @@ def test_accuracy_judges_in_eval_mode_and_restores_the_modes() -> None:
     [
         ([], "val yields nothing"),
         ([(torch.eye(4), torch.eye(4))], r"labels of shape \(4, 4\), where .* need \(4,\)"),
-        ([(torch.eye(4), 3)], "labels of shape int"),
+        ([(torch.eye(4), 3)], "has a int for labels"),
         ([(torch.ones(4), torch.ones(4))], "no tensor of class scores"),
         ([torch.eye(4)], "not a pair"),
     ],

@@ -29,6 +29,7 @@ def test_recipes_name_what_exists(path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_example_network_takes_the_example_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     model, example = load_model("examples/digits.py:untrained")
+    assert example.std(dim=0).max() > 0  # two images, not the same one
     inputs, labels = first_batch(call("examples/digits.py:val"), "val")
     assert inputs.shape[1:] == example.shape[1:]
     with torch.no_grad():

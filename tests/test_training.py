@@ -12,7 +12,7 @@ from torch import nn
 
 from fxopt.data import TensorLoader
 from fxopt.errors import DataError, FxoptError, UnknownNameError
-from fxopt.training import fit
+from fxopt.training import fit, rehearse
 
 
 def make_model(seed: int = 0, dropout: float = 0.2) -> nn.Module:
@@ -276,3 +276,62 @@ def test_outputs_without_class_scores_need_a_loss() -> None:
 
     with pytest.raises(DataError, match=r"give loss=callable"):
         fit(Two(), make_data(), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "words"),
+    [
+        ((torch.zeros(4, 5), torch.zeros(4).long()), {}, r"given a tensor of shape \(4, 5\) and type float32 by train"),
+        (
+            (torch.zeros(4, 4), torch.full((4,), 3)),
+            {},
+            "train has the label 3, where the model knows the classes 0 to 2",
+        ),
+        ((torch.zeros(4, 4), torch.zeros(4)), {}, "class numbers are whole; for another task give loss="),
+        ((torch.zeros(4, 4), torch.zeros(4).long()), {"loss": lambda *_: 1 / 0}, "loss raised ZeroDivisionError"),
+        ((torch.zeros(4, 4), torch.zeros(4).long()), {"loss": "mse"}, "'str' object is not callable"),
+        ((torch.zeros(4, 4), torch.zeros(4).long()), {"learning_rate": 0.0}, "learning_rate"),
+    ],
+)
+def test_a_rehearsal_notices_what_training_would(batch: Any, options: dict[str, Any], words: str) -> None:
+    model = make_model()
+    before = state_of(model)
+    for run in (rehearse, fit):
+        with pytest.raises(FxoptError, match=words):
+            run(model, [batch], epochs=1, **options)
+        assert_same(state_of(model), before)
+    rehearse(model, [batch], epochs=0)
+
+
+def test_a_rehearsal_changes_nothing() -> None:
+    model = make_model().train()
+    before, state = state_of(model), torch.get_rng_state()
+    rehearse(model, make_data(), epochs=3, teacher=make_model(1))
+    assert_same(state_of(model), before)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), KeyboardInterrupt()])
+def test_an_epoch_that_breaks_off_leaves_no_trace(error: BaseException) -> None:
+    class Breaking:
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Any:
+            yield next(iter(make_data()))
+            raise error
+
+    model = make_model()
+    before = state_of(model)
+    with pytest.raises((DataError, KeyboardInterrupt)):
+        fit(model, Breaking(), epochs=1)
+    assert_same(state_of(model), before)
+
+
+def test_whole_numbers_of_any_type_and_probabilities_are_labels() -> None:
+    data = make_data(16)
+    losses = []
+    for labels in (data.labels, data.labels.int(), data.labels.byte(), nn.functional.one_hot(data.labels, 3).float()):
+        losses += fit(make_model(), [(data.inputs, labels)], epochs=1).loss
+    assert losses == pytest.approx([losses[0]] * 4)

@@ -71,16 +71,16 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         train=_made(options.train),
         val=_made(options.val),
         evaluate=load_function(options.evaluate) if options.evaluate is not None else None,
+        loss=load_function(options.loss) if options.loss is not None else None,
         epochs=options.epochs,
+        learning_rate=options.learning_rate,
         seed=options.seed,
         workdir=out,
         progress=progress,
     )
     result.save(out)
     export = result.export(out / "model.onnx")
-    result.report = dataclasses.replace(result.report, export=_as_data(export))
-    result.report.save(out / "report.json")
-    result.report.save(out / "report.html")
+    result.save_report(out)
     return result, export
 
 
@@ -115,11 +115,3 @@ def _proof(export: ExportReport) -> str:
 
 def _made(reference: str | None) -> Any:
     return None if reference is None else call(reference)
-
-
-def _as_data(export: ExportReport) -> dict[str, Any]:
-    data = {name: value for name, value in dataclasses.asdict(export).items() if name != "notes"}
-    data["path"] = export.path.name
-    data["batches"] = ", ".join(map(str, export.batches))
-    data["operators"] = ", ".join(f"{count} {name}" for name, count in export.operators)
-    return data

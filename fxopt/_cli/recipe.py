@@ -36,6 +36,8 @@ class Options:
         train: MODULE:FUNCTION of the training loader.
         val: MODULE:FUNCTION of the validation loader.
         evaluate: MODULE:FUNCTION of a function from module to score.
+        loss: MODULE:FUNCTION of a function from output and label to a loss.
+        learning_rate: Highest learning rate of the fine-tuning.
         out: Folder for results.
         seed: Seed of everything random.
     """
@@ -51,6 +53,8 @@ class Options:
     train: str | None = None
     val: str | None = None
     evaluate: str | None = None
+    loss: str | None = None
+    learning_rate: float = 0.02
     out: str = "fxopt-out"
     seed: int = 0
 
@@ -60,7 +64,7 @@ class Options:
         return dataclasses.replace(self, **given)
 
 
-_TEXT = ("model", "target", "engine", "train", "val", "evaluate", "out")
+_TEXT = ("model", "target", "engine", "train", "val", "evaluate", "loss", "out")
 _NUMBERS = {"trials": 1, "epochs": 0, "seed": 0}
 _LISTS = ("input", "passes")
 
@@ -118,6 +122,9 @@ def _checked(name: str, value: Any, where: str) -> Any:
         least = _NUMBERS[name]
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
         return _expect(whole, value, name, f"a whole number of at least {least}", where)
+    if name == "learning_rate":
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        return _expect(number, value, name, "a number above zero", where)
     if name in _LISTS:
         if isinstance(value, str):
             return split_passes(value) if name == "passes" else (value,)

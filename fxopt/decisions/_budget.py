@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 import re
@@ -166,7 +167,9 @@ class Budget:
 
 def _check_metric(metric: str) -> None:
     if metric not in METRICS:
-        raise BudgetError(f"There is no metric {metric!r} to budget; choose from {', '.join(METRICS)}.")
+        nearest = difflib.get_close_matches(str(metric), METRICS, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise BudgetError(f"There is no metric {metric!r} to budget.{hint} Known: {', '.join(METRICS)}.")
 
 
 def _why_bad_unit(metric: str, unit: str) -> str:

@@ -178,6 +178,8 @@ class _Forced(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, integers: Mapping[str, Array]) -> None:
         super().__init__(gm)
+        # What differs is said in full here; the interpreter would add the node's source code to it.
+        self.extra_traceback = False
         self._integers = integers
         self.stepped = self.compared = 0
 

@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import io
 import linecache
-import logging
 import re
 import traceback
 import warnings
@@ -20,27 +19,25 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import TraceError
+from fxopt.errors import TraceError, VerifyError
+from fxopt.graph._copies import CanonicalGraph
 from fxopt.graph._inputs import ExampleInputs
+from fxopt.graph._quiet import quiet_loggers
 from fxopt.graph.shapes import eval_mode
 
-__all__ = ["data_dependent", "export_program", "export_training", "location", "unlift"]
+__all__ = ["data_dependent", "export_program", "export_training", "location", "not_canonical", "unlift"]
 
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _UNKNOWN_TYPE = "not a known type"
-_NOISY_LOGGERS = (
-    "torch.fx.experimental.symbolic_shapes",
-    "torch._export.non_strict_utils",
-    "torch.export._trace",
-    "torch._export",
-    "torch.export",
-)
-
 _VALUES = (
     "the control flow depends on the values of a tensor",
     "Trace the submodule before it and do the data-dependent part outside, or write it with torch.where.",
+)
+_NUMBERS = (
+    "it leaves torch for numpy or plain Python numbers",
+    "Write this part with tensor operations, or do it outside the traced module.",
 )
 _REMEDIES = (
     (("data-dependent", "DataDependent", "Could not guard on", "DynamicOutputShape"), *_VALUES),
@@ -54,11 +51,7 @@ _REMEDIES = (
         "it takes or gives an object of a class that torch does not know",
         "Give tensors, tuples, dicts or dataclasses, or trace the submodule that computes them.",
     ),
-    (
-        (".numpy()", "tolist", "tensor subclasses"),
-        "it leaves torch for numpy or plain Python numbers",
-        "Write this part with tensor operations, or do it outside the traced module.",
-    ),
+    ((".numpy()", "tolist", "tensor subclasses"), *_NUMBERS),
 )
 _DEFAULT_REMEDY = (
     "torch.export cannot follow this code",
@@ -95,30 +88,38 @@ def export_program(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedPro
         raise TraceError(_export_message(model, first)) from first
 
 
-def export_training(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> ExportedProgram | None:
-    """The program of train mode, or None if torch.export refuses it."""
+def export_training(model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> ExportedProgram:
+    """The program of train mode.
+
+    Raises:
+        TraceError: If torch.export refuses it.
+    """
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
             module.training = True
         return _export(model, inputs, dynamic=dynamic)
-    except Exception:
-        return None
+    except Exception as failure:
+        raise TraceError(_export_message(model, failure)) from failure
     finally:
         for module, training in modes:
             module.training = training
 
 
-def unlift(program: ExportedProgram) -> fx.GraphModule:
-    """The program as a GraphModule of ATen calls whose state is attributes."""
+def unlift(program: ExportedProgram) -> CanonicalGraph:
+    """The program as a GraphModule of ATen calls whose state is attributes, without torch.export's checks and hooks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        gm = program.module(check_guards=False)
-    if not isinstance(gm, fx.GraphModule):
+        unlifted = program.module(check_guards=False)
+    if not isinstance(unlifted, fx.GraphModule):
         raise TraceError("torch.export gave no GraphModule; the installed torch is not supported, use torch >= 2.9.")
-    for name in ("train", "eval"):
-        gm.__dict__.pop(name, None)
-    gm._forward_pre_hooks.clear()
+    gm = CanonicalGraph(nn.Module(), fx.Graph())
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+        setattr(gm, name, getattr(unlifted, name))
+    for node in unlifted.graph.find_nodes(op="get_attr"):
+        if str(node.target) in unlifted.__dict__:
+            setattr(gm, str(node.target), unlifted.__dict__[str(node.target)])
+    gm.graph = unlifted.graph
     return gm
 
 
@@ -129,11 +130,22 @@ def location(model: nn.Module, node: fx.Node) -> str:
 
 
 def data_dependent(model: nn.Module, node: fx.Node) -> TraceError:
-    """The error for a node whose shape depends on the values of a tensor."""
+    """The error for a node whose shape depends on the values of a tensor, or that takes a number out of one."""
     where = location(model, node)
+    why, what = _NUMBERS
+    if isinstance(node.meta.get("val"), torch.Tensor):
+        why = f"the shape that {node.target} gives depends on the values of a tensor"
+        what = "Trace the submodule before it and do the data-dependent part outside."
+    return TraceError(f"Cannot trace {type(model).__name__} at {where}: {why}.{_code(where)} {what}")
+
+
+def not_canonical(model: nn.Module, gm: fx.GraphModule, failure: VerifyError) -> TraceError:
+    """The error for a graph whose node breaks a rule of canonical graphs."""
+    nodes = [node for node in gm.graph.nodes if node.name == failure.node]
+    where = location(model, nodes[0]) if nodes else _forward_location(model)
     return TraceError(
-        f"Cannot trace {type(model).__name__} at {where}: the shape that {node.target} gives depends on the values of "
-        f"a tensor.{_code(where)} Trace the submodule before it and do the data-dependent part outside."
+        f"Cannot trace {type(model).__name__} at {where}: {str(failure).rstrip('.')}.{_code(where)} "
+        f"{_DEFAULT_REMEDY[1]}"
     )
 
 
@@ -186,16 +198,9 @@ def _alias(tensor: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch.export's graph dumps and warnings to itself: a TraceError says it all."""
-    loggers = [(logger, logger.disabled) for logger in map(logging.getLogger, _NOISY_LOGGERS)]
-    try:
-        for logger, _ in loggers:
-            logger.disabled = True
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, disabled in loggers:
-            logger.disabled = disabled
+    with quiet_loggers(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ def _replace_later_uses(node: fx.Node, source: fx.Node, names: list[fx.Node], or
 
 def _is_pass_through(name: fx.Node, source: fx.Node) -> bool:
     """Whether two names of one memory are the same tensor (dropout in eval mode gives its input back)."""
+    if any(node.target is torch.ops.aten.detach.default for node in (name, source)):
+        return False
     mine, other = name.meta.get("val"), source.meta.get("val")
     if not isinstance(mine, torch.Tensor) or not isinstance(other, torch.Tensor):
         return False

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.graph import ops
-from fxopt.graph.edit import free_path
+from fxopt.graph.edit import free_path, insert_module
 
 __all__ = ["ByMode", "depends_on_mode", "merge_modes"]
 
@@ -95,13 +95,13 @@ class _Plan:
 
     Attributes:
         twins: The eval node of every train node; of a dropout that only train mode has, that of its input.
-        numbers: (eval node, argument, number in eval mode, number in train mode).
+        numbers: Eval node, train node, and the arguments in which they differ.
         dropouts: Dropout calls that only train mode has, with the eval node before them.
-        reads: (eval node, dropout that it reads in train mode).
+        reads: Eval nodes, with their train nodes, that read such a dropout.
     """
 
     twins: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    numbers: list[tuple[fx.Node, str, Scalar, Scalar]] = field(default_factory=list)
+    numbers: list[tuple[fx.Node, fx.Node, list[str]]] = field(default_factory=list)
     dropouts: dict[fx.Node, fx.Node] = field(default_factory=dict)
     reads: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
@@ -142,99 +142,103 @@ def _pair(mine: fx.Node, other: fx.Node, plan: _Plan) -> bool:
     """Whether two nodes make the same call; what differs in it is added to the plan."""
     if mine.op != other.op or mine.target != other.target:
         return False
-    numbers: list[tuple[fx.Node, str, Scalar, Scalar]] = []
-    reads: list[tuple[fx.Node, fx.Node]] = []
-    ours, theirs = _arguments(mine), _arguments(other)
+    ours, theirs = ops.arguments(mine), ops.arguments(other)
     if ours.keys() != theirs.keys():
         return False
-    for name, value in theirs.items():
-        if isinstance(value, (bool, int, float)) and isinstance(ours[name], (bool, int, float)):
-            if value != ours[name]:
-                numbers.append((mine, name, ours[name], value))
-        elif not _same(ours[name], value, plan, mine, reads):
-            return False
-    if numbers and not isinstance(mine.target, torch._ops.OpOverload):
+    numbers = [name for name, value in theirs.items() if _is_number(value) and _is_number(ours[name])]
+    if not all(_same(ours[name], value, plan) for name, value in theirs.items() if name not in numbers):
         return False
-    plan.numbers += numbers
-    plan.reads += reads
+    different = [name for name in numbers if ours[name] != theirs[name]]
+    if different and not isinstance(mine.target, torch._ops.OpOverload):
+        return False
+    if different:
+        plan.numbers.append((mine, other, different))
+    if any(source in plan.dropouts for source in other.all_input_nodes):
+        plan.reads.append((mine, other))
     return True
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by name, an ATen call's defaults filled in."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
-    found: dict[str, Any] = {}
-    for index, argument in enumerate(node.target._schema.arguments):
-        given = index < len(node.args)
-        found[argument.name] = node.args[index] if given else node.kwargs.get(argument.name, argument.default_value)
-    return found
+def _is_number(value: object) -> bool:
+    return isinstance(value, (bool, int, float))
 
 
-def _same(ours: Any, theirs: Any, plan: _Plan, mine: fx.Node, reads: list[tuple[fx.Node, fx.Node]]) -> bool:
+def _same(ours: Any, theirs: Any, plan: _Plan) -> bool:
     if isinstance(theirs, fx.Node):
-        if theirs in plan.dropouts:
-            reads.append((mine, theirs))
-            return plan.twins[theirs] is ours and list(mine.all_input_nodes).count(ours) == 1
         return plan.twins.get(theirs) is ours
     if isinstance(theirs, (tuple, list)):
         return (
             isinstance(ours, (tuple, list))
             and len(ours) == len(theirs)
-            and all(_same(one, other, plan, mine, reads) for one, other in zip(ours, theirs, strict=True))
+            and all(_same(one, other, plan) for one, other in zip(ours, theirs, strict=True))
         )
     if isinstance(theirs, dict):
         return (
             isinstance(ours, dict)
             and ours.keys() == theirs.keys()
-            and all(_same(ours[key], value, plan, mine, reads) for key, value in theirs.items())
+            and all(_same(ours[key], value, plan) for key, value in theirs.items())
         )
     return type(ours) is type(theirs) and bool(ours == theirs)
 
 
 def _apply(gm: fx.GraphModule, model: nn.Module, plan: _Plan) -> None:
-    made: dict[fx.Node, fx.Node] = {}
+    final = dict(plan.twins)
     for dropout, source in plan.dropouts.items():
-        entry: Any = dropout.args[0]
-        rate: Any = dropout.args[1]
-        made[dropout] = _insert(gm, model, dropout, "functional_dropout", nn.Dropout(rate), made.get(entry, source))
-    for reader, dropout in plan.reads:
-        reader.replace_input_with(plan.twins[dropout], made[dropout])
-    for node, name, in_eval, in_training in plan.numbers:
-        if node.target is _aten.dropout.default and name == "train" and in_training:
-            rate = node.args[1]
-            raised = _insert(gm, model, node, "functional_dropout", nn.Dropout(rate), node.args[0])
-            raised.meta = dict(node.meta)
-            node.replace_all_uses_with(raised)
-            gm.graph.erase_node(node)
+        entry = final[dropout.args[0]]  # type: ignore[index]
+        path = _free_path(gm, model, dropout, "functional_dropout")
+        final[dropout] = insert_module(gm, path, _dropout(model, path, dropout), entry, (entry,))
+        final[dropout].meta = dict(dropout.meta) | {"val": source.meta.get("val")}
+    for reader, other in plan.reads:
+        reader.args = fx.map_arg(other.args, final.__getitem__)
+        reader.kwargs = fx.map_arg(other.kwargs, final.__getitem__)
+    for node, other, different in plan.numbers:
+        if node.target is _aten.dropout.default and other.args[2]:
+            _raise_dropout(gm, model, node, other)
             continue
-        number = _insert(gm, model, node, name, ByMode(in_eval, in_training), None)
-        _set_argument(node, name, number)
+        for name in different:
+            _tell_by_mode(gm, model, node, other, name)
 
 
-def _insert(
-    gm: fx.GraphModule, model: nn.Module, origin: fx.Node, name: str, module: nn.Module, source: Any
-) -> fx.Node:
-    """Call ``module`` under the module whose code made ``origin``, in that module's mode."""
+def _raise_dropout(gm: fx.GraphModule, model: nn.Module, node: fx.Node, other: fx.Node) -> None:
+    """Put a module in the place of a functional dropout that is active in train mode alone."""
+    path = _free_path(gm, model, node, "functional_dropout")
+    source: Any = node.args[0]
+    gm.add_submodule(path, _dropout(model, path, other))
+    with gm.graph.inserting_before(node):
+        raised = gm.graph.call_module(path, (source,))
+    raised.meta = dict(node.meta)
+    node.replace_all_uses_with(raised)
+    gm.graph.erase_node(node)
+
+
+def _tell_by_mode(gm: fx.GraphModule, model: nn.Module, node: fx.Node, other: fx.Node, name: str) -> None:
+    """Let an argument of a call be one number in eval mode and another in train mode."""
+    told = ops.arguments(node)
+    path = _free_path(gm, model, node, f"{name}_by_mode")
+    gm.add_submodule(path, _in_mode(model, path, ByMode(told[name], ops.arguments(other)[name])))
+    with gm.graph.inserting_before(node):
+        told[name] = gm.graph.call_module(path)
+    target: Any = node.target
+    keywords = {argument.name for argument in target._schema.arguments if argument.kwarg_only}
+    node.args = tuple(value for key, value in told.items() if key not in keywords)
+    node.kwargs = {key: told[key] for key in keywords if key in node.kwargs or key == name}
+
+
+def _free_path(gm: fx.GraphModule, model: nn.Module, origin: fx.Node, name: str) -> str:
+    """A free path under the module of ``model`` whose code made ``origin``."""
     stack = origin.meta.get("nn_module_stack")
     path = str(list(stack.values())[-1][0]).split("@")[0] if stack else ""
     try:
-        owner = model.get_submodule(path)
+        model.get_submodule(path)
     except AttributeError:
-        path, owner = "", model
-    target = free_path(gm, f"{path}.{name}" if path else name)
-    gm.add_submodule(target, module.train(owner.training))
-    if source is None:
-        with gm.graph.inserting_before(origin):
-            return gm.graph.call_module(target, ())
-    with gm.graph.inserting_after(source):
-        return gm.graph.call_module(target, (source,))
+        path = ""
+    return free_path(gm, f"{path}.{name}" if path else name)
 
 
-def _set_argument(node: fx.Node, name: str, value: fx.Node) -> None:
-    arguments = _arguments(node)
-    arguments[name] = value
-    target: Any = node.target
-    keywords = {argument.name for argument in target._schema.arguments if argument.kwarg_only}
-    node.args = tuple(held for key, held in arguments.items() if key not in keywords)
-    node.kwargs = {key: arguments[key] for key in keywords if key in node.kwargs or key == name}
+def _dropout(model: nn.Module, path: str, call: fx.Node) -> nn.Module:
+    rate: Any = call.args[1]
+    return _in_mode(model, path, nn.Dropout(rate))
+
+
+def _in_mode(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """The module in the mode of the one of ``model`` under which it is to stand."""
+    return module.train(model.get_submodule(path.rpartition(".")[0]).training)

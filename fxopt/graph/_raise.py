@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxopt.graph import ops
 from fxopt.graph._functionalize import functional_form
 from fxopt.graph._plain_modules import PARAMETRIC, STATELESS, plain_module
 
@@ -67,7 +68,7 @@ def _match_call(node: fx.Node, gm: fx.GraphModule, model: nn.Module, tensors: Ma
     spec = PARAMETRIC.get(node.target)
     if spec is None:
         return None
-    arguments = _bind(node)
+    arguments = ops.arguments(node)
     state = {name: arguments.get(name) for name in spec.state}
     if any(isinstance(value, fx.Node) and value.op != "get_attr" for value in state.values()):
         return None
@@ -94,18 +95,6 @@ def _match_stateless(node: fx.Node, model: nn.Module, classes: tuple[type[nn.Mod
     if owner is None or type(owner[1]) not in classes or not isinstance(first, fx.Node):
         return None
     return _Call(node, owner[0], owner[1], (first,))
-
-
-def _bind(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an ATen call by name, defaults filled in."""
-    bound = {}
-    schema = node.target._schema  # type: ignore[union-attr]
-    for index, argument in enumerate(schema.arguments):
-        if index < len(node.args):
-            bound[argument.name] = node.args[index]
-        else:
-            bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
-    return bound
 
 
 def _attribute(gm: fx.GraphModule, value: object) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import TraceError, VerifyError
-from fxopt.graph import _export
+from fxopt.graph import _export, ops
 from fxopt.graph._functionalize import functionalize
 from fxopt.graph._inputs import ExampleInputs, normalize
 from fxopt.graph._modes import depends_on_mode, merge_modes
@@ -75,17 +75,21 @@ def trace(model: nn.Module | ExportedProgram, example_inputs: object = None) -> 
 
 def _add_training(gm: fx.GraphModule, model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> None:
     """Let the graph, which is that of eval mode, do in train mode what the model does there."""
-    program = _export.export_training(model, inputs, dynamic)
-    if program is None:
-        return
-    different = merge_modes(gm, _raised(_export.unlift(program), model), model)
-    if different is not None:
-        warnings.warn(
-            f"{type(model).__name__} computes something else in train mode ({_export.location(model, different)}); "
-            "the graph does in both modes what the model does in eval mode. Make this part a module of its own and "
-            "trace the rest, or train without it.",
-            stacklevel=3,
-        )
+    name = type(model).__name__
+    try:
+        trained = _raised(_export.unlift(_export.export_training(model, inputs, dynamic)), model)
+    except TraceError as failure:
+        problem = f"{name} cannot be traced in train mode: {failure}"
+    else:
+        different = merge_modes(gm, trained, model)
+        if different is None:
+            return
+        problem = f"{name} computes something else in train mode ({_export.location(model, different)})."
+    warnings.warn(
+        f"{problem} The graph does in both modes what the model does in eval mode. Make this part a module of its own "
+        "and trace the rest, or train without it.",
+        stacklevel=3,
+    )
 
 
 def _from_program(program: ExportedProgram, example_inputs: object) -> fx.GraphModule:
@@ -93,6 +97,7 @@ def _from_program(program: ExportedProgram, example_inputs: object) -> fx.GraphM
     if held is None:
         raise TraceError("The ExportedProgram keeps no example inputs; give example_inputs.")
     gm = _export.unlift(program)
+    _set_programs_mode(gm)
     _raise_programs_dropout(gm)
     inputs = _as_exported(normalize(held), gm)
     dynamic = any(
@@ -120,7 +125,9 @@ def _raised(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     for node in list(gm.graph.nodes):
         if node.target in _ASSERTIONS and not node.users:
             gm.graph.erase_node(node)
-        elif _has_loose_shape(node):
+    gm.graph.eliminate_dead_code()
+    for node in gm.graph.nodes:
+        if node.target is _aten.item.default or _has_loose_shape(node):
             raise _export.data_dependent(model, node)
     _erase_batch_counters(gm)
     with warnings.catch_warnings():
@@ -147,7 +154,7 @@ def _canonical(gm: fx.GraphModule, model: nn.Module, inputs: ExampleInputs, dyna
         finish(gm)
         verify(gm)
     except VerifyError as failure:
-        raise TraceError(f"The graph of {type(model).__name__} is not canonical: {failure}") from failure
+        raise _export.not_canonical(model, gm, failure) from failure
     return gm
 
 
@@ -160,6 +167,21 @@ def _erase_batch_counters(gm: fx.GraphModule) -> None:
         counts = isinstance(source, fx.Node) and source.op == "get_attr"
         if counts and not node.users and str(source.target).endswith("num_batches_tracked"):
             gm.graph.erase_node(node)
+
+
+def _set_programs_mode(gm: fx.GraphModule) -> None:
+    """Put modules in the mode that the program's calls were exported in: train mode if any call says so."""
+    training = False
+    norms: dict[str, bool] = {}
+    for node in gm.graph.nodes:
+        said = ops.arguments(node)
+        active = bool(said.get("train", said.get("training", False)))
+        training = training or active
+        if node.target is _aten.batch_norm.default and isinstance(said["running_mean"], fx.Node):
+            norms[str(said["running_mean"].target).rpartition(".")[0]] = active
+    gm.train(training)
+    for path, active in norms.items():
+        gm.get_submodule(path).training = active
 
 
 def _raise_programs_dropout(gm: fx.GraphModule) -> None:

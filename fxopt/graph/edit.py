@@ -6,7 +6,6 @@ Modules are never changed in place, for they may be the user's own: a changed co
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,29 +13,25 @@ import torch
 from torch import fx, nn
 
 from fxopt.errors import VerifyError
+from fxopt.graph._copies import clone_module, fork, own_copy
 from fxopt.graph.shapes import propagate, shape
 
 __all__ = [
     "clone_module",
     "erase",
     "finish",
+    "fork",
     "free_path",
     "insert_function",
+    "insert_get_attr",
     "insert_module",
+    "own_copy",
     "replace_module",
     "replace_tensor",
     "replace_uses",
     "set_argument",
     "shape",
 ]
-
-
-def clone_module(module: nn.Module) -> nn.Module:
-    """A shallow copy of a module: same parameters and buffers, its own dictionaries to change them in."""
-    clone = copy.copy(module)
-    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        clone.__dict__[name] = copy.copy(module.__dict__[name])
-    return clone
 
 
 def replace_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
@@ -53,15 +48,59 @@ def replace_module(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
 
 
 def replace_tensor(gm: fx.GraphModule, path: str, tensor: torch.Tensor) -> None:
-    """Put ``tensor`` in the place of the parameter, buffer or constant at ``path``, keeping its kind."""
-    owner_path, _, name = path.rpartition(".")
-    owner = gm.get_submodule(owner_path)
+    """Put ``tensor`` in the place of the parameter, buffer or constant at ``path``, keeping its kind.
+
+    A copy of the module that holds it takes that module's place in the graph; the module itself is left alone.
+
+    Raises:
+        VerifyError: If no tensor stands at ``path``.
+    """
+    owner_path, name, held = _held_tensor(gm, path)
+    owner: nn.Module = gm
+    if owner_path:
+        owner = clone_module(gm.get_submodule(owner_path))
+        replace_module(gm, owner_path, owner)
     if name in owner._parameters:
-        owner.register_parameter(name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+        owner._parameters[name] = (
+            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, held.requires_grad)
+        )
     elif name in owner._buffers:
         owner._buffers[name] = tensor
     else:
         setattr(owner, name, tensor)
+
+
+def insert_get_attr(gm: fx.GraphModule, path: str, tensor: torch.Tensor | None = None) -> fx.Node:
+    """Read the parameter or buffer at ``path`` ahead of all other nodes.
+
+    Args:
+        gm: The graph.
+        path: Where the tensor stands, or is to stand.
+        tensor: A new tensor to put there first, as a buffer of the graph that its state_dict leaves out; ``path`` is
+            then a free name without dots.
+
+    Raises:
+        VerifyError: If no tensor stands at ``path``, or if one is to be put where something is already.
+    """
+    if tensor is not None:
+        if "." in path or _is_taken(gm, path):
+            raise VerifyError(f"{path!r} is no free name for a buffer of the graph; choose another one.")
+        gm.register_buffer(path, tensor, persistent=False)
+    _held_tensor(gm, path)
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        return gm.graph.get_attr(path)
+
+
+def _held_tensor(gm: fx.GraphModule, path: str) -> tuple[str, str, torch.Tensor]:
+    """Path of the owner, name in it, and the tensor at ``path``."""
+    owner_path, _, name = path.rpartition(".")
+    try:
+        held = getattr(gm.get_submodule(owner_path), name)
+    except AttributeError:
+        held = None
+    if not isinstance(held, torch.Tensor):
+        raise VerifyError(f"No tensor {path!r} in the graph; name one by its path in the state_dict.")
+    return owner_path, name, held
 
 
 def insert_module(gm: fx.GraphModule, path: str, module: nn.Module, after: fx.Node, args: Sequence[Any]) -> fx.Node:
@@ -70,8 +109,8 @@ def insert_module(gm: fx.GraphModule, path: str, module: nn.Module, after: fx.No
     Raises:
         VerifyError: If something stands at ``path`` already.
     """
-    if path in dict(gm.named_modules()):
-        raise VerifyError(f"There is a module {path!r} already; take fxopt.graph.edit.free_path(gm, {path!r}).")
+    if _is_taken(gm, path):
+        raise VerifyError(f"Something stands at {path!r} already; take fxopt.graph.edit.free_path(gm, {path!r}).")
     gm.add_submodule(path, module)
     with gm.graph.inserting_after(_last_input(gm, after)):
         node = gm.graph.call_module(path, tuple(args))
@@ -110,13 +149,20 @@ def erase(gm: fx.GraphModule, node: fx.Node) -> None:
 
 
 def free_path(gm: fx.GraphModule, stem: str) -> str:
-    """``stem``, or ``stem_1``, ``stem_2`` ... if something stands there already."""
-    taken = {name for name, _ in gm.named_modules()}
+    """``stem``, or ``stem_1``, ``stem_2`` ... if a module, a tensor or another attribute stands there already."""
     path, count = stem, 0
-    while path in taken:
+    while _is_taken(gm, path):
         count += 1
         path = f"{stem}_{count}"
     return path
+
+
+def _is_taken(gm: fx.GraphModule, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    try:
+        return hasattr(gm.get_submodule(owner), name)
+    except AttributeError:
+        return False
 
 
 def finish(gm: fx.GraphModule) -> None:
@@ -125,8 +171,8 @@ def finish(gm: fx.GraphModule) -> None:
     Raises:
         VerifyError: If the edited graph is malformed or its shapes do not fit; the message names the node.
     """
-    gm.graph.eliminate_dead_code()
     try:
+        gm.graph.eliminate_dead_code()
         gm.graph.lint()
     except (RuntimeError, ValueError) as failure:
         raise VerifyError(f"The edited graph is malformed: {failure}") from failure
@@ -135,13 +181,12 @@ def finish(gm: fx.GraphModule) -> None:
 
 
 def _last_input(gm: fx.GraphModule, after: fx.Node) -> fx.Node:
-    """A node to insert behind: calls come after all placeholders and parameters."""
-    if after.op not in ("placeholder", "get_attr"):
-        return after
-    node = after
+    """The node to insert behind: behind an input of the graph, that is the last of the inputs at its head."""
+    last = after
+    leading = False
     for candidate in gm.graph.nodes:
-        if candidate.op in ("placeholder", "get_attr"):
-            node = candidate
-        else:
+        if candidate.op not in ("placeholder", "get_attr"):
             break
-    return node if node.op in ("placeholder", "get_attr") else after
+        last = candidate
+        leading = leading or candidate is after
+    return last if leading else after

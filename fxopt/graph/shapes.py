@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.errors import VerifyError
+from fxopt.graph import ops
+from fxopt.graph._copies import clone_tree
+from fxopt.graph._quiet import quiet_loggers
 
 __all__ = ["TRACE_META", "eval_mode", "propagate", "shape", "values_at_batch"]
 
@@ -31,7 +34,9 @@ def shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def propagate(gm: fx.GraphModule) -> None:
-    """Recompute ``node.meta["val"]`` of every node from the placeholders' values; no arithmetic is done.
+    """Recompute ``node.meta["val"]`` of every node from the placeholders' values.
+
+    No arithmetic is done and no tensor of the model is written to.
 
     Raises:
         VerifyError: If a placeholder has no value or a node does not fit its inputs; the message names the node.
@@ -46,10 +51,12 @@ def values_at_batch(gm: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
     values = _placeholder_values(gm)
     if batch == example and all("val" in node.meta for node in gm.graph.nodes):
         return {node: node.meta["val"] for node in gm.graph.nodes}
-    if batch != example and example:
-        mode = FakeTensorMode()
-        values = {node: _rebatch(value, example, batch, mode) for node, value in values.items()}
-    return _run(gm, values)
+    if batch == example or not example:
+        return _run(gm, values)
+    values = {node: _rebatch(value, example, batch) for node, value in values.items()}
+    if gm.meta[TRACE_META]["dynamic_batch"]:
+        return _run(gm, values)
+    return _run(gm, values, _BatchInterpreter(gm, example, batch))
 
 
 @contextlib.contextmanager
@@ -74,42 +81,88 @@ def _placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
     return values
 
 
-def _rebatch(value: Any, example: int, batch: int, mode: FakeTensorMode) -> Any:
-    if not isinstance(value, torch.Tensor):
+def _rebatch(value: Any, example: int, batch: int) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.dim() or value.shape[0] != example:
         return value
-    size = tuple(value.shape)
-    if size and size[0] == example:
-        size = (batch, *size[1:])
-    with mode:
-        return torch.empty(size, dtype=value.dtype, device=value.device)
+    return value.new_empty((batch, *value.shape[1:]))
 
 
 class _ShapeInterpreter(fx.Interpreter):
-    """Runs the graph on fake tensors and remembers each node's value."""
+    """Runs the graph on fake tensors and remembers each node's value.
+
+    Parameters and buffers are replaced by fakes made for this run: the model's own may be written to (a counter in a
+    buffer), and other threads may be computing with its modules.
+    """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         super().__init__(gm, garbage_collect_values=False)
         self.extra_traceback = False
         self.found: dict[fx.Node, Any] = {}
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._modules: dict[int, torch.nn.Module] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         try:
             value = super().run_node(n)
         except Exception as failure:
             reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-            raise VerifyError(f"Node {n.name!r} ({n.op} {n.target}) does not fit its inputs: {reason}") from failure
+            message = f"Node {n.name!r} ({n.op} {n.target}) does not fit its inputs: {reason}"
+            raise VerifyError(message, node=n.name) from failure
         self.found[n] = value
         return value
 
+    def fetch_attr(self, target: str) -> Any:
+        held = super().fetch_attr(target)
+        if not isinstance(held, torch.nn.Module):
+            return self._faked(held)
+        if id(held) not in self._modules:
+            self._modules[id(held)] = self._faked_module(held)
+        return self._modules[id(held)]
 
-def _run(gm: fx.GraphModule, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
-    fakes = [value for value in values.values() if isinstance(value, FakeTensor)]
-    mode = fakes[0].fake_mode if fakes else FakeTensorMode()
-    interpreter = _ShapeInterpreter(gm)
-    previous, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
-    try:
-        with eval_mode(gm), mode, torch.no_grad():
-            interpreter.run(*values.values(), enable_io_processing=False)
-    finally:
-        mode.allow_non_fake_inputs = previous
+    def _faked(self, held: Any) -> Any:
+        return self.mode.from_tensor(held) if isinstance(held, torch.Tensor) else held
+
+    def _faked_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        """A copy of a module in eval mode that holds fakes."""
+        copy = clone_tree(module)
+        for part in copy.modules():
+            part.training = False
+            for held in (part._parameters, part._buffers):
+                held.update({name: self._faked(tensor) for name, tensor in held.items()})
+        return copy
+
+
+class _BatchInterpreter(_ShapeInterpreter):
+    """Runs a graph of fixed batch at another one: the batch that views and new tensors are told is replaced."""
+
+    def __init__(self, gm: fx.GraphModule, example: int, batch: int) -> None:
+        super().__init__(gm)
+        self._graph_module = gm
+        self._example, self._batch = example, batch
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if ops.semantics(self._graph_module, n).flow in ("reshape", "expand", "constant"):
+            args = tuple(self._resized(value) for value in args)
+        return args, kwargs
+
+    def _resized(self, value: Any) -> Any:
+        told = isinstance(value, (list, tuple)) and len(value) > 0 and value[0] == self._example
+        return [self._batch, *value[1:]] if told else value
+
+
+def _run(
+    gm: fx.GraphModule, values: dict[fx.Node, Any], interpreter: _ShapeInterpreter | None = None
+) -> dict[fx.Node, Any]:
+    interpreter = interpreter or _ShapeInterpreter(gm)
+    with interpreter.mode, torch.no_grad(), quiet_loggers():
+        inputs = [_fresh(value) for value in values.values()]
+        interpreter.run(*inputs, enable_io_processing=False)
     return interpreter.found
+
+
+def _fresh(value: Any) -> Any:
+    """The same sizes as a value of the present fake mode."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

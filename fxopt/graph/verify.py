@@ -39,7 +39,7 @@ def verify(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         problem = _problem(gm, node, modules)
         if problem:
-            raise VerifyError(f"Node {node.name!r} is not canonical: {problem}")
+            raise VerifyError(f"Node {node.name!r} is not canonical: {problem}", node=node.name)
 
 
 def _problem(gm: fx.GraphModule, node: fx.Node, modules: dict[str, Any]) -> str | None:

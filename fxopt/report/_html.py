@@ -11,7 +11,16 @@ import jinja2
 from fxopt.decisions import format_quantity
 from fxopt.report._charts import bar_chart, curve
 from fxopt.report._data import Report
-from fxopt.report._summary import budget_words, change_words, export_words, score_words, summary, tiles
+from fxopt.report._summary import (
+    STEP_COSTS,
+    budget_words,
+    change_words,
+    export_words,
+    score_words,
+    step_costs,
+    summary,
+    tiles,
+)
 
 __all__ = ["MOST_LAYERS", "MOST_LINES", "to_html"]
 
@@ -30,6 +39,8 @@ def to_html(report: Report) -> str:
         summary=summary(report),
         budgets=[(budget, budget_words(budget)) for budget in report.budgets],
         missed=any(not budget.met for budget in report.budgets),
+        steps=[(step, step_costs(step)) for step in report.passes],
+        step_columns=STEP_COSTS,
         export=export_words(report),
         layers=report.layers[:MOST_LAYERS],
         layers_left_out=max(len(report.layers) - MOST_LAYERS, 0),

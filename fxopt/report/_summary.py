@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fxopt.decisions import format_quantity
-from fxopt.report._data import BudgetLine, Metrics, Report
+from fxopt.report._data import BudgetLine, Metrics, PassLine, Report
 
 __all__ = [
+    "STEP_COSTS",
     "SummaryRow",
     "budget_words",
     "change_words",
     "export_words",
     "percent",
     "score_words",
+    "step_costs",
     "summary",
     "tiles",
     "verdict",
 ]
+
+STEP_COSTS = ("MACs", "Size", "Predicted latency")
+"""What is told of the costs after each step."""
 
 _MISSING = "n/a"
 _Pick: TypeAlias = Callable[[Metrics], float | None]
@@ -124,6 +129,14 @@ def change_words(before: float | None, after: float | None) -> str:
 def percent(after: float, before: float) -> str:
     """``after`` in percent of ``before``."""
     return f"{after / before:.0%}" if before and math.isfinite(after / before) else _MISSING
+
+
+def step_costs(step: PassLine) -> tuple[str, ...]:
+    """What the model costs after a step, in the order of :data:`STEP_COSTS`."""
+    if step.metrics is None:
+        return (_MISSING,) * len(STEP_COSTS)
+    found = (("macs", step.metrics.macs), ("size", step.metrics.size_bytes), ("latency", step.metrics.latency_s))
+    return tuple(format_quantity(metric, value) for metric, value in found)
 
 
 def export_words(report: Report) -> tuple[tuple[str, str], ...]:

@@ -12,7 +12,15 @@ from rich.text import Text
 
 from fxopt.decisions import format_quantity
 from fxopt.report._data import Report
-from fxopt.report._summary import budget_words, change_words, export_words, score_words, summary
+from fxopt.report._summary import (
+    STEP_COSTS,
+    budget_words,
+    change_words,
+    export_words,
+    score_words,
+    step_costs,
+    summary,
+)
 
 __all__ = ["layer_table", "metrics_table", "report_text", "view"]
 
@@ -67,8 +75,9 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         columns = ("Budget", ">Limit", ">Before", ">Achieved", "")
         yield _table(None, columns, [budget_words(budget) for budget in report.budgets])
     if report.passes:
-        steps = [(step.name, step.detail, score_words(report, step.accuracy)) for step in report.passes]
-        yield _table(None, ("Step", "What", f">{report.score_name.capitalize()} after it"), steps)
+        costs = [f">{name}" for name in STEP_COSTS]
+        steps = [(one.name, one.detail, score_words(report, one.accuracy), *step_costs(one)) for one in report.passes]
+        yield _table(None, ("Step", "What", f">{report.score_name.capitalize()} after it", *costs), steps)
     if report.export is not None:
         yield _table(None, ("Exported", ""), export_words(report))
     yield Text(f"{report.target.title}: {report.target.status}. {report.target.error}")

@@ -31,12 +31,12 @@ __all__ = ["JOURNAL_SCHEMA", "Journal", "journal_header", "read_journal"]
 JOURNAL_SCHEMA = 1
 """The version of the journal's form that this release writes and reads."""
 
-_COMPARED = ("space", "constraint", "engine", "options", "seed", "parallel")
+_COMPARED = ("space", "constraint", "engine", "options", "seed", "parallel", "context")
 _TRIAL_FIELDS = {"trial", "status", "score", "error", "cached", "elapsed_s", "policy"}
 
 
-def journal_header(engine: Engine, parallel: int) -> dict[str, Any]:
-    """What identifies a search: its space, budget, engine, options, seed and number of parallel trials."""
+def journal_header(engine: Engine, parallel: int, context: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What identifies a search: its space, budget, engine, options, seed, number of parallel trials and context."""
     constraint = engine.constraint
     limits = None if constraint is None else dict(zip(constraint.metrics, constraint.limits.tolist(), strict=True))
     return {
@@ -48,6 +48,7 @@ def journal_header(engine: Engine, parallel: int) -> dict[str, Any]:
         "options": engine.options,
         "seed": engine.seed,
         "parallel": parallel,
+        "context": dict(context or {}),
         "versions": {"fxopt": fxopt.__version__, "numpy": np.__version__, "python": platform.python_version()},
     }
 
@@ -228,14 +229,21 @@ def _line(path: Path, data: Mapping[str, Any]) -> bytes:
 
 
 def _check_same_search(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    different = [name for name in _COMPARED if there.get(name) != here[name]]
+    there, here = (_flat({name: header.get(name) for name in _COMPARED}) for header in (there, here))
+    different = [name for name in dict.fromkeys((*here, *there)) if there.get(name) != here.get(name)]
     if not different:
         return
-    details = "; ".join(f"{name}: {there.get(name)!r} in the journal, {here[name]!r} now" for name in different)
+    details = "; ".join(f"{name}: {there.get(name)!r} in the journal, {here.get(name)!r} now" for name in different)
     raise JournalError(
         f"{path} is the journal of another search ({details}). Search with the journal's own settings to resume it, "
         "or give another file to start anew."
     )
+
+
+def _flat(header: Mapping[str, Any]) -> dict[str, Any]:
+    """A header whose context is spread out: its entries stand for themselves."""
+    context = header.get("context") or {}
+    return {**{name: value for name, value in header.items() if name != "context"}, **context}
 
 
 def _open_locked(path: Path) -> FileIO:

@@ -6,10 +6,13 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
+
+import numpy as np
 
 from fxopt.decisions import Policy
 from fxopt.errors import FxoptError, JournalError, SearchError
@@ -53,6 +56,7 @@ def run_search(
     parallel: int = 1,
     patience: int | None = None,
     progress: Callable[[SearchProgress], None] | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> SearchResult:
     """Try policies and return the best.
 
@@ -75,6 +79,8 @@ def run_search(
         parallel: How many policies to ask for at a time.
         patience: Stop when so many trials in a row brought no better score; None for never.
         progress: Called after each trial.
+        context: What the scores depend on besides the policies, such as a digest of the model, as JSON-ready data. A
+            journal that was written in another context is not resumed.
 
     Returns:
         The best trial and all others.
@@ -85,8 +91,10 @@ def run_search(
         JournalError: If the journal cannot be written or belongs to another search.
     """
     _check_arguments(engine, trials, parallel, patience, resumable=journal is not None)
+    _check_executor(executor, evaluate)
+    header = journal_header(engine, parallel, context)
     with contextlib.ExitStack() as stack:
-        book = stack.enter_context(Journal(journal, journal_header(engine, parallel))) if journal is not None else None
+        book = stack.enter_context(Journal(journal, header)) if journal is not None else None
         search = _Search(engine, evaluate, trials, book, executor, progress)
         stopped = search.run(parallel, patience)
     return search.result(stopped)
@@ -95,11 +103,29 @@ def run_search(
 def _check_arguments(engine: Engine, trials: int, parallel: int, patience: int | None, *, resumable: bool) -> None:
     if not isinstance(engine, Engine):
         raise SearchError(f"The engine is a {type(engine).__name__}; make one with fxopt.search.engines.create().")
-    for name, value in (("trials", trials), ("parallel", parallel), ("patience", patience)):
-        if value is not None and value < 1:
-            raise SearchError(f"A search needs {name} of at least 1, got {value}.")
+    options: dict[str, object] = {"trials": trials, "parallel": parallel}
+    if patience is not None:
+        options["patience"] = patience
+    for name, value in options.items():
+        if not isinstance(value, (int, np.integer)) or value < 1:
+            raise SearchError(f"A search needs {name} of at least 1, got {value!r}; give a whole number.")
     if resumable and engine.asked:
         raise SearchError("A search with a journal needs a fresh engine, this one has been asked; create another.")
+
+
+def _check_executor(executor: Executor | None, evaluate: Callable[[Policy], float]) -> None:
+    """A pool of processes would fail on the first trial, with a message from deep within."""
+    if not isinstance(executor, ProcessPoolExecutor):
+        return
+    try:
+        ForkingPickler.dumps(evaluate)
+    except FxoptError:
+        raise
+    except Exception as failure:
+        raise SearchError(
+            f"The evaluation cannot go to other processes: {type(failure).__name__}: {failure}. Define the classes and "
+            "functions that it uses at the top level of a module, or give an executor of threads."
+        ) from failure
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def load(name: str) -> type[Engine]:
         SearchError: If a registered path leads to no engine.
     """
     if name not in _ENGINES:
-        raise UnknownNameError("search engine", name, _ENGINES)
+        raise UnknownNameError("search engine", str(name), _ENGINES)
     entry = _ENGINES[name]
     if not isinstance(entry, str):
         return entry

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from fxopt.decisions import Capabilities, Policy, SearchSpace
 from fxopt.errors import PassError, PolicyError, UnknownNameError
 from fxopt.graph import trace
-from fxopt.passes import FoldBatchNorm, PruneChannels
+from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize
 from fxopt.testing import assert_equivalent
 from tests.strategies import BLOCKS, Cnn, Transformer, cnns, networks, randomize_statistics, traced
 
@@ -492,3 +492,10 @@ def test_explain_tells_what_froze_a_group() -> None:
     assert entries["blocks.0.mlp.0"].reason is None
     assert {entry.operator for entry in entries.values()} == {"embedding", "linear"}
     assert all(entry.kept == entry.size and entry.saved_elements == 0 for entry in entries.values())
+
+
+def test_a_quantized_graph_is_refused() -> None:
+    graph = Quantize()(trace(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(2, 3, 6, 6))).graph_module
+    for refusing in (PruneChannels(), PruneChannels().search_space):
+        with pytest.raises(PassError, match=r"'0.*' is quantized already"):
+            refusing(graph)

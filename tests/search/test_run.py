@@ -258,6 +258,31 @@ def test_processes_evaluate_and_their_errors_come_home() -> None:
     assert result.failed == 1
 
 
+def test_what_cannot_be_sent_to_processes_is_told_before_any_trial() -> None:
+    # No process is started: a pool starts its first when it is given work.
+    with (
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+        pytest.raises(SearchError, match=r"cannot go to other processes.*executor of threads"),
+    ):
+        run_search(make(), lambda policy: score(policy), 3, executor=pool)
+
+
+@pytest.mark.parametrize("name", ["trials", "parallel", "patience"])
+def test_numbers_are_whole(name: str) -> None:
+    with pytest.raises(SearchError, match=rf"{name} of at least 1, got 2\.5; give a whole number"):
+        run_search(make(), score, **{"trials": 3, name: 2.5})  # type: ignore[arg-type]
+
+
+def test_a_journal_of_another_context_is_not_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    first = run_search(make(), score, 4, journal=path, context={"model": "a", "judge": "accuracy"})
+    assert run_search(make(), score, 4, journal=path, context={"judge": "accuracy", "model": "a"}) == first
+    for context in ({"model": "b", "judge": "accuracy"}, {"judge": "accuracy"}, None):
+        with pytest.raises(JournalError, match=r"another search \(.*model: 'a' in the journal") as caught:
+            run_search(make(), score, 4, journal=path, context=context)
+        assert ("judge" in str(caught.value)) is (context is None)
+
+
 def test_an_executor_that_refuses_work_is_an_error() -> None:
     pool = ThreadPoolExecutor(1)
     pool.shutdown()

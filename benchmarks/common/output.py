@@ -1,0 +1,37 @@
+"""One form of result for every benchmark: JSON on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "pytorchcv", "timm", "torchvision", "transformers")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and cores that the figures depend on; no package is imported for it."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    return {"cores": cores, "machine": platform.machine(), "versions": versions}
+
+
+def finish(benchmark: str, results: Mapping[str, Any], **setting: Any) -> None:
+    """Print a benchmark's results with its setting and the environment."""
+    document = {"benchmark": benchmark, "environment": environment(), **setting, "results": results}
+    print(json.dumps(document, indent=2))
+
+
+def progress(line: str) -> None:
+    """Show one line of progress."""
+    print(line, file=sys.stderr, flush=True)
