@@ -9,12 +9,12 @@ one policy), and ``speedup`` is the ratio of the two in this run. ``check`` is t
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from common.output import finish
 
 from fxopt.targets import PresetTarget, Workload, load, make_row
 from fxopt.targets import rows as r
@@ -171,8 +171,8 @@ def main() -> None:
 
     workload = policies(options.policies, seed=0)
     results = {name: measure(name, workload, options.repeat) for name in ("pixel1", "v100")}
-    setting = {"policies": options.policies, "rows": len(workload), "repeat": options.repeat}
-    print(json.dumps({"benchmark": "scoring", **setting, "results": results}, indent=2))
+    operators = len(workload.names)
+    finish("scoring", results, policies=options.policies, rows=operators, repeat=options.repeat)
 
 
 if __name__ == "__main__":
