@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from fxopt._lowering.bits import BitTable
 from fxopt._lowering.build import Builder
 from fxopt._lowering.forms import Forms, Size
 from fxopt.decisions import Policy, SearchSpace
@@ -24,7 +25,7 @@ from fxopt.targets import ColumnWorkload, Estimate, Target, Workload
 from fxopt.targets.base import join_estimates
 from fxopt.targets.rows import FLOAT_BITS, OpKind, default_rows
 
-__all__ = ["Choices", "ParametricWorkload", "RowInfo", "lower"]
+__all__ = ["BitTable", "Choices", "ParametricWorkload", "RowInfo", "lower"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -94,6 +95,8 @@ class ParametricWorkload:
         channel_sites: Size of every channel group, by site.
         bit_sites: Current ``(weight_bits, activation_bits)`` of every layer, by site.
         barriers: Operators that fxopt does not know, by node name.
+        drafts: The rows as they were written down, sizes as forms.
+        values: The tensors that are stored, in graph order.
     """
 
     def __init__(self, builder: Builder) -> None:
@@ -108,8 +111,8 @@ class ParametricWorkload:
             self._template[index]["held"] = sum(value.constant for value in row.held)
             for name, value in row.fields.items():
                 self._template[index][name] = value.constant
-        self._drafts = builder.rows
-        self._values = builder.values
+        self.drafts = builder.rows
+        self.values = builder.values
         self._site_index = {site: index for index, site in enumerate(self.channel_sites)}
         self._layer_index = {site: index for index, site in enumerate(self.bit_sites)}
 
@@ -153,6 +156,18 @@ class ParametricWorkload:
             raise PolicyError("There is no policy to estimate; give at least one.")
         return join_estimates(found)
 
+    def bit_table(self, target: Target, space: SearchSpace) -> BitTable:
+        """A table of costs for policies that decide bits alone: the quickest way to score millions.
+
+        Args:
+            target: The target.
+            space: Decisions of bits.
+
+        Raises:
+            PolicyError: If the space decides something else, or layers that the graph does not have.
+        """
+        return BitTable(self, target, space)
+
     def columns(self, choices: Choices) -> ColumnWorkload:
         """The rows of some policies, kept as what differs between them.
 
@@ -165,9 +180,9 @@ class ParametricWorkload:
         known: dict[Size, Ints] = {}
         template = self._template.copy()
         columns: list[dict[str, npt.NDArray[np.generic]]] = []
-        demands = self._demands(choices.bits)
+        demands = self.demands(choices.bits)
         lives = self._live_bits(sizes, demands, known)
-        for index, (row, live) in enumerate(zip(self._drafts, lives, strict=True)):
+        for index, (row, live) in enumerate(zip(self.drafts, lives, strict=True)):
             fields: dict[str, Ints] = {
                 name: _evaluated(value, sizes, known) for name, value in row.fields.items() if value.forms
             }
@@ -256,11 +271,11 @@ class ParametricWorkload:
             if not 1 <= bits.min() <= bits.max() <= FLOAT_BITS:
                 raise PolicyError(f"Bits of {site!r} go from 1 to {FLOAT_BITS}; a policy chooses {bits.min()}.")
 
-    def _demands(self, bits: Ints) -> list[Ints]:
+    def demands(self, bits: Ints) -> list[Ints]:
         """Bits of every value: the most that a layer reads it with, floating point where something else reads it."""
-        demands: list[Ints] = [np.zeros(1, np.int64)] * len(self._values)
-        for index in range(len(self._values) - 1, -1, -1):
-            value = self._values[index]
+        demands: list[Ints] = [np.zeros(1, np.int64)] * len(self.values)
+        for index in range(len(self.values) - 1, -1, -1):
+            value = self.values[index]
             read = [bits[layer, 1] for layer in value.read_by_layers] + [demands[each] for each in value.read_by_values]
             if value.needs_float or not read:
                 read = [np.full(1, FLOAT_BITS)]
@@ -271,16 +286,16 @@ class ParametricWorkload:
         """Bits of all values that are alive while each row runs; whole numbers, so that sums are exact."""
         born: dict[int, list[int]] = {}
         dying: dict[int, list[int]] = {}
-        for index, value in enumerate(self._values):
+        for index, value in enumerate(self.values):
             born.setdefault(value.first, []).append(index)
             dying.setdefault(value.last, []).append(index)
         alive = np.zeros(1, np.int64)
-        for row in range(len(self._drafts)):
+        for row in range(len(self.drafts)):
             for index in born.get(row, ()):
-                alive = alive + _evaluated(self._values[index].size, sizes, known) * demands[index]
+                alive = alive + _evaluated(self.values[index].size, sizes, known) * demands[index]
             yield alive
             for index in dying.get(row, ()):
-                alive = alive - _evaluated(self._values[index].size, sizes, known) * demands[index]
+                alive = alive - _evaluated(self.values[index].size, sizes, known) * demands[index]
 
 
 def _evaluated(size: Size, sizes: Ints, known: dict[Size, Ints]) -> Ints:
