@@ -43,8 +43,8 @@ class Choices:
         policies: Number of policies.
     """
 
-    kept: Ints
-    bits: Ints
+    kept: npt.NDArray[np.int32]
+    bits: npt.NDArray[np.int32]
     policies: int
 
     def part(self, start: int, stop: int) -> Choices:
@@ -151,7 +151,12 @@ class ParametricWorkload:
         Raises:
             PolicyError: As :meth:`bind` does, or if there is no policy.
         """
-        found = [target.estimate(self.columns(block), threads=threads) for block in self._blocks(policies)]
+        found: list[Estimate] = []
+        for block in self._blocks(policies):
+            if len(found) == 1:
+                found = [found[0].without_rows()]
+            estimate = target.estimate(self.columns(block), threads=threads)
+            found.append(estimate.without_rows() if found else estimate)
         if not found:
             raise PolicyError("There is no policy to estimate; give at least one.")
         return join_estimates(found)
@@ -176,11 +181,12 @@ class ParametricWorkload:
         """
         self._check(choices)
         count = choices.policies
-        sizes = self._forms.evaluate(choices.kept)
+        bits = choices.bits.astype(np.int64)
+        sizes = self._forms.evaluate(choices.kept.astype(np.int64))
         known: dict[Size, Ints] = {}
         template = self._template.copy()
         columns: list[dict[str, npt.NDArray[np.generic]]] = []
-        demands = self.demands(choices.bits)
+        demands = self.demands(bits)
         lives = self._live_bits(sizes, demands, known)
         for index, (row, live) in enumerate(zip(self.drafts, lives, strict=True)):
             fields: dict[str, Ints] = {
@@ -190,7 +196,7 @@ class ParametricWorkload:
                 # Cut to one channel it is a plain convolution.
                 fields["kind"] = np.where(fields["groups"] == 1, OpKind.CONV, OpKind.DEPTHWISE)
             if row.layer is not None:
-                fields["weight_bits"], fields["activation_bits"] = choices.bits[row.layer]
+                fields["weight_bits"], fields["activation_bits"] = bits[row.layer]
             elif row.inputs:
                 fields["activation_bits"] = functools.reduce(np.maximum, (demands[value] for value in row.inputs))
             fields["output_bits"] = demands[row.output]
@@ -207,8 +213,8 @@ class ParametricWorkload:
 
     def _choices(self, policies: Sequence[Policy]) -> Choices:
         """Kept channels and bits of some policies; of one alone where all agree to leave them as they are."""
-        kept = np.array(list(self.channel_sites.values()), dtype=np.int64).reshape(-1, 1)
-        bits = np.array(list(self.bit_sites.values()), dtype=np.int64).reshape(-1, 2, 1)
+        kept = np.array(list(self.channel_sites.values()), dtype=np.int32).reshape(-1, 1)
+        bits = np.array(list(self.bit_sites.values()), dtype=np.int32).reshape(-1, 2, 1)
         kinds = {kind for policy in policies for kind, _ in policy}
         kept = np.repeat(kept, len(policies), axis=1) if "channels" in kinds else kept
         bits = np.repeat(bits, len(policies), axis=2) if "bits" in kinds else bits
@@ -240,7 +246,7 @@ class ParametricWorkload:
         for decision, column in zip(space, indices.T, strict=True):
             if column.size and not 0 <= column.min() <= column.max() < len(decision.choices):
                 raise PolicyError(f"A choice of {decision.kind} of {decision.site!r} is out of range.")
-            table = np.array(decision.choices, dtype=np.int64)
+            table = np.array(decision.choices, dtype=np.int32)
             if decision.kind == "channels":
                 kept[self._index(self._site_index, decision.kind, decision.site)] = table[column]
             elif decision.kind == "bits":

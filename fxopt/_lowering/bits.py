@@ -86,7 +86,7 @@ class BitTable:
             Codes for :meth:`fxopt.targets.tables.CostTable.score` of ``table``.
         """
         choices = self._workload.choices(self.space, indices)
-        demands = self._workload.demands(choices.bits)
+        demands = self._workload.demands(choices.bits.astype(np.int64))
         sites = list(self._workload.bit_sites)
         columns = []
         for row in self._rows.tolist():
