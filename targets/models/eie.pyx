@@ -1,0 +1,55 @@
+"""Sparse matrix-vector engine (EIE): only products of nonzero weights and nonzero activations are computed.
+
+    cycles  = MACs * weight_density * activation_density * (1 + padding) / (elements * balance)
+    latency = cycles / clock
+    energy  = power * latency
+
+``elements`` processing elements each take one nonzero weight a cycle; ``padding`` counts the zeros that stand in for
+runs longer than the index can tell, ``balance`` the cycles that elements wait for one another. Weights are shared values
+behind 4-bit indices and lie in SRAM, all of them: nothing moves to or from memory. Convolutions run as one matrix-vector
+product for each output pixel. Operators without MACs have no model here: a host computes them.
+
+Source: Han et al., "EIE: efficient inference engine on compressed deep neural network" (ISCA 2016).
+"""
+
+from libc.math cimport NAN
+
+from fxopt.targets._core cimport Cost, CostModel
+from fxopt.targets._rows cimport MATMUL, WITH_MACS, Row, is_among, macs
+
+from fxopt.targets.parameters import Parameter
+
+PARAMETERS = {
+    "elements": Parameter("count", "processing elements"),
+    "clock": Parameter("frequency", "clock of the elements"),
+    "padding": Parameter("ratio", "padded zeros over nonzero weights", positive=False),
+    "balance": Parameter("ratio", "share of cycles that elements do not wait", maximum=1.0),
+    "power": Parameter("power", "power drawn while running"),
+}
+
+
+cdef class Model(CostModel):
+    """One engine."""
+
+    cdef double seconds_per_product
+    cdef double watts
+
+    def __init__(self, values, bint fuses):
+        CostModel.__init__(self, fuses)
+        rate = values["elements"] * values["balance"] * values["clock"]
+        self.seconds_per_product = (1.0 + values["padding"]) / rate
+        self.watts = values["power"]
+        self.has_energy = True
+
+    cdef Cost cost(self, const Row* row) noexcept nogil:
+        cdef Cost result
+        # A product of activations has no stored weights, which the engine is made of.
+        if row.kind == MATMUL or not is_among(row, WITH_MACS):
+            result.latency_s = result.energy_j = NAN
+            return result
+        result.latency_s = macs(row) * row.weight_density * row.activation_density * self.seconds_per_product
+        result.energy_j = self.watts * result.latency_s
+        return result
+
+    cdef double dram_bytes(self, const Row* row) noexcept nogil:
+        return 0.0
