@@ -12,3 +12,4 @@ cdef class CostModel:
     cdef readonly bint searches
     cdef Cost cost(self, const Row* row) noexcept nogil
     cdef double dram_bytes(self, const Row* row) noexcept nogil
+    cdef double peak_bytes(self, const Row* row) noexcept nogil

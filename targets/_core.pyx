@@ -1,6 +1,7 @@
 """The loops under every cost model: a scalar cost per row, totals and per-row arrays over batches of policies.
 
-A model is a cdef class that derives from CostModel and overrides ``cost``, and ``dram_bytes`` if it fetches again.
+A model is a cdef class that derives from CostModel and overrides ``cost``, ``dram_bytes`` if it fetches again, and
+``peak_bytes`` if operators share memory between what they read and write.
 Everything that is the same on all hardware (fused rows, sizes, MACs, rows without a model) is done here, once.
 """
 
@@ -10,7 +11,8 @@ from libc.stdint cimport int32_t, uint32_t
 from libc.stdlib cimport free, malloc
 
 from fxopt.targets._rows cimport (
-    AMOUNTS, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, macs, stored_bytes, traffic_bytes
+    AMOUNTS, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, larger, macs, stored_bytes,
+    traffic_bytes,
 )
 
 
@@ -117,6 +119,10 @@ cdef class CostModel:
         """Bytes that one row moves to and from memory: each operand once, unless the model knows better."""
         return traffic_bytes(row)
 
+    cdef double peak_bytes(self, const Row* row) noexcept nogil:
+        """Bytes of activations that are held while one row runs: all that are alive, unless the model knows better."""
+        return row.live_bytes
+
     def totals(
         self,
         const Row[:, ::1] rows,
@@ -142,8 +148,7 @@ cdef class CostModel:
                     energy += cost.energy_j
                     stored += stored_bytes(row)
                     work += macs(row)
-                    if row.live_bytes > peak:
-                        peak = row.live_bytes
+                    peak = larger(self.peak_bytes(row), peak)
                 latency_s[p] = latency
                 energy_j[p] = energy
                 weight_bytes_out[p] = stored
@@ -197,8 +202,7 @@ cdef class CostModel:
                 weight_bytes_out[p] += found.stored_bytes
                 macs_out[p] += found.macs
                 uncosted[0] |= found.uncosted
-                if row.live_bytes > peak_bytes[p]:
-                    peak_bytes[p] = row.live_bytes
+                peak_bytes[p] = larger(self.peak_bytes(&row), peak_bytes[p])
         free(known)
 
     def per_row(
@@ -218,6 +222,14 @@ cdef class CostModel:
                     energy_j[p, i] = cost.energy_j
                     is_free = without_model or (self.fuses and rows[p, i].fused)
                     dram_bytes[p, i] = 0.0 if is_free else self.dram_bytes(&rows[p, i])
+
+    def held_bytes(self, const Row[:, ::1] rows, double[:, ::1] activation_bytes):
+        """Fill the bytes of activations that are held while each row runs, per policy and row."""
+        cdef Py_ssize_t p, i
+        with nogil:
+            for p in range(rows.shape[0]):
+                for i in range(rows.shape[1]):
+                    activation_bytes[p, i] = self.peak_bytes(&rows[p, i])
 
 
 cdef inline bint is_sound(const Row* row) noexcept nogil:

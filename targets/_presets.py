@@ -6,6 +6,7 @@ A file that is wrong in any way is refused with its path, the line and the reaso
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,13 +15,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
+import numpy as np
+
 from fxopt.decisions import Capabilities
 from fxopt.errors import FxoptError, TargetError
 from fxopt.targets._core import CostModel
 from fxopt.targets.base import Status, Target, TargetInfo
 from fxopt.targets.models import families, family
 from fxopt.targets.parameters import Parameter, ParameterError
-from fxopt.targets.rows import FLOAT_BITS, OpKind
+from fxopt.targets.rows import FLOAT_BITS, OpKind, Workload
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +36,7 @@ SCHEMA = 1
 FOLDER = Path(__file__).parent / "presets"
 
 _T = TypeVar("_T")
+_CAPACITIES = frozenset({"memory_capacity", "storage_capacity"})
 _SECTIONS = (
     "schema",
     "name",
@@ -104,6 +108,29 @@ class PresetTarget(Target):
     def model(self) -> CostModel:
         """The compiled cost model."""
         return self.preset.make_model()
+
+    def caveats(self, workload: Workload) -> tuple[str, ...]:
+        """Why estimates of ``workload`` deserve less trust, or that it does not fit the device at all."""
+        found = super().caveats(workload)
+        if not _CAPACITIES & self.preset.figures.keys():
+            return found
+        estimate = self.estimate(workload)
+        used = self._figure("storage_used") or 0.0
+        needs = (
+            ("memory_capacity", "activations at their peak", estimate.peak_activation_bytes),
+            ("storage_capacity", "weights and code", estimate.weight_bytes + used),
+        )
+        for key, what, needed in needs:
+            capacity = self._figure(key)
+            over = needed > capacity if capacity is not None else np.zeros(0, np.bool_)
+            if capacity is not None and over.any():
+                share = "" if over.all() else f" (under {over.sum()} of {over.size} policies)"
+                most = math.ceil(needed.max() / 1024.0)
+                found += (f"does not fit {self.name}: {what} take {most} KiB of {capacity / 1024.0:.0f}{share}.",)
+        return found
+
+    def _figure(self, key: str) -> float | None:
+        return self.preset.figures[key].si if key in self.preset.figures else None
 
     def __reduce__(self) -> tuple[type[PresetTarget], tuple[Preset]]:
         """Pickle by the preset: compiled models are made anew."""

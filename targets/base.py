@@ -73,7 +73,7 @@ class RowCosts:
         energy_j: Joules, or None where the target has no energy figures.
         dram_bytes: Bytes moved to and from memory.
         weight_bytes: Bytes of the parameters that the operator adds to the model's.
-        activation_bytes: Bytes of all activations alive while it runs.
+        activation_bytes: Bytes of all activations held while it runs.
         macs: Multiply-accumulates.
     """
 
@@ -94,7 +94,7 @@ class Estimate:
         latency_s: Seconds for one run at the workload's batch size.
         energy_j: Joules for one run, or None; ``energy_reason`` then says why.
         weight_bytes: Bytes of all parameters as stored.
-        peak_activation_bytes: Most bytes of activations alive at one time.
+        peak_activation_bytes: Most bytes of activations held at one time.
         macs: Multiply-accumulates.
         uncosted: Names of the rows that the target has no model for: they are in no latency or energy above.
         uncosted_macs_share: Their largest share of a policy's MACs.
@@ -328,5 +328,6 @@ def _per_row(model: CostModel, rows: Rows) -> RowCosts:
     dram_bytes = np.empty(rows.shape, np.float64)
     model.per_row(rows, latency_s, energy_j, dram_bytes)
     energy = energy_j if model.has_energy else None
-    alive: Floats = rows["live_bytes"]
-    return RowCosts(latency_s, energy, dram_bytes, stored_bytes(rows), alive, macs(rows))
+    held_bytes = np.empty(rows.shape, np.float64)
+    model.held_bytes(rows, held_bytes)
+    return RowCosts(latency_s, energy, dram_bytes, stored_bytes(rows), held_bytes, macs(rows))

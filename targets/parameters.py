@@ -21,6 +21,7 @@ UNITS: Mapping[str, Mapping[str, float]] = {
     "frequency": {"Hz": 1.0, "kHz": 1e3, "MHz": 1e6, "GHz": 1e9},
     "work per cycle": {"MAC/cycle": 1.0},
     "bits per cycle": {"bit/cycle": 1.0},
+    "items per cycle": {"item/cycle": 1.0},
     "energy per MAC": {"J/MAC": 1.0, "nJ/MAC": 1e-9, "pJ/MAC": 1e-12},
     "energy per byte": {"J/B": 1.0, "nJ/B": 1e-9, "pJ/B": 1e-12, "pJ/bit": 8e-12},
     "power": {"W": 1.0, "mW": 1e-3},

@@ -5,9 +5,9 @@
     energy  = power * latency
 
 ``elements`` processing elements each take one nonzero weight a cycle; ``padding`` counts the zeros that stand in for
-runs longer than the index can tell, ``balance`` the cycles that elements wait for one another. Weights are shared values
-behind 4-bit indices and lie in SRAM, all of them: nothing moves to or from memory. Convolutions run as one matrix-vector
-product for each output pixel. Operators without MACs have no model here: a host computes them.
+runs longer than the index can tell, ``balance`` the cycles that elements wait for one another. Weights are shared
+values behind 4-bit indices and lie in SRAM, all of them: nothing moves to or from memory. Convolutions run as one
+matrix-vector product for each output pixel. Operators without MACs have no model here: a host computes them.
 
 Source: Han et al., "EIE: efficient inference engine on compressed deep neural network" (ISCA 2016).
 """

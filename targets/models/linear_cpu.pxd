@@ -22,5 +22,8 @@ cdef class Model(CostModel):
     cdef Linear candidates[CLASSES][GROUPS][CLASSES]
     cdef int counts[GROUPS]
     cdef double spill_threshold
+    cdef double channel_tile
+    cdef double inverse_tile
     cdef Cost cost(self, const Row* row) noexcept nogil
+    cdef double padded_macs(self, const Row* row) noexcept nogil
     cdef double latency(self, const Row* row) noexcept nogil

@@ -3,16 +3,20 @@
     latency = mac * MACs + weight * weights + in * inputs + out * outputs
             + spill * max(0, input bytes - threshold) / 4 + kernel_out * kernel_h * outputs + const
 
-with a set of coefficients for each kind of operator and each class of bits (float: up to 32, int16, int8). Kernels are
-dense: densities do not matter. An operator takes the fastest class that holds its wider operand, as a runtime may
-always run it wider, so cost never falls as bits grow; a kind without coefficients in a class takes a wider one.
+with a set of coefficients for each kind of operator and each class of bits (float: up to 32, int16, int8). Vector
+kernels take channels in blocks: with a ``channel_tile``, the MACs of pointwise and depthwise convolutions are counted
+with their channels rounded up to it. Kernels are dense: densities do not matter.
+
+An operator takes the fastest class that holds its wider operand, as a runtime may always run it wider, so cost never
+falls as bits grow; a kind without coefficients in a class takes a wider one.
 """
 
 from libc.math cimport INFINITY, NAN
 
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
-    UNKNOWN, Row, compute_bits, in_elements, is_pointwise, larger, macs, out_elements, weights,
+    DEPTHWISE, UNKNOWN, Row, ceil_div, compute_bits, in_elements, in_volume, is_pointwise, kernel_volume, larger, macs,
+    out_elements, out_volume, weights,
 )
 
 from fxopt.targets.parameters import Parameter, ParameterError
@@ -33,6 +37,7 @@ COEFFICIENTS = {
 
 PARAMETERS = {
     "spill_threshold": Parameter("bytes", "input size from which the cache spills", required=False),
+    "channel_tile": Parameter("count", "channels that pointwise and depthwise kernels take at once", required=False),
     **{
         f"{bits}.{group}.{name}": Parameter("time per item", f"time per {item}", required=False, positive=False)
         for bits in CLASS_NAMES
@@ -98,6 +103,8 @@ cdef class Model(CostModel):
     def __init__(self, values, bint fuses, bint own_class=False):
         CostModel.__init__(self, fuses)
         self.spill_threshold = values.get("spill_threshold", INFINITY)
+        self.channel_tile = values.get("channel_tile", 1.0)
+        self.inverse_tile = 1.0 / self.channel_tile
         if "spill_threshold" not in values and any(key.endswith(".spill") for key in values):
             raise ParameterError("spill_threshold", "is missing, but there are spill coefficients.")
         for j, group in enumerate(GROUP_NAMES):
@@ -109,6 +116,15 @@ cdef class Model(CostModel):
                 for slot in range(self.counts[j]):
                     self.candidates[i][j][slot] = usable[min(slot, len(usable) - 1)]
 
+    cdef double padded_macs(self, const Row* row) noexcept nogil:
+        """MACs of a pointwise or depthwise convolution with channels rounded up to whole blocks."""
+        cdef double pairs = ceil_div(row.k, self.channel_tile, self.inverse_tile) * self.channel_tile
+        if row.kind == DEPTHWISE:
+            pairs *= <double>row.c / row.groups
+        else:
+            pairs *= ceil_div(row.c, self.channel_tile, self.inverse_tile) * self.channel_tile
+        return pairs * kernel_volume(row) * row.n * (in_volume(row) if row.transposed else out_volume(row))
+
     cdef double latency(self, const Row* row) noexcept nogil:
         """Seconds of one row, NaN where no class has coefficients for it."""
         cdef int group = group_of(row)
@@ -119,7 +135,10 @@ cdef class Model(CostModel):
         if group < 0:
             return NAN
         terms = &self.candidates[class_of(compute_bits(row))][group][0]
-        work = macs(row)
+        if self.channel_tile > 1.0 and (group == 0 or row.kind == DEPTHWISE):
+            work = self.padded_macs(row)
+        else:
+            work = macs(row)
         stored = weights(row)
         read = in_elements(row)
         written = out_elements(row)

@@ -101,8 +101,12 @@ def linear_cpu(rows: Rows, values: Values, *, own_class: bool = False) -> Floats
     """Latency by the formula in fxopt/targets/models/linear_cpu.pyx; NaN where there is no model."""
     read = r.in_elements(rows)
     spilled = np.maximum(0.0, read * rows["activation_bits"] / 8.0 - values.get("spill_threshold", np.inf)) / 4.0
+    tile = values.get("channel_tile", 1.0)
+    names = np.array([group_name(row) or "" for row in rows])
+    padded_k = np.where(np.isin(names, ["pointwise", "depthwise"]), np.ceil(rows["k"] / tile) * tile, rows["k"])
+    padded_c = np.where(names == "pointwise", np.ceil(rows["c"] / tile) * tile, rows["c"])
     quantities = {
-        "mac": r.macs(rows),
+        "mac": r.macs(rows) / (rows["k"] * rows["c"].astype(float)) * padded_k * padded_c,
         "weight": r.weights(rows),
         "in": read,
         "out": r.out_elements(rows),

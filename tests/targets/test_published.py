@@ -99,20 +99,94 @@ def test_pixel1_by_operator_over_the_mobilenet_v1_profiles() -> None:
     assert estimate.macs[0] == sum(int(point["MACs"]) for point in points)
     predicted = estimate.rows.latency_s[0] * 1e3
     measured = np.array([float(point["lat_ms"]) for point in points])
-    assert np.mean(np.abs(predicted / measured - 1.0)) < 0.11
-    assert np.max(np.abs(predicted / measured - 1.0)) < 0.41
+    assert np.mean(np.abs(predicted / measured - 1.0)) < 0.07
+    assert np.max(np.abs(predicted / measured - 1.0)) < 0.46
     models = np.array([point["model"] for point in points])
     for model in np.unique(models):
         total = predicted[models == model].sum() / measured[models == model].sum() - 1.0
-        assert -0.07 < total < -0.02, model
+        assert abs(total) < 0.02, model
 
 
 def test_pixel1_totals_of_2018() -> None:
     models = [model for model in TABLES if model not in ("ResNet-34", "ShuffleNetV2-1.5")]
     found = np.abs([*errors("pixel1", "Pixel1-CPU", 1, models).values()])
     # As the preset says of itself, with half a percent to spare.
-    assert np.mean(found) < 0.079
-    assert np.max(found) < 0.137
+    assert np.mean(found) < 0.06
+    assert np.max(found) < 0.135
+
+
+@pytest.mark.parametrize(
+    ("target", "own", "batch"),
+    [("v100", "GPU", 8), ("xeon-e5-2640v4", "CPU", 1), ("pixel1", "Mobile", 1)],
+)
+def test_networks_are_cheapest_on_the_device_that_they_were_searched_for(target: str, own: str, batch: int) -> None:
+    latency_s = {
+        name: load(target).estimate(network(f"ProxylessNAS-{name}", batch)).latency_s[0]
+        for name in ("GPU", "CPU", "Mobile")
+    }
+    assert min(latency_s, key=lambda name: latency_s[name]) == own
+
+
+def test_quantized_totals_of_the_phone() -> None:
+    found = []
+    for point in csv_rows("validation.csv"):
+        name = point["model"].removeprefix("quant_mobilenetv2_")
+        if name in ("128_100", "160_100", "192_100"):
+            rows = network("MobileNetV2", 1).rows[0].copy()
+            # The table expands the first block too, by 32 channels to 32, which the network as published does not.
+            rows = rows[(rows["kind"] != OpKind.CONV) | (rows["c"] != 32) | (rows["k"] != 32)]
+            # Sizes of all layers at 224 pixels are multiples of 7, those of the others that many of 4, 5 or 6.
+            scale = int(name[:3]) / 224
+            spatial = np.isin(rows["kind"], [OpKind.CONV, OpKind.DEPTHWISE]) & (rows["out_h"] > 1)
+            plain = np.isin(rows["kind"], [OpKind.ELEMENTWISE, OpKind.NORM, OpKind.POOL])
+            for side in ("in_h", "in_w", "out_h", "out_w"):
+                rows[side] = np.where(spatial, np.rint(rows[side] * scale), rows[side])
+            for side in ("in_h", "out_h"):
+                rows[side] = np.where(plain & (rows[side] > 1280), np.rint(rows[side] * scale**2), rows[side])
+            for field in ("weight_bits", "activation_bits", "output_bits"):
+                rows[field] = 8
+            estimate = load("phone-int8").estimate(Workload(rows, [str(i) for i in range(len(rows))]))
+            found.append(estimate.latency_s[0] * 1e3 / float(point["value"]) - 1.0)
+    assert len(found) == 3
+    assert np.max(np.abs(found)) < 0.042
+
+
+def test_xeon_totals() -> None:
+    found = {}
+    for point in csv_rows("validation.csv"):
+        if point["device"] == "XeonE5-2640v4":
+            estimate = load("xeon-e5-2640v4").estimate(network(point["model"], 1))
+            found[point["model"]] = estimate.latency_s[0] * 1e3 / float(point["value"]) - 1.0
+    assert len(found) == 3
+    assert np.mean(np.abs([*found.values()])) < 0.09
+    assert np.max(np.abs([*found.values()])) < 0.145
+
+
+# Multiply-accumulates in millions, as the authors state them (github.com/mit-han-lab/mcunet).
+MEGA_MACS = {
+    "mcunet-vww0": 6.0,
+    "mcunet-vww1": 11.6,
+    "mcunet-vww2": 55.8,
+    "mcunet-in0": 6.4,
+    "mcunet-in1": 12.8,
+    "mcunet-in2": 67.3,
+    "mcunet-in3": 81.8,
+    "proxyless-w0.3-r176": 38.3,
+}
+
+
+@pytest.mark.parametrize(("library", "suffix"), [("X-CUBE-AI", "x-cube-ai"), ("TFLite-Micro", "tflm")])
+def test_microcontroller_totals(library: str, suffix: str) -> None:
+    found = []
+    for point in csv_rows("validation.csv"):
+        if point["device"] == f"STM32H743-480MHz/{library}" and point["metric"] == "latency":
+            macs = MEGA_MACS.get(point["model"])
+            if macs is not None:
+                row = make_row(OpKind.LINEAR, c=int(macs * 1e6), k=1, weight_bits=8, activation_bits=8)
+                estimate = load(f"stm32h743-{suffix}").estimate(Workload(row, ["all"]))
+                found.append(estimate.latency_s[0] * 1e3 / float(point["value"]) - 1.0)
+    assert len(found) == 8
+    assert np.max(np.abs(found)) < 0.07
 
 
 def test_v100_totals_at_batch_8() -> None:
