@@ -69,7 +69,7 @@ class RowCosts:
     """Costs by operator, each of shape (policies, rows).
 
     Attributes:
-        latency_s: Seconds.
+        latency_s: Seconds, without what a run takes whatever its operators (the model's ``fixed_s``).
         energy_j: Joules, or None where the target has no energy figures.
         dram_bytes: Bytes moved to and from memory.
         weight_bytes: Bytes of the parameters that the operator adds to the model's.
@@ -297,6 +297,7 @@ def _total_block(
     if isinstance(workload, Workload):
         model.totals(workload.rows[block], latency_s, energy_j, stored, peak, work, flags)
         return
+    latency_s += model.fixed_s
     for index, fields in enumerate(workload.columns):
         columns = [(_OFFSETS[name], name in _AMOUNTS, column[block]) for name, column in fields.items()]
         integers = [(offset, column) for offset, is_amount, column in columns if not is_amount]
