@@ -94,6 +94,7 @@ def describe(target: str | os.PathLike[str] | Target) -> str:
     loaded = load(target)
     info = loaded.info
     widths = f" at {', '.join(map(str, info.calibrated_bits))} bits" if info.calibrated_bits else ""
+    widths += f", ranks only at {', '.join(map(str, info.ranks_only_bits))}" if info.ranks_only_bits else ""
     lines = [
         f"{info.name}: {info.title}",
         f"model: {info.family}; {'fuses' if info.fuses else 'does not fuse'} operators",

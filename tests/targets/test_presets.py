@@ -19,7 +19,10 @@ def line_of(text: str, part: str) -> int:
 
 
 def test_names_and_loading() -> None:
-    assert names() == ["host", "pixel1", "v100"]
+    assert names() == [
+        *("galaxy-s22", "galaxy-s24", "galaxy-s25", "galaxy-s26", "host", "pixel1"),
+        *("snapdragon-8550", "snapdragon-x-elite", "snapdragon-x2", "v100"),
+    ]
     assert load("pixel1").name == "pixel1"
     target = load("v100")
     assert load(target) is target
