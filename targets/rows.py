@@ -93,12 +93,12 @@ ROW_DTYPE: np.dtype[np.void] = np.dtype(
 ``kind`` (:class:`OpKind`), ``fused`` (1: a fusing runtime merges it into its producer), ``transposed`` (1: a transposed
 convolution; or a COPY that rearranges elements, rather than put tensors side by side), ``bias`` (1: has a bias vector),
 ``reused`` (1: its weights are those of an earlier row), ``activation`` (:class:`Activation` of an ELEMENTWISE operator,
-0 otherwise), ``inputs`` (number of activation inputs), ``n`` (batch), ``c`` (input channels, or the length of a reduction; for EMBEDDING the number of entries), ``k``
-(output channels or columns), ``groups``, sizes of input, output, kernel and stride in three dimensions (1 where absent;
-LINEAR and MATMUL hold the rows per sample in ``in_h`` and ``out_h``), ``dilation`` (the largest of a kernel's), bits
-(32: floating point), densities in (0, 1], ``held`` (elements of parameters besides weights and bias that no earlier row
-holds: those of a norm, or an embedding of positions), and ``live_bytes``, the bytes of all activations that are alive
-while the row runs.
+0 otherwise), ``inputs`` (number of activation inputs), ``n`` (batch), ``c`` (input channels, or the length of a
+reduction; for EMBEDDING the number of entries), ``k`` (output channels or columns), ``groups``, sizes of input, output,
+kernel and stride in three dimensions (1 where absent; LINEAR and MATMUL hold the rows per sample in ``in_h`` and
+``out_h``), ``dilation`` (the largest of a kernel's), bits (32: floating point), densities in (0, 1], ``held`` (elements
+of parameters besides weights and bias that no earlier row holds: those of a norm, or an embedding of positions), and
+``live_bytes``, the bytes of all activations that are alive while the row runs.
 """
 
 

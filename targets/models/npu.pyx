@@ -31,11 +31,12 @@ fifth of the networks run slower in w8a16 than in float.
 """
 
 from libc.math cimport NAN
+from libc.stdint cimport int32_t, int64_t
 
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
     CLAMP, CONV, CONVS, COPY, DEPTHWISE, ELEMENTWISE, LINEAR, MATMUL, NO_ACTIVATION, NORM, RESIZE, UNKNOWN,
-    WITH_BIAS, Row, ceil_div, in_elements, is_among, kernel_volume, macs, out_elements, traffic_bytes, weights,
+    WITH_BIAS, Row, in_elements, is_among, kernel_volume, macs, out_elements, traffic_bytes, weights,
 )
 
 from fxopt.targets.parameters import Parameter, ParameterError
@@ -110,30 +111,30 @@ cdef Figures figures(values, precision):
 
 
 cdef inline int precision_of(const Row* row) noexcept nogil:
-    cdef int weight_bits = row.weight_bits if is_among(row, WITH_BIAS) else 8
-    if weight_bits > 8 or row.activation_bits > 16:
-        return 2
-    return row.activation_bits > 8
+    # Without branches: bits vary from policy to policy, so a processor would guess them wrong.
+    cdef bint is_wide = (row.activation_bits > 16) | ((row.weight_bits > 8) & is_among(row, WITH_BIAS))
+    return 2 * is_wide | ((row.activation_bits > 8) & (not is_wide))
 
 
-cdef inline double padded(double size, double tile, double inverse) noexcept nogil:
-    return ceil_div(size, tile, inverse) * tile
+cdef inline double padded(int64_t size, int64_t tile) noexcept nogil:
+    # To a multiple of a power of two.
+    return <double>((size + tile - 1) & -tile)
 
 
-cdef inline double plane(double samples, double height, double width) noexcept nogil:
+cdef inline double plane(double samples, int32_t height, int32_t width) noexcept nogil:
     # A line of pixels is as a matrix of as many rows: it is padded along its length alone.
-    if height == 1.0 and width > 1.0:
-        return samples * padded(width, 8.0, 0.125)
-    return samples * padded(height, 8.0, 0.125) * padded(width, 8.0, 0.125)
+    if height == 1 and width > 1:
+        return samples * padded(width, 8)
+    return samples * padded(height, 8) * padded(width, 8)
 
 
-cdef inline double padded_macs(const Row* row) noexcept nogil:
-    cdef double pairs = padded(row.c, 32.0, 0.03125) * padded(row.k, 32.0, 0.03125)
+cdef inline double padded_macs(const Row* row, double taps) noexcept nogil:
+    cdef double pairs = padded(row.c, 32) * padded(row.k, 32)
     if row.kind == LINEAR:
-        return pairs * padded(<double>row.n * row.out_h, 8.0, 0.125)
+        return pairs * padded(<int64_t>row.n * row.out_h, 8)
     if row.transposed:
-        return pairs * kernel_volume(row) * plane(<double>row.n * row.in_d, row.in_h, row.in_w)
-    return pairs * kernel_volume(row) * plane(<double>row.n * row.out_d, row.out_h, row.out_w)
+        return pairs * taps * plane(<double>row.n * row.in_d, row.in_h, row.in_w)
+    return pairs * taps * plane(<double>row.n * row.out_d, row.out_h, row.out_w)
 
 
 cdef class Model(CostModel):
@@ -178,15 +179,16 @@ cdef class Model(CostModel):
     cdef double macs_s(self, const Row* row, const Figures* here) noexcept nogil:
         """Seconds of the arithmetic of a convolution or linear layer."""
         cdef double seconds
+        cdef double taps = kernel_volume(row)
         if row.kind == DEPTHWISE:
             seconds = macs(row) * here.depthwise
         elif row.kind == CONV and row.groups > 1:
             seconds = macs(row) * here.dense * self.grouped
         elif row.kernel_d > 1 or row.in_d > 1 or row.out_d > 1:
-            seconds = padded_macs(row) * here.volume
+            seconds = padded_macs(row, taps) * here.volume
         else:
-            seconds = padded_macs(row) * here.dense
-        return seconds * self.dilated if row.dilation > 1 and kernel_volume(row) > 1.0 else seconds
+            seconds = padded_macs(row, taps) * here.dense
+        return seconds * self.dilated if row.dilation > 1 and taps > 1.0 else seconds
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
         cdef Cost result

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from benchmarks.fits import npu as fits
 from fxopt.errors import TargetError
-from fxopt.targets import Activation, OpKind, PresetTarget, Workload, describe, load, make_row
+from fxopt.targets import Activation, ColumnWorkload, OpKind, PresetTarget, Workload, describe, load, make_row
 from fxopt.targets._core import CostModel
 from fxopt.targets._presets import FOLDER
 from fxopt.targets.models.npu import Model
@@ -149,6 +149,20 @@ def test_a_run_takes_its_own_time_once() -> None:
     assert one.latency_s[0] == pytest.approx(47.96e-6 + by_row, rel=1e-12)
     assert three.latency_s[0] == pytest.approx(47.96e-6 + 3 * by_row, rel=1e-12)
     assert one.rows.latency_s.tolist() == [[by_row]]
+
+
+def test_columns_and_threads_count_the_time_of_a_run_once() -> None:
+    template = varied(5, 12)
+    template["kind"] = OpKind.ELEMENTWISE
+    widths = np.arange(1, 8, dtype=np.int32)
+    columns = [{"c": widths, "k": widths * 3} for _ in template]
+    template["groups"] = 1
+    work = ColumnWorkload(template, columns, [f"row{i}" for i in range(12)], len(widths))
+    target = load("snapdragon-x-elite")
+    written = target.estimate(work.expand())
+    np.testing.assert_allclose(written.latency_s - written.rows.latency_s.sum(axis=1), target.model.fixed_s, rtol=1e-9)
+    for threads in (1, 3):
+        np.testing.assert_array_equal(target.estimate(work, threads=threads).latency_s, written.latency_s)
 
 
 def test_what_is_merged_or_joined_moves_nothing() -> None:
