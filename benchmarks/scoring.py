@@ -4,21 +4,30 @@ The workload is MobileNetV2 as it is lowered (convolutions, norms, activations, 
 anew for each policy, so shapes vary everywhere. Compiled models, on one thread, are timed in turn with NumPy code that
 computes the same totals from whole columns; figures are medians of CPU time, in nanoseconds per operator (one row of
 one policy), and ``speedup`` is the ratio of the two in this run. ``check`` is the largest relative difference.
+
+``bits`` scores policies that choose among 64 pairs of bits for each of the 53 layers, by a table: against a NumPy
+gather and plain Python, and on two threads (wall time). ``streamed`` scores policies that choose the channels of the
+lowered MobileNetV2, from their choices to their totals, and tells how much the peak of memory grew.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from common.networks import NETWORKS
+from common.output import finish
 
-from fxopt.targets import PresetTarget, Workload, load, make_row
+from fxopt.targets import PresetTarget, Workload, load, make_row, names
 from fxopt.targets import rows as r
 from fxopt.targets.rows import Floats, OpKind, Rows
+from fxopt.targets.tables import CostTable
+
+INTEGER_TARGETS = ("pixel1", "vu9p", "zynq7020", "bitfusion")
 
 # Inverted residuals of MobileNetV2: expansion, channels, repeats, stride (Sandler et al. 2018, table 2).
 BLOCKS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -163,16 +172,93 @@ def measure(name: str, workload: Workload, repeat: int) -> dict[str, float]:
     }
 
 
+def measure_bits(name: str, count: int, repeat: int) -> dict[str, float]:
+    layers = mobilenet_v2()
+    layers = layers[np.isin(layers["kind"], [OpKind.CONV, OpKind.DEPTHWISE, OpKind.LINEAR])]
+    forms = []
+    for i in range(len(layers)):
+        rows = np.repeat(layers[i : i + 1], 64)
+        rows["weight_bits"], rows["activation_bits"] = np.repeat(np.arange(1, 9), 8), np.tile(np.arange(1, 9), 8)
+        rows["output_bits"] = rows["activation_bits"]
+        forms.append(rows)
+    target = load(name)
+    names = [f"layer {i}" for i in range(len(forms))]
+    built = [cpu_ns(lambda: CostTable(target, forms, names)) for _ in range(3)]
+    table = CostTable(target, forms, names)
+    codes = np.random.default_rng(0).integers(0, 64, (count, len(forms))).astype(np.uint8)
+    costs = np.stack([target.estimate(Workload(rows.reshape(-1, 1), ["layer"])).latency_s for rows in forms])
+    listed, few = costs.tolist(), codes[:200].tolist()
+    index = np.arange(len(forms))
+    found = table.score(codes)
+    check = float(np.max(np.abs(costs[index, codes].sum(axis=1) / found - 1.0)))
+    samples: dict[str, list[float]] = {"compiled": [], "numpy": [], "python": [], "one": [], "two": []}
+    for _ in range(repeat):
+        samples["compiled"].append(cpu_ns(lambda: table.score(codes)) / codes.size)
+        samples["numpy"].append(cpu_ns(lambda: costs[index, codes].sum(axis=1)) / codes.size)
+        samples["python"].append(
+            cpu_ns(lambda: [sum(row[code] for row, code in zip(listed, policy, strict=True)) for policy in few])
+            / (len(few) * len(forms))
+        )
+        for threads in ("one", "two"):
+            start = time.perf_counter_ns()
+            table.score(codes, threads=1 if threads == "one" else 2)
+            samples[threads].append(time.perf_counter_ns() - start)
+    ns = {key: statistics.median(times) for key, times in samples.items()}
+    return {
+        "ns_per_operator": round(ns["compiled"], 3),
+        "speedup_over_numpy": round(ns["numpy"] / ns["compiled"], 1),
+        "speedup_over_python": round(ns["python"] / ns["compiled"], 1),
+        "two_threads": round(ns["one"] / ns["two"], 2),
+        "build_ms": round(statistics.median(built) / 1e6, 2),
+        "check": check,
+    }
+
+
+def measure_streamed(name: str, count: int, repeat: int) -> dict[str, float]:
+    import torch
+
+    from fxopt.graph import trace
+    from fxopt.lowering import lower
+    from fxopt.passes import PruneChannels
+
+    torch.set_num_threads(1)
+    graph = trace(NETWORKS["pytorchcv:mobilenetv2_w1"].build(), torch.randn(2, 3, 224, 224))
+    workload, target = lower(graph), load(name)
+    space = PruneChannels().search_space(graph, target.capabilities)
+    sizes = [len(decision.choices) for decision in space]
+    indices = np.random.default_rng(0).integers(0, sizes, (count, len(sizes)), dtype=np.uint8)
+    few = workload.choices(space, indices[:20_000])
+    bound = workload.columns(few.part(0, 4096))
+    samples: dict[str, list[float]] = {"scored": [], "whole": []}
+    for _ in range(repeat):
+        samples["scored"].append(cpu_ns(lambda: target.estimate(bound)) / (4096 * len(bound)))
+        samples["whole"].append(cpu_ns(lambda: workload.estimate(target, few)) / (20_000 * len(bound)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    workload.estimate(target, workload.choices(space, indices))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {
+        "ns_per_operator": round(statistics.median(samples["scored"]), 2),
+        "bound_and_scored_ns_per_operator": round(statistics.median(samples["whole"]), 2),
+        "rows": len(bound),
+        "decisions": len(space),
+        "policies": count,
+        "peak_memory_grew_mb": round(grown / 1024, 1),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", type=int, default=250, help="policies in a batch")
+    parser.add_argument("--streamed", type=int, default=1_000_000, help="policies to stream")
     parser.add_argument("--repeat", type=int, default=21, help="samples of each, taken in turn")
     options = parser.parse_args()
 
     workload = policies(options.policies, seed=0)
-    results = {name: measure(name, workload, options.repeat) for name in ("pixel1", "v100")}
-    setting = {"policies": options.policies, "rows": len(workload), "repeat": options.repeat}
-    print(json.dumps({"benchmark": "scoring", **setting, "results": results}, indent=2))
+    results: dict[str, object] = {name: measure(name, workload, options.repeat) for name in ("pixel1", "v100")}
+    results["bits"] = {name: measure_bits(name, 20_000, options.repeat) for name in INTEGER_TARGETS if name in names()}
+    results["streamed"] = {name: measure_streamed(name, options.streamed, 5) for name in ("pixel1", "v100")}
+    operators = len(workload.names)
+    finish("scoring", results, policies=options.policies, rows=operators, repeat=options.repeat)
 
 
 if __name__ == "__main__":

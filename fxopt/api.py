@@ -351,7 +351,7 @@ class _Job:
 
     def costs(self, policies: Sequence[Policy]) -> npt.NDArray[np.float64]:
         """Cost of every policy in every budgeted metric, shape (policies, metrics)."""
-        estimate = self.target.estimate(self.workload.bind(policies))
+        estimate = self.workload.estimate(self.target, policies)
         return np.stack([estimate.metric(budget.metric) for budget in self.budgets], axis=1)
 
     def search(

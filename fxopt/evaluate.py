@@ -178,7 +178,7 @@ class RelativeLatency:
 
     def __call__(self, policy: Policy) -> float:
         """The ratio for one policy."""
-        estimate = self.target.estimate(self.workload.bind(policy))
+        estimate = self.workload.estimate(self.target, [policy])
         return float(estimate.latency_s[0]) / max(self.original_s, 1e-30)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from fxopt._lowering.bits import BitTable
 from fxopt._lowering.build import Builder
 from fxopt._lowering.forms import Forms, Size
 from fxopt.decisions import Policy, SearchSpace
@@ -24,7 +25,7 @@ from fxopt.targets import ColumnWorkload, Estimate, Target, Workload
 from fxopt.targets.base import join_estimates
 from fxopt.targets.rows import FLOAT_BITS, OpKind, default_rows
 
-__all__ = ["Choices", "ParametricWorkload", "RowInfo", "lower"]
+__all__ = ["BitTable", "Choices", "ParametricWorkload", "RowInfo", "lower"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -42,8 +43,8 @@ class Choices:
         policies: Number of policies.
     """
 
-    kept: Ints
-    bits: Ints
+    kept: npt.NDArray[np.int32]
+    bits: npt.NDArray[np.int32]
     policies: int
 
     def part(self, start: int, stop: int) -> Choices:
@@ -94,6 +95,8 @@ class ParametricWorkload:
         channel_sites: Size of every channel group, by site.
         bit_sites: Current ``(weight_bits, activation_bits)`` of every layer, by site.
         barriers: Operators that fxopt does not know, by node name.
+        drafts: The rows as they were written down, sizes as forms.
+        values: The tensors that are stored, in graph order.
     """
 
     def __init__(self, builder: Builder) -> None:
@@ -108,8 +111,8 @@ class ParametricWorkload:
             self._template[index]["held"] = sum(value.constant for value in row.held)
             for name, value in row.fields.items():
                 self._template[index][name] = value.constant
-        self._drafts = builder.rows
-        self._values = builder.values
+        self.drafts = builder.rows
+        self.values = builder.values
         self._site_index = {site: index for index, site in enumerate(self.channel_sites)}
         self._layer_index = {site: index for index, site in enumerate(self.bit_sites)}
 
@@ -148,10 +151,27 @@ class ParametricWorkload:
         Raises:
             PolicyError: As :meth:`bind` does, or if there is no policy.
         """
-        found = [target.estimate(self.columns(block), threads=threads) for block in self._blocks(policies)]
+        found: list[Estimate] = []
+        for block in self._blocks(policies):
+            if len(found) == 1:
+                found = [found[0].without_rows()]
+            estimate = target.estimate(self.columns(block), threads=threads)
+            found.append(estimate.without_rows() if found else estimate)
         if not found:
             raise PolicyError("There is no policy to estimate; give at least one.")
         return join_estimates(found)
+
+    def bit_table(self, target: Target, space: SearchSpace) -> BitTable:
+        """A table of costs for policies that decide bits alone: the quickest way to score millions.
+
+        Args:
+            target: The target.
+            space: Decisions of bits.
+
+        Raises:
+            PolicyError: If the space decides something else, or layers that the graph does not have.
+        """
+        return BitTable(self, target, space)
 
     def columns(self, choices: Choices) -> ColumnWorkload:
         """The rows of some policies, kept as what differs between them.
@@ -161,13 +181,14 @@ class ParametricWorkload:
         """
         self._check(choices)
         count = choices.policies
-        sizes = self._forms.evaluate(choices.kept)
+        bits = choices.bits.astype(np.int64)
+        sizes = self._forms.evaluate(choices.kept.astype(np.int64))
         known: dict[Size, Ints] = {}
         template = self._template.copy()
         columns: list[dict[str, npt.NDArray[np.generic]]] = []
-        demands = self._demands(choices.bits)
+        demands = self.demands(bits)
         lives = self._live_bits(sizes, demands, known)
-        for index, (row, live) in enumerate(zip(self._drafts, lives, strict=True)):
+        for index, (row, live) in enumerate(zip(self.drafts, lives, strict=True)):
             fields: dict[str, Ints] = {
                 name: _evaluated(value, sizes, known) for name, value in row.fields.items() if value.forms
             }
@@ -175,7 +196,7 @@ class ParametricWorkload:
                 # Cut to one channel it is a plain convolution.
                 fields["kind"] = np.where(fields["groups"] == 1, OpKind.CONV, OpKind.DEPTHWISE)
             if row.layer is not None:
-                fields["weight_bits"], fields["activation_bits"] = choices.bits[row.layer]
+                fields["weight_bits"], fields["activation_bits"] = bits[row.layer]
             elif row.inputs:
                 fields["activation_bits"] = functools.reduce(np.maximum, (demands[value] for value in row.inputs))
             fields["output_bits"] = demands[row.output]
@@ -192,8 +213,8 @@ class ParametricWorkload:
 
     def _choices(self, policies: Sequence[Policy]) -> Choices:
         """Kept channels and bits of some policies; of one alone where all agree to leave them as they are."""
-        kept = np.array(list(self.channel_sites.values()), dtype=np.int64).reshape(-1, 1)
-        bits = np.array(list(self.bit_sites.values()), dtype=np.int64).reshape(-1, 2, 1)
+        kept = np.array(list(self.channel_sites.values()), dtype=np.int32).reshape(-1, 1)
+        bits = np.array(list(self.bit_sites.values()), dtype=np.int32).reshape(-1, 2, 1)
         kinds = {kind for policy in policies for kind, _ in policy}
         kept = np.repeat(kept, len(policies), axis=1) if "channels" in kinds else kept
         bits = np.repeat(bits, len(policies), axis=2) if "bits" in kinds else bits
@@ -225,7 +246,7 @@ class ParametricWorkload:
         for decision, column in zip(space, indices.T, strict=True):
             if column.size and not 0 <= column.min() <= column.max() < len(decision.choices):
                 raise PolicyError(f"A choice of {decision.kind} of {decision.site!r} is out of range.")
-            table = np.array(decision.choices, dtype=np.int64)
+            table = np.array(decision.choices, dtype=np.int32)
             if decision.kind == "channels":
                 kept[self._index(self._site_index, decision.kind, decision.site)] = table[column]
             elif decision.kind == "bits":
@@ -256,11 +277,11 @@ class ParametricWorkload:
             if not 1 <= bits.min() <= bits.max() <= FLOAT_BITS:
                 raise PolicyError(f"Bits of {site!r} go from 1 to {FLOAT_BITS}; a policy chooses {bits.min()}.")
 
-    def _demands(self, bits: Ints) -> list[Ints]:
+    def demands(self, bits: Ints) -> list[Ints]:
         """Bits of every value: the most that a layer reads it with, floating point where something else reads it."""
-        demands: list[Ints] = [np.zeros(1, np.int64)] * len(self._values)
-        for index in range(len(self._values) - 1, -1, -1):
-            value = self._values[index]
+        demands: list[Ints] = [np.zeros(1, np.int64)] * len(self.values)
+        for index in range(len(self.values) - 1, -1, -1):
+            value = self.values[index]
             read = [bits[layer, 1] for layer in value.read_by_layers] + [demands[each] for each in value.read_by_values]
             if value.needs_float or not read:
                 read = [np.full(1, FLOAT_BITS)]
@@ -271,16 +292,16 @@ class ParametricWorkload:
         """Bits of all values that are alive while each row runs; whole numbers, so that sums are exact."""
         born: dict[int, list[int]] = {}
         dying: dict[int, list[int]] = {}
-        for index, value in enumerate(self._values):
+        for index, value in enumerate(self.values):
             born.setdefault(value.first, []).append(index)
             dying.setdefault(value.last, []).append(index)
         alive = np.zeros(1, np.int64)
-        for row in range(len(self._drafts)):
+        for row in range(len(self.drafts)):
             for index in born.get(row, ()):
-                alive = alive + _evaluated(self._values[index].size, sizes, known) * demands[index]
+                alive = alive + _evaluated(self.values[index].size, sizes, known) * demands[index]
             yield alive
             for index in dying.get(row, ()):
-                alive = alive - _evaluated(self._values[index].size, sizes, known) * demands[index]
+                alive = alive - _evaluated(self.values[index].size, sizes, known) * demands[index]
 
 
 def _evaluated(size: Size, sizes: Ints, known: dict[Size, Ints]) -> Ints:

@@ -6,7 +6,7 @@ import abc
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -125,6 +125,10 @@ class Estimate:
         """Bytes moved to and from memory in one run, shape (policies,)."""
         total: Floats = self.rows.dram_bytes.sum(axis=1)
         return total
+
+    def without_rows(self) -> Estimate:
+        """The totals alone, which take little memory: for costs by operator an estimate holds on to its workload."""
+        return replace(self, _per_row=_no_rows)
 
     def metric(self, name: str) -> Floats:
         """The costs under the name that budgets use: latency, energy, size, macs or memory.
@@ -252,15 +256,16 @@ class Target(abc.ABC):
         )
 
 
+def _no_rows() -> RowCosts:
+    raise TargetError("Costs by operator are not kept for policies that were streamed; estimate one of them alone.")
+
+
 def join_estimates(parts: Sequence[Estimate]) -> Estimate:
     """The estimates of one target as one, policies in order; costs by operator are those of none."""
 
     def joined(name: str) -> Floats:
         whole: Floats = np.concatenate([getattr(part, name) for part in parts])
         return whole
-
-    def no_rows() -> RowCosts:
-        raise TargetError("Costs by operator are not kept for policies that were streamed; estimate one of them alone.")
 
     first = parts[0]
     return Estimate(
@@ -273,7 +278,7 @@ def join_estimates(parts: Sequence[Estimate]) -> Estimate:
         uncosted=tuple(dict.fromkeys(name for part in parts for name in part.uncosted)),
         uncosted_macs_share=max(part.uncosted_macs_share for part in parts),
         energy_reason=first.energy_reason,
-        _per_row=first._per_row if len(parts) == 1 else no_rows,
+        _per_row=first._per_row if len(parts) == 1 else _no_rows,
     )
 
 

@@ -20,6 +20,7 @@ UNITS: Mapping[str, Mapping[str, float]] = {
     "bytes": {"B": 1.0, "KB": 1e3, "MB": 1e6, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30},
     "frequency": {"Hz": 1.0, "kHz": 1e3, "MHz": 1e6, "GHz": 1e9},
     "work per cycle": {"MAC/cycle": 1.0},
+    "bits per cycle": {"bit/cycle": 1.0},
     "energy per MAC": {"J/MAC": 1.0, "nJ/MAC": 1e-9, "pJ/MAC": 1e-12},
     "energy per byte": {"J/B": 1.0, "nJ/B": 1e-9, "pJ/B": 1e-12, "pJ/bit": 8e-12},
     "power": {"W": 1.0, "mW": 1e-3},

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt import lowering
-from fxopt.decisions import Capabilities, Policy, SearchSpace
+from fxopt.decisions import Capabilities, Decision, Policy, SearchSpace
 from fxopt.errors import PolicyError, TargetError
 from fxopt.graph import trace
 from fxopt.lowering import lower
@@ -111,6 +111,30 @@ def test_streamed_estimates_equal_those_of_written_rows(network, seed):
             assert streamed.uncosted == written.uncosted
             for metric in ("latency", "size", "macs", "memory"):
                 np.testing.assert_array_equal(streamed.metric(metric), written.metric(metric))
+
+
+@settings(max_examples=6)
+@given(network=networks(), seed=st.integers(0, 2**16))
+def test_tables_of_bits_score_what_is_estimated(network, seed):
+    gm = FoldBatchNorm()(traced(network)[0].eval()).graph_module
+    workload = lower(gm)
+    pairs = ((8, 8), (4, 8), (8, 4), (2, 2), (32, 32))
+    sites = list(workload.bit_sites)
+    # One layer is left alone.
+    space = SearchSpace([Decision("bits", site, pairs, (32, 32)) for site in sites[1:]])
+    indices = np.random.default_rng(seed).integers(0, len(pairs), (6, len(space)))
+    for name in ("pixel1", "v100"):
+        target = load(name)
+        table = workload.bit_table(target, space)
+        estimate = workload.estimate(target, workload.choices(space, indices))
+        for metric in ("latency", "size", "macs"):
+            np.testing.assert_allclose(table.score(indices, metric), estimate.metric(metric), rtol=1e-12)
+
+
+def test_tables_of_bits_take_no_other_decisions():
+    gm = trace(small_mobilenet_v2(), torch.randn(2, 1, 16, 16))
+    with pytest.raises(PolicyError, match="bits alone"):
+        lower(gm).bit_table(load("pixel1"), PruneChannels().search_space(gm, CAPABILITIES))
 
 
 def test_blocks_are_joined_in_order(monkeypatch):

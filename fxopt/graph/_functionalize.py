@@ -11,6 +11,10 @@ from torch import fx, nn
 __all__ = ["functional_form", "functionalize"]
 
 
+_ABOUT_MEMORY = frozenset(("copy_", "set_", "resize_"))
+"""In-place operators whose out-of-place forms have no derivative."""
+
+
 def functionalize(gm: fx.GraphModule) -> None:
     """Replace in-place calls and in-place modules of ``gm`` by their out-of-place forms.
 
@@ -71,7 +75,7 @@ def functional_form(target: object) -> torch._ops.OpOverload | None:
     if not isinstance(target, torch._ops.OpOverload):
         return None
     name = target._schema.name.partition("::")[2]
-    if not target._schema.is_mutable or not name.endswith("_") or name.startswith("_"):
+    if not target._schema.is_mutable or not name.endswith("_") or name.startswith("_") or name in _ABOUT_MEMORY:
         return None
     packet = getattr(torch.ops.aten, name[:-1], None)
     return getattr(packet, target._overloadname, None) if packet is not None else None

@@ -155,7 +155,27 @@ def _canonical(gm: fx.GraphModule, model: nn.Module, inputs: ExampleInputs, dyna
         verify(gm)
     except VerifyError as failure:
         raise _export.not_canonical(model, gm, failure) from failure
+    if inputs.batch and not dynamic:
+        gm.register_forward_pre_hook(_FixedBatch(inputs), with_kwargs=True)
     return gm
+
+
+class _FixedBatch:
+    """Refuses other batch sizes than the one that is written into a graph, which would give wrong numbers silently."""
+
+    def __init__(self, inputs: ExampleInputs) -> None:
+        self.batch = inputs.batch
+        self.batched = [inputs.is_batched(tensor) for tensor in inputs.tensors()]
+
+    def __call__(self, module: nn.Module, args: object, kwargs: object) -> None:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for tensor, batched in zip(tensors, self.batched, strict=False):
+            if batched and tensor.dim() and tensor.shape[0] != self.batch:
+                raise TraceError(
+                    f"This graph was traced at a batch of {self.batch}, which the model's code fixes (a loop over the "
+                    f"samples, for one), and got {tensor.shape[0]} samples. Give {self.batch} at a time, trace again "
+                    "with as many as you need, or write the model in operations on the whole batch."
+                )
 
 
 def _erase_batch_counters(gm: fx.GraphModule) -> None:

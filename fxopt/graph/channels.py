@@ -108,17 +108,18 @@ def analyze(gm: fx.GraphModule) -> ChannelGraph:
 
 def _link_shared_parameters(gm: fx.GraphModule, flow: Flow) -> None:
     """One tensor under several names is cut the same way everywhere, or not at all."""
+    modules = dict(gm.named_modules(remove_duplicate=False))
     seen: dict[int, dict[int, ParameterUse]] = {}
     holders: dict[int, set[tuple[str, str]]] = {}
     for use in flow.uses:
-        tensor = getattr(gm.get_submodule(use.path), use.name)
+        tensor = getattr(modules[use.path], use.name)
         first = seen.setdefault(id(tensor), {}).setdefault(use.dim, use)
         if first is not use:
             flow.link(first.atoms, use.atoms, f"shared parameter {use.path}.{use.name}")
         holders.setdefault(id(tensor), set()).add((use.path, use.name))
     labelled = {(use.path, use.name, use.dim) for use in flow.uses}
     for use in flow.uses:
-        tensor = getattr(gm.get_submodule(use.path), use.name)
+        tensor = getattr(modules[use.path], use.name)
         for path, name in holders[id(tensor)]:
             if (path, name, use.dim) not in labelled:
                 flow.freeze(use.atoms, f"shared parameter {path}.{name}")

@@ -63,7 +63,7 @@ def register_function(name: str, semantics: OpSemantics) -> None:
 def semantics(gm: fx.GraphModule, node: fx.Node) -> OpSemantics:
     """The meaning of a node; a barrier if the table does not know the operator."""
     if node.op == "call_module":
-        return _module_semantics(type(gm.get_submodule(str(node.target))))
+        return _module_semantics(type(_called(gm, str(node.target))))
     if node.op in ("placeholder", "get_attr", "output"):
         return _ENDS[node.op]
     if isinstance(node.target, torch._ops.OpOverload):
@@ -92,6 +92,14 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a unary, channel-wise activation function."""
     return semantics(gm, node).activation
+
+
+def _called(gm: fx.GraphModule, path: str) -> nn.Module:
+    """``gm.get_submodule(path)``, which looks up every name of the path three times over."""
+    module: nn.Module | None = gm
+    for name in path.split("."):
+        module = None if module is None else module._modules.get(name)
+    return gm.get_submodule(path) if module is None else module
 
 
 def _module_semantics(cls: type[nn.Module]) -> OpSemantics:

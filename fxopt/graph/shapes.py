@@ -53,10 +53,7 @@ def values_at_batch(gm: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
         return {node: node.meta["val"] for node in gm.graph.nodes}
     if batch == example or not example:
         return _run(gm, values)
-    values = {node: _rebatch(value, example, batch) for node, value in values.items()}
-    if gm.meta[TRACE_META]["dynamic_batch"]:
-        return _run(gm, values)
-    return _run(gm, values, _BatchInterpreter(gm, example, batch))
+    return _run(gm, values, _BatchInterpreter(gm, batch))
 
 
 @contextlib.contextmanager
@@ -79,12 +76,6 @@ def _placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
             raise VerifyError(f"Input {node.name!r} has no fake value; make the graph with fxopt.trace.")
         values[node] = node.meta["val"]
     return values
-
-
-def _rebatch(value: Any, example: int, batch: int) -> Any:
-    if not isinstance(value, torch.Tensor) or not value.dim() or value.shape[0] != example:
-        return value
-    return value.new_empty((batch, *value.shape[1:]))
 
 
 class _ShapeInterpreter(fx.Interpreter):
@@ -111,6 +102,12 @@ class _ShapeInterpreter(fx.Interpreter):
         self.found[n] = value
         return value
 
+    def fresh(self, value: Any) -> Any:
+        """A value of these sizes in the present fake mode."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
     def fetch_attr(self, target: str) -> Any:
         held = super().fetch_attr(target)
         if not isinstance(held, torch.nn.Module):
@@ -132,19 +129,68 @@ class _ShapeInterpreter(fx.Interpreter):
         return copy
 
 
-class _BatchInterpreter(_ShapeInterpreter):
-    """Runs a graph of fixed batch at another one: the batch that views and new tensors are told is replaced."""
+_BY_SAMPLE = ("unary", "broadcast", "cat")
+_TOLD_SIZES = ("reshape", "expand", "constant")
 
-    def __init__(self, gm: fx.GraphModule, example: int, batch: int) -> None:
+
+class _BatchInterpreter(_ShapeInterpreter):
+    """Runs a graph at another batch size.
+
+    Operators that treat every sample alike need not be run: their values are as before but for the batch. In a graph of
+    fixed batch, the batch that views and new tensors are told is replaced.
+    """
+
+    def __init__(self, gm: fx.GraphModule, batch: int) -> None:
         super().__init__(gm)
         self._graph_module = gm
-        self._example, self._batch = example, batch
+        self._example: int = gm.meta[TRACE_META]["batch"]
+        self._dynamic: bool = gm.meta[TRACE_META]["dynamic_batch"]
+        self._batch = batch
+
+    def run_node(self, n: fx.Node) -> Any:
+        if not self._keeps_samples_apart(n):
+            return super().run_node(n)
+        self.found[n] = self.fresh(n.meta["val"])
+        return self.found[n]
+
+    def fresh(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.dim() or value.shape[0] != self._example:
+            return super().fresh(value)
+        return torch.empty((self._batch, *value.shape[1:]), dtype=value.dtype, device=value.device)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if ops.semantics(self._graph_module, n).flow in ("reshape", "expand", "constant"):
+        if not self._dynamic and ops.semantics(self._graph_module, n).flow in _TOLD_SIZES:
             args = tuple(self._resized(value) for value in args)
         return args, kwargs
+
+    def _keeps_samples_apart(self, node: fx.Node) -> bool:
+        """Whether the batch is all that changes in a node's value, because it is all that changed in its inputs."""
+        value, sources = node.meta.get("val"), node.all_input_nodes
+        if not isinstance(value, torch.Tensor) or not value.dim() or not sources:
+            return False
+        meaning = ops.semantics(self._graph_module, node)
+        if meaning.kind == "unknown" or not (node.op == "call_module" or meaning.flow in _BY_SAMPLE):
+            return False
+        if meaning.flow == "cat" and (len(node.args) < 2 or node.args[1] in (0, -value.dim())):
+            return False
+        return self._changes(sources[0]) and all(
+            self._changes(source) or self._is_broadcast(source, value.dim()) for source in sources[1:]
+        )
+
+    def _changes(self, source: fx.Node) -> bool:
+        """Whether the batch is what changed in an input."""
+        new, old = self.found[source], source.meta["val"]
+        if not isinstance(new, torch.Tensor) or not new.dim():
+            return False
+        return new.shape[1:] == old.shape[1:] and (old.shape[0], new.shape[0]) == (self._example, self._batch)
+
+    def _is_broadcast(self, source: fx.Node, rank: int) -> bool:
+        """Whether an input is the same for all samples."""
+        new, old = self.found[source], source.meta["val"]
+        if not isinstance(new, torch.Tensor):
+            return isinstance(new, (bool, int, float)) and new == old
+        return new.shape == old.shape and (new.dim() < rank or new.shape[0] == 1)
 
     def _resized(self, value: Any) -> Any:
         told = isinstance(value, (list, tuple)) and len(value) > 0 and value[0] == self._example
@@ -156,13 +202,6 @@ def _run(
 ) -> dict[fx.Node, Any]:
     interpreter = interpreter or _ShapeInterpreter(gm)
     with interpreter.mode, torch.no_grad(), quiet_loggers():
-        inputs = [_fresh(value) for value in values.values()]
+        inputs = [interpreter.fresh(value) for value in values.values()]
         interpreter.run(*inputs, enable_io_processing=False)
     return interpreter.found
-
-
-def _fresh(value: Any) -> Any:
-    """The same sizes as a value of the present fake mode."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

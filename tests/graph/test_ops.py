@@ -18,13 +18,11 @@ _aten = torch.ops.aten
 KNOWN = {**ops._FUNCTIONS, **ops._MODULES}
 
 
-@pytest.mark.parametrize("meaning", sorted(set(KNOWN.values()), key=str), ids=lambda meaning: meaning.name)
-def test_every_flow_has_a_rule(meaning: ops.OpSemantics) -> None:
-    assert meaning.flow in _labels._RULES
-    if meaning.activation:
-        assert meaning.kind == "elementwise"
-    if meaning.fuses:
-        assert meaning.kind in ("elementwise", "norm")
+def test_every_meaning_is_consistent() -> None:
+    for meaning in KNOWN.values():
+        assert meaning.flow in _labels._RULES, meaning
+        assert not meaning.activation or meaning.kind == "elementwise", meaning
+        assert not meaning.fuses or meaning.kind in ("elementwise", "norm", "none"), meaning
 
 
 def test_every_function_of_the_table_is_torchs() -> None:
@@ -121,7 +119,7 @@ def test_an_unknown_operator_freezes_what_it_reads_and_says_so(name: str) -> Non
     assert any(reader in frozen.frozen_by for reader in readers)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(networks())
 def test_all_of_the_usual_networks_is_known(network: Cnn | Transformer) -> None:
     gm, _ = traced(network)

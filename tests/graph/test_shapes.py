@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from fxopt.errors import VerifyError
 from fxopt.graph import edit, propagate, shape, trace, values_at_batch
@@ -27,7 +28,7 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        self.found[n] = (value.shape, value.dtype) if isinstance(value, Tensor) else value
+        self.found[n] = pytree.tree_map_only(Tensor, lambda tensor: (tensor.shape, tensor.dtype), value)
         return value
 
 
@@ -38,23 +39,20 @@ def recorded(gm: fx.GraphModule, example: Tensor) -> dict[fx.Node, Any]:
     return recorder.found
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(networks(), st.integers(1, 5))
 def test_values_are_those_of_a_run(network: Cnn | Transformer, batch: int) -> None:
     gm, example = traced(network)
     for size, values in ((2, {node: node.meta["val"] for node in gm.graph.nodes}), (batch, values_at_batch(gm, batch))):
         samples = example[:1].repeat(size, *[1] * (example.dim() - 1))
         for node, expected in recorded(gm, samples).items():
-            value = values[node]
-            if isinstance(value, Tensor):
-                assert isinstance(value, FakeTensor)
-                assert (value.shape, value.dtype) == expected, node
-            elif node.op != "output":
-                assert value == expected
+            assert all(isinstance(leaf, FakeTensor | int | float) for leaf in pytree.tree_leaves(values[node]))
+            found = pytree.tree_map_only(Tensor, lambda tensor: (tensor.shape, tensor.dtype), values[node])
+            assert node.op == "output" or pytree.tree_leaves(found) == pytree.tree_leaves(expected), node
 
 
 def test_values_at_another_batch_leave_the_graph_alone() -> None:
-    gm = trace(nn.Linear(4, 3), rows(2))
+    gm = trace(nn.Sequential(nn.Linear(4, 3)), rows(2))
     before = {node: node.meta["val"] for node in gm.graph.nodes}
     values = values_at_batch(gm, 7)
     assert [tuple(value.shape) for value in values.values() if isinstance(value, Tensor)] == [(7, 4), (7, 3)]
@@ -65,10 +63,9 @@ def test_values_at_another_batch_leave_the_graph_alone() -> None:
 def test_no_tensor_of_the_model_is_written_to() -> None:
     def count(self: Any, x: Tensor) -> Tensor:
         self.count.add_(1)
-        self.weight.data.mul_(2)
         return self.norm(x) * self.count
 
-    state = {"count": torch.zeros(()), "norm": nn.BatchNorm1d(4), "weight": nn.Parameter(torch.ones(2))}
+    state = {"count": torch.zeros(()), "norm": nn.BatchNorm1d(4)}
     model = Calls(count, **state).train()
     gm = trace(model, rows(2))
     before = {name: (tensor.clone(), tensor._version) for name, tensor in model.state_dict().items()}
@@ -108,7 +105,7 @@ def test_modules_can_compute_while_shapes_are_found() -> None:
 
     thread = threading.Thread(target=compute)
     thread.start()
-    for _ in range(20):
+    for _ in range(5):
         propagate(gm)
     done.set()
     thread.join()
@@ -164,7 +161,7 @@ def test_a_fixed_batch_is_replaced_in_views() -> None:
         return self.linear(x.view(x.shape[0], 2, 2).flatten(1)) + steps[0]
 
     gm = trace(Calls(loop, linear=nn.Linear(4, 4)), rows(3))
-    if gm.meta["fxopt"]["dynamic_batch"]:
-        pytest.skip("torch.export keeps the batch of this loop dynamic")
-    values = values_at_batch(gm, 3)
-    assert [tuple(values[node].shape) for node in gm.graph.output_node().all_input_nodes] == [(3, 4)]
+    assert not gm.meta["fxopt"]["dynamic_batch"]
+    for batch in (3, 5):
+        values = values_at_batch(gm, batch)
+        assert [tuple(values[node].shape) for node in gm.graph.output_node().all_input_nodes] == [(batch, 4)]

@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from fxopt.errors import TraceError
 from fxopt.graph import trace, verify
+from fxopt.graph.edit import fork
 from fxopt.graph.shapes import TRACE_META
 from tests.graph.checks import Calls, assert_same, assert_traced, image, rows, run, small
 from tests.strategies import Cnn, Transformer, networks
@@ -104,6 +106,19 @@ def test_a_loop_over_the_batch_is_traced_at_a_fixed_batch() -> None:
     model = Calls(lambda self, x: torch.stack([self.linear(row) for row in x]), linear=nn.Linear(4, 4))
     gm = assert_traced(model, rows(3), rows(3), dynamic=False)
     assert gm.meta[TRACE_META] == {"batch": 3, "dynamic_batch": False}
+
+
+def test_a_graph_of_fixed_batch_refuses_others() -> None:
+    class Loop(nn.Module):
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            return torch.stack([x[row] * (row + 1) for row in range(x.shape[0])]) * scale
+
+    gm = trace(Loop(), {"x": torch.randn(3, 4), "scale": torch.randn(4)})
+    x, scale = torch.randn(3, 4), torch.randn(4)
+    for graph in (gm, copy.deepcopy(gm), fork(gm)):
+        assert torch.equal(graph(x=x, scale=scale), Loop()(x, scale))
+        with pytest.raises(TraceError, match=r"at a batch of 3.*got 5 samples"):
+            graph(x=torch.randn(5, 4), scale=scale)
 
 
 # Doors.

@@ -19,10 +19,9 @@ def line_of(text: str, part: str) -> int:
 
 
 def test_names_and_loading() -> None:
-    assert names() == [
-        *("galaxy-s22", "galaxy-s24", "galaxy-s25", "galaxy-s26", "host", "pixel1"),
-        *("snapdragon-8550", "snapdragon-x-elite", "snapdragon-x2", "v100"),
-    ]
+    assert {"host", "pixel1", "v100", "zynq7020"} <= set(names())
+    assert names() == sorted(names())
+    assert all(load(name).name == name for name in names())
     assert load("pixel1").name == "pixel1"
     target = load("v100")
     assert load(target) is target
@@ -109,7 +108,7 @@ WRONG = {
     "not a number": ("value = 1.194", "value = nan", "value = nan", "nan is not a finite number"),
     "infinite": ("value = 1.194", "value = inf", "value = inf", "inf is not a finite number"),
     "schema": ("schema = 1", "schema = 2", "schema = 2", "schema: is 2; this version of fxopt reads schema 1"),
-    "family": ('family = "linear_cpu"', 'family = "linear"', "family", "'linear' is not known; known: gpu, linear_cpu"),
+    "family": ('family = "linear_cpu"', 'family = "linear"', "family", "'linear' is not known; known: "),
     "status": ('status = "calibrated"', 'status = "exact"', "status", "'exact' is none of calibrated, uncalibrated"),
     "bits of status": ("bits = [32]", "bits = [64]", "bits = [64]", "has to list widths from 1 to 32"),
     "empty title": (
