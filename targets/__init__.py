@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fxopt.errors import TargetError, UnknownNameError
 from fxopt.targets._presets import Figure, Preset, PresetTarget, builtin_presets, read_preset
 from fxopt.targets.base import METRICS, Estimate, RowCosts, Status, Target, TargetInfo
-from fxopt.targets.rows import ROW_DTYPE, ColumnWorkload, OpKind, Workload, default_rows, make_row
+from fxopt.targets.rows import ROW_DTYPE, Activation, ColumnWorkload, OpKind, Workload, default_rows, make_row
 
 if TYPE_CHECKING:
     from fxopt.targets.host import HostTarget as HostTarget
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METRICS",
     "ROW_DTYPE",
+    "Activation",
     "ColumnWorkload",
     "Estimate",
     "Figure",
@@ -93,6 +94,7 @@ def describe(target: str | os.PathLike[str] | Target) -> str:
     loaded = load(target)
     info = loaded.info
     widths = f" at {', '.join(map(str, info.calibrated_bits))} bits" if info.calibrated_bits else ""
+    widths += f", ranks only at {', '.join(map(str, info.ranks_only_bits))}" if info.ranks_only_bits else ""
     lines = [
         f"{info.name}: {info.title}",
         f"model: {info.family}; {'fuses' if info.fuses else 'does not fuse'} operators",

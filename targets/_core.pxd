@@ -9,6 +9,7 @@ cdef struct Cost:
 cdef class CostModel:
     cdef readonly bint fuses
     cdef readonly bint has_energy
+    cdef readonly double fixed_s
     cdef readonly bint searches
     cdef Cost cost(self, const Row* row) noexcept nogil
     cdef double dram_bytes(self, const Row* row) noexcept nogil

@@ -11,7 +11,7 @@ from libc.stdint cimport int32_t, uint32_t
 from libc.stdlib cimport free, malloc
 
 from fxopt.targets._rows cimport (
-    AMOUNTS, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, larger, macs, stored_bytes,
+    AMOUNTS, CURVE, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, larger, macs, stored_bytes,
     traffic_bytes,
 )
 
@@ -96,6 +96,7 @@ cdef class CostModel:
 
     Attributes:
         has_energy: Whether ``cost`` gives an energy; set by subclasses.
+        fixed_s: Seconds of a run whatever its operators, in totals and in no row; set by subclasses.
         searches: Whether ``cost`` searches, for tiles or the like, so that known costs are worth looking up; set by
             subclasses.
     """
@@ -103,6 +104,7 @@ cdef class CostModel:
     def __init__(self, bint fuses):
         self.fuses = fuses
         self.has_energy = False
+        self.fixed_s = 0.0
         self.searches = False
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
@@ -140,7 +142,8 @@ cdef class CostModel:
         cdef Cost cost
         with nogil:
             for p in range(rows.shape[0]):
-                latency = energy = stored = peak = work = 0.0
+                latency = self.fixed_s
+                energy = stored = peak = work = 0.0
                 for i in range(rows.shape[1]):
                     row = &rows[p, i]
                     cost = settled(self, row, &uncosted[i])
@@ -170,7 +173,8 @@ cdef class CostModel:
         """Add one row's costs to the totals of many policies.
 
         ``template`` is the row; ``integers`` and ``amounts`` are (byte offset, column) pairs of the int32 and the
-        double fields that differ from policy to policy. Adding the rows in order gives what :meth:`totals` gives.
+        double fields that differ from policy to policy. Adding the rows in order to totals that start from 0, and
+        from :attr:`fixed_s` in latency, gives what :meth:`totals` gives.
         """
         cdef Known* known = <Known*>malloc(SLOTS * sizeof(Known))
         cdef Columns columns
@@ -243,6 +247,8 @@ cdef inline bint is_sound(const Row* row) noexcept nogil:
         return False
     if ((row.fused | row.transposed | row.bias | row.reused) & ~1) != 0:
         return False
+    if row.activation < 0 or row.activation > CURVE:
+        return False
     if row.weight_bits > MAX_BITS or row.activation_bits > MAX_BITS or row.output_bits > MAX_BITS:
         return False
     if not (0.0 < row.weight_density <= 1.0 and 0.0 < row.activation_density <= 1.0):
@@ -283,6 +289,7 @@ def row_layout():
         "transposed": <size_t>&row.transposed - base,
         "bias": <size_t>&row.bias - base,
         "reused": <size_t>&row.reused - base,
+        "activation": <size_t>&row.activation - base,
         "inputs": <size_t>&row.inputs - base,
         "n": <size_t>&row.n - base,
         "c": <size_t>&row.c - base,

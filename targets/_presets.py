@@ -220,13 +220,14 @@ class _Reader:
     def info(self, family_name: str, sources: dict[str, str]) -> TargetInfo:
         """Everything but the figures."""
         calibration = self.take(self.data, "calibration", dict)
-        self.only(calibration, {"status", "error", "bits"}, "calibration")
+        self.only(calibration, {"status", "error", "bits", "ranks_only_bits"}, "calibration")
         status = self.take(calibration, "status", str, "calibration")
         if status not in get_args(Status):
             raise self.fail("calibration.status", f"{status!r} is none of {', '.join(get_args(Status))}.")
-        bits = self.take(calibration, "bits", list, "calibration")
-        if not _are_bits(bits):
-            raise self.fail("calibration.bits", f"has to list widths from 1 to {FLOAT_BITS}, got {bits!r}.")
+        bits = self.widths(calibration, "bits")
+        ranks_only_bits = self.widths(calibration, "ranks_only_bits") if "ranks_only_bits" in calibration else ()
+        if set(bits) & set(ranks_only_bits):
+            raise self.fail("calibration.ranks_only_bits", f"has to be apart from bits, {bits}, got {ranks_only_bits}.")
         return TargetInfo(
             name=self.take(self.data, "name", str),
             title=self.take(self.data, "title", str),
@@ -234,11 +235,19 @@ class _Reader:
             fuses=self.take(self.data, "fuses", bool),
             status=cast("Status", status),
             error=self.take(calibration, "error", str, "calibration"),
-            calibrated_bits=tuple(bits),
+            calibrated_bits=bits,
+            ranks_only_bits=ranks_only_bits,
             capabilities=self.capabilities(),
             energy_reason="",
             sources=sources,
         )
+
+    def widths(self, calibration: Mapping[str, Any], key: str) -> tuple[int, ...]:
+        """A list of operand widths of the calibration section."""
+        bits = self.take(calibration, key, list, "calibration")
+        if not _are_bits(bits):
+            raise self.fail(f"calibration.{key}", f"has to list widths from 1 to {FLOAT_BITS}, got {bits!r}.")
+        return tuple(bits)
 
     def capabilities(self) -> Capabilities:
         """The capabilities section."""

@@ -18,10 +18,16 @@ cdef enum Kind:
     UNKNOWN = 11
 
 
+cdef enum Activation:
+    NO_ACTIVATION = 0
+    CLAMP = 1
+    CURVE = 2
+
+
 cdef enum:
     KINDS = 12
-    FLAGS = 5               # kind and the flags at the head of Row
-    INTEGERS = 26           # the int32 fields of Row
+    FLAGS = 6               # kind and the flags at the head of Row
+    INTEGERS = 27           # the int32 fields of Row
     AMOUNTS = 4             # its double fields
     MAX_BITS = 32           # 32 stands for floating point
     # Sets of kinds, bit i for kind i.
@@ -39,6 +45,7 @@ cdef struct Row:
     int32_t transposed
     int32_t bias
     int32_t reused
+    int32_t activation
     int32_t inputs
     int32_t n
     int32_t c

@@ -18,7 +18,7 @@ from fxopt.targets.rows import ROW_DTYPE, Floats, Rows
 
 __all__ = ["MeasurementTable", "cache_folder", "distinct"]
 
-SCHEMA = 2
+SCHEMA = 3
 _INTEGERS = [name for name in ROW_DTYPE.names or () if ROW_DTYPE[name] == np.int32]
 
 
@@ -30,10 +30,15 @@ def cache_folder() -> Path:
 def distinct(rows: Rows) -> Rows:
     """The different operators among ``rows``, shape (n,), in order of first appearance.
 
-    What does not change a measured time is set to one value: whether the row is fused, densities, live bytes.
+    What does not change a measured time is set to one value: whether the row is fused, which activation it is,
+    densities, live bytes.
     """
-    plain = np.ravel(rows).copy()
-    plain["fused"] = plain["reused"] = 0
+    flat = np.ravel(rows)
+    # Rows are compared by their bytes, of which those between fields are nobody's: they stay zero here.
+    plain = np.zeros(len(flat), ROW_DTYPE)
+    for name in ROW_DTYPE.names or ():
+        plain[name] = flat[name]
+    plain["fused"] = plain["reused"] = plain["activation"] = 0
     plain["weight_density"] = plain["activation_density"] = 1.0
     plain["held"] = plain["live_bytes"] = 0.0
     _, first = np.unique(plain.view(np.dtype((np.void, ROW_DTYPE.itemsize))), return_index=True)

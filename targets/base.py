@@ -50,6 +50,8 @@ class TargetInfo:
         capabilities: What the target can run.
         energy_reason: Why there is no energy, or "" if there is.
         sources: Where the figures come from, by the key that a preset refers to them with.
+        ranks_only_bits: Operand widths at which estimates put networks in the order of measurements, but are too far
+            from them to be taken as times.
     """
 
     name: str
@@ -62,6 +64,7 @@ class TargetInfo:
     capabilities: Capabilities
     energy_reason: str
     sources: Mapping[str, str] = field(default_factory=dict)
+    ranks_only_bits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class RowCosts:
     """Costs by operator, each of shape (policies, rows).
 
     Attributes:
-        latency_s: Seconds.
+        latency_s: Seconds, without what a run takes whatever its operators (the model's ``fixed_s``).
         energy_j: Joules, or None where the target has no energy figures.
         dram_bytes: Bytes moved to and from memory.
         weight_bytes: Bytes of the parameters that the operator adds to the model's.
@@ -202,14 +205,20 @@ class Target(abc.ABC):
     def caveats(self, workload: Workload) -> tuple[str, ...]:
         """Why estimates of ``workload`` deserve less trust than :attr:`status` says; empty if they do not."""
         widths = compute_bits(workload.rows)[macs(workload.rows) > 0.0]
-        foreign = sorted({int(bits) for bits in np.unique(widths)} - set(self.info.calibrated_bits))
-        if self.status == "uncalibrated" or not foreign:
+        if self.status == "uncalibrated":
             return ()
-        share = float(np.isin(widths, foreign).mean())
+        present = set(widths.tolist()) - set(self.info.calibrated_bits)
+        ranked = present & set(self.info.ranks_only_bits)
         known = ", ".join(map(str, self.info.calibrated_bits))
-        return (
-            f"{share:.0%} of the operators with MACs run at {', '.join(map(str, foreign))} bits, for which "
-            f"{self.name} is uncalibrated (it is {self.status} at {known} bits).",
+        reasons = (
+            (present - ranked, f"for which {self.name} is uncalibrated (it is {self.status} at {known} bits)."),
+            (ranked, f"at which {self.name} only ranks networks (it is {self.status} at {known} bits)."),
+        )
+        return tuple(
+            f"{np.isin(widths, list(bits)).mean():.0%} of the operators with MACs run at "
+            f"{', '.join(map(str, sorted(bits)))} bits, {reason}"
+            for bits, reason in reasons
+            if bits
         )
 
     def estimate(self, workload: Workload | ColumnWorkload, *, threads: int = 1) -> Estimate:
@@ -302,6 +311,7 @@ def _total_block(
     if isinstance(workload, Workload):
         model.totals(workload.rows[block], latency_s, energy_j, stored, peak, work, flags)
         return
+    latency_s += model.fixed_s
     for index, fields in enumerate(workload.columns):
         columns = [(_OFFSETS[name], name in _AMOUNTS, column[block]) for name, column in fields.items()]
         integers = [(offset, column) for offset, is_amount, column in columns if not is_amount]

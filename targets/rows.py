@@ -19,6 +19,7 @@ from fxopt.targets._core import first_fault, row_layout
 __all__ = [
     "FLOAT_BITS",
     "ROW_DTYPE",
+    "Activation",
     "ColumnWorkload",
     "Floats",
     "OpKind",
@@ -61,6 +62,17 @@ class OpKind(enum.IntEnum):
     UNKNOWN = 11
 
 
+class Activation(enum.IntEnum):
+    """What an ELEMENTWISE operator is, as far as runtimes merge it into what makes its input."""
+
+    NONE = 0
+    """Arithmetic: additions, products, and the like."""
+    CLAMP = 1
+    """An activation that is linear but for a kink or two (ReLU, ReLU6), which every fusing runtime merges."""
+    CURVE = 2
+    """Any other activation (SiLU, GELU, hardswish), which some runtimes compute by itself."""
+
+
 _FLAGS = ("fused", "transposed", "bias", "reused")
 _SIZES = (
     *("inputs", "n", "c", "k", "groups"),
@@ -72,20 +84,21 @@ _DENSITIES = ("weight_density", "activation_density")
 _AMOUNTS = ("held", "live_bytes")
 
 ROW_DTYPE: np.dtype[np.void] = np.dtype(
-    [(name, np.int32) for name in ("kind", *_FLAGS, *_SIZES, *_BITS)]
+    [(name, np.int32) for name in ("kind", *_FLAGS, "activation", *_SIZES, *_BITS)]
     + [(name, np.float64) for name in (*_DENSITIES, *_AMOUNTS)],
     align=True,
 )
 """Fields of a row.
 
-``kind`` (:class:`OpKind`), ``fused`` (1: a fusing runtime merges it into its producer), ``transposed``, ``bias``
-(1: has a bias vector), ``reused`` (1: its weights are those of an earlier row), ``inputs`` (number of activation
-inputs), ``n`` (batch), ``c`` (input channels, or the length of a reduction; for EMBEDDING the number of entries), ``k``
-(output channels or columns), ``groups``, sizes of input, output, kernel and stride in three dimensions (1 where absent;
-LINEAR and MATMUL hold the rows per sample in ``in_h`` and ``out_h``), ``dilation`` (the largest of a kernel's), bits
-(32: floating point), densities in (0, 1], ``held`` (elements of parameters besides weights and bias that no earlier row
-holds: those of a norm, or an embedding of positions), and ``live_bytes``, the bytes of all activations that are alive
-while the row runs.
+``kind`` (:class:`OpKind`), ``fused`` (1: a fusing runtime merges it into its producer), ``transposed`` (1: a transposed
+convolution; or a COPY that rearranges elements, rather than put tensors side by side), ``bias`` (1: has a bias vector),
+``reused`` (1: its weights are those of an earlier row), ``activation`` (:class:`Activation` of an ELEMENTWISE operator,
+0 otherwise), ``inputs`` (number of activation inputs), ``n`` (batch), ``c`` (input channels, or the length of a
+reduction; for EMBEDDING the number of entries), ``k`` (output channels or columns), ``groups``, sizes of input, output,
+kernel and stride in three dimensions (1 where absent; LINEAR and MATMUL hold the rows per sample in ``in_h`` and
+``out_h``), ``dilation`` (the largest of a kernel's), bits (32: floating point), densities in (0, 1], ``held`` (elements
+of parameters besides weights and bias that no earlier row holds: those of a norm, or an embedding of positions), and
+``live_bytes``, the bytes of all activations that are alive while the row runs.
 """
 
 
@@ -184,6 +197,7 @@ class Workload:
 
 _BOUNDS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     (_FLAGS, lambda value: value in (0, 1), "it has to be 0 or 1"),
+    (("activation",), lambda value: 0 <= value < len(Activation), "it has to be an Activation"),
     (_SIZES, lambda value: value >= 1, "sizes and counts have to be at least 1"),
     (_BITS, lambda value: 1 <= value <= FLOAT_BITS, f"bits go from 1 to {FLOAT_BITS}"),
     (_DENSITIES, lambda value: 0.0 < value <= 1.0, "a density is above 0 and at most 1"),

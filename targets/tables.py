@@ -47,9 +47,9 @@ class CostTable:
         if len(counts) != len(self.names) or not counts or not all(1 <= count <= 2**16 for count in counts):
             raise TargetError(f"Each of {len(self.names)} operators needs 1 to 65536 forms, got {counts}.")
         owners = np.repeat(np.arange(len(counts)), counts)
-        # One operator a policy: forms are costed as if each were a network of its own.
+        # Forms are costed as if they were the operators of one network, so that each without a model is named.
         rows = np.concatenate(list(forms))
-        estimate = target.estimate(Workload(rows.reshape(-1, 1), ["operator"]))
+        estimate = target.estimate(Workload(rows.reshape(1, -1), [str(index) for index in range(len(rows))]))
         costs = estimate.rows
         found: Mapping[str, Floats | None] = {
             "latency": costs.latency_s,
@@ -65,10 +65,10 @@ class CostTable:
         for metric, values in found.items():
             if values is not None:
                 self._tables[metric] = np.zeros((len(counts), max(counts)))
-                self._tables[metric][owners, places] = values[:, 0]
+                self._tables[metric][owners, places] = values[0]
         # What a network costs besides its operators.
-        self._fixed = {"latency": float(estimate.latency_s[0] - costs.latency_s[0, 0])}
-        without = (costs.latency_s[:, 0] == 0.0) & ~((rows["fused"] == 1) & target.info.fuses)
+        self._fixed = {"latency": target.model.fixed_s}
+        without = np.array([int(index) for index in estimate.uncosted], np.int64)
         self.uncosted = tuple(self.names[i] for i in np.unique(owners[without]))
 
     def __len__(self) -> int:

@@ -19,7 +19,7 @@ from fxopt.graph import trace
 from fxopt.lowering import lower
 from fxopt.models import small_mobilenet_v2
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize
-from fxopt.targets import OpKind, load
+from fxopt.targets import Activation, OpKind, load
 from fxopt.targets.rows import ROW_DTYPE, macs, parameters
 from tests.strategies import cnns, networks, traced
 
@@ -312,6 +312,27 @@ class Gate(nn.Module):
         x = self.conv(x)
         gate = torch.sigmoid(x)
         return x * gate + gate
+
+
+def test_copies_and_activations_tell_of_what_manner_they_are():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.ReLU6(), nn.Hardswish()
+
+        def forward(self, x):
+            y = self.two(self.one(x) + torch.relu(x))
+            z = torch.cat([y, x], 1)
+            return z.permute(0, 2, 3, 1)[:, 1:], nn.functional.leaky_relu(x) * torch.tanh(x)
+
+    work = lowered(Net(), torch.randn(2, 4, 3, 3))
+    found = {name.split("_")[0]: row for name, row in zip(work.names, work.rows[0], strict=True)}
+    activations = {name: int(row["activation"]) for name, row in found.items() if row["kind"] == OpKind.ELEMENTWISE}
+    clamps = {"one": Activation.CLAMP, "relu": Activation.CLAMP, "leaky": Activation.CLAMP}
+    assert activations == {**clamps, "two": Activation.CURVE, "tanh": Activation.CURVE, "add": 0, "mul": 0}
+    # Joining moves nothing that its readers would not read elsewhere; the others rearrange elements.
+    copies = {name: int(row["transposed"]) for name, row in found.items() if row["kind"] == OpKind.COPY}
+    assert copies == {"cat": 0, "permute": 1, "slice": 1}
 
 
 def test_windows_dilation_and_resizing_reach_the_rows():

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxopt._lowering.forms import Forms, Size
 from fxopt.graph import ops
 from fxopt.graph.channels import ChannelGraph
-from fxopt.targets.rows import OpKind
+from fxopt.targets.rows import Activation, OpKind
 
 __all__ = ["Constant", "Draft", "Drafts", "fields_of"]
 
@@ -29,6 +29,8 @@ _KINDS = {
     "resize": OpKind.RESIZE,
     "unknown": OpKind.UNKNOWN,
 }
+_JOINS = ("cat", "stack")
+"""Copies that put tensors side by side; all others rearrange elements."""
 _AXES = ("d", "h", "w")
 _fixed = Forms.fixed
 
@@ -232,7 +234,7 @@ def _plain(drafts: Drafts, node: fx.Node, meaning: ops.OpSemantics) -> Fields:
     """Operators whose cost depends on how much they read and write."""
     made = drafts.dims(node)
     batch, channels, rest = _layout(made)
-    fields = {"n": batch, "k": channels, "out_h": rest, "c": channels, "in_h": rest}
+    fields = {"n": batch, "k": channels, "out_h": rest, "c": channels, "in_h": rest, **_manner(meaning)}
     tensors = [source for source in node.all_input_nodes if isinstance(drafts.found.get(source), torch.Tensor)]
     activations = [source for source in tensors if source not in drafts.constants]
     # A copy reads what it writes; so does a SiLU, however it is written down.
@@ -244,6 +246,15 @@ def _plain(drafts: Drafts, node: fx.Node, meaning: ops.OpSemantics) -> Fields:
     if batch_in.constant != batch.constant:
         fields |= {"n": _fixed(1), "k": channels * batch, "c": channels_in * batch_in}
     return fields
+
+
+def _manner(meaning: ops.OpSemantics) -> Fields:
+    """What tells operators of one kind apart that runtimes treat differently."""
+    if meaning.kind == "copy":
+        return {"transposed": _fixed(int(meaning.name not in _JOINS))}
+    if not meaning.activation:
+        return {}
+    return {"activation": _fixed(Activation.CLAMP if meaning.clamps else Activation.CURVE)}
 
 
 def _layout(sizes: list[Size]) -> tuple[Size, Size, Size]:

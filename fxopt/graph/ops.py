@@ -28,6 +28,7 @@ class OpSemantics:
         flow: How channels flow, a rule of :mod:`fxopt.graph.channels`; ``barrier`` freezes them.
         activation: Whether it is a unary, channel-wise activation function.
         fuses: Whether a fusing runtime merges it into the operator that makes its input.
+        clamps: Whether it is an activation that is linear but for a kink or two, as ReLU.
     """
 
     name: str
@@ -35,6 +36,7 @@ class OpSemantics:
     flow: str
     activation: bool = False
     fuses: bool = False
+    clamps: bool = False
 
 
 BARRIER = OpSemantics("unknown", "unknown", "barrier")
@@ -132,6 +134,8 @@ _ACTIVATION_MODULES: tuple[type[nn.Module], ...] = (
     nn.Softplus,
 )
 
+_CLAMP_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.LeakyReLU)
+
 
 def _fill_modules() -> None:
     for dimension in ("1d", "2d", "3d"):
@@ -163,13 +167,16 @@ def _fill_modules() -> None:
         (nn.PixelShuffle, "copy", "barrier"),
     ):
         register_module(cls, OpSemantics(cls.__name__, kind, flow))
-    register_module(nn.PReLU, OpSemantics("PReLU", "elementwise", "norm_channels", activation=True, fuses=True))
+    prelu = OpSemantics("PReLU", "elementwise", "norm_channels", activation=True, fuses=True, clamps=True)
+    register_module(nn.PReLU, prelu)
     for activation in _ACTIVATION_MODULES:
-        meaning = OpSemantics(activation.__name__, "elementwise", "unary", activation=True, fuses=True)
+        clamps = activation in _CLAMP_MODULES
+        meaning = OpSemantics(activation.__name__, "elementwise", "unary", activation=True, fuses=True, clamps=clamps)
         register_module(activation, meaning)
 
 
-_ACTIVATIONS = "relu relu6 hardtanh leaky_relu elu celu selu silu mish gelu hardswish hardsigmoid sigmoid tanh softplus"
+_CLAMPS = "relu relu6 hardtanh leaky_relu"
+_ACTIVATIONS = "elu celu selu silu mish gelu hardswish hardsigmoid sigmoid tanh softplus"
 _UNARY = "neg abs exp log sqrt rsqrt reciprocal erf sign floor ceil round sin cos clamp clamp_min clamp_max square"
 _UNARY_FREE = "contiguous clone to alias detach detach_ lift_fresh_copy dropout feature_dropout type_as _to_copy"
 _BINARY = "add sub mul div rsub maximum minimum pow remainder fmod floor_divide atan2 where masked_fill"
@@ -246,10 +253,11 @@ _MAKERS = "arange zeros ones full zeros_like ones_like full_like new_ones new_ze
 
 
 def _fill_functions() -> None:
-    def fill(names: str, kind: str, flow: str, *, activation: bool = False, fuses: bool = False) -> None:
+    def fill(names: str, kind: str, flow: str, **flags: bool) -> None:
         for name in names.split():
-            register_function(f"aten::{name}", OpSemantics(name, kind, flow, activation, fuses))
+            register_function(f"aten::{name}", OpSemantics(name, kind, flow, **flags))
 
+    fill(_CLAMPS, "elementwise", "unary", activation=True, fuses=True, clamps=True)
     fill(_ACTIVATIONS, "elementwise", "unary", activation=True, fuses=True)
     fill(_UNARY, "elementwise", "unary")
     fill(_UNARY_FREE, "none", "unary")

@@ -65,7 +65,8 @@ def random_rows(rng: np.random.Generator, count: int) -> Rows:
     for axis in "dw":
         for side in ("in", "out"):
             rows[f"{side}_{axis}"] = np.where(gemm, 1, rng.integers(1, 60, count))
-    rows["transposed"] &= np.isin(rows["kind"], [OpKind.CONV, OpKind.DEPTHWISE])
+    rows["transposed"] &= np.isin(rows["kind"], [OpKind.CONV, OpKind.DEPTHWISE, OpKind.COPY])
+    rows["activation"] = np.where(rows["kind"] == OpKind.ELEMENTWISE, rng.integers(0, len(r.Activation), count), 0)
     return rows
 
 

@@ -70,7 +70,8 @@ def fields(estimate: Estimate) -> np.ndarray:
 def test_totals_are_sums_over_rows(name: str, seed: int) -> None:
     work = policies(seed)
     estimate = load(name).estimate(work)
-    np.testing.assert_allclose(estimate.latency_s, estimate.rows.latency_s.sum(axis=1), rtol=1e-12)
+    summed = load(name).model.fixed_s + estimate.rows.latency_s.sum(axis=1)
+    np.testing.assert_allclose(estimate.latency_s, summed, rtol=1e-12)
     np.testing.assert_allclose(estimate.weight_bytes, r.stored_bytes(work.rows).sum(axis=1), rtol=1e-12)
     np.testing.assert_allclose(estimate.macs, r.macs(work.rows).sum(axis=1), rtol=1e-12)
     np.testing.assert_array_equal(estimate.peak_activation_bytes, work.rows["live_bytes"].max(axis=1))

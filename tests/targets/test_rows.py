@@ -23,7 +23,7 @@ BITS = ("weight_bits", "activation_bits", "output_bits")
 
 def test_dtype_has_the_layout_of_the_struct() -> None:
     layout = row_layout()
-    assert layout.pop("") == ROW_DTYPE.itemsize == 136
+    assert layout.pop("") == ROW_DTYPE.itemsize == 144
     assert [*layout] == [*(ROW_DTYPE.names or ())]
     assert [*layout.values()] == [ROW_DTYPE.fields[name][1] for name in layout]
 
@@ -171,6 +171,7 @@ BAD = [
     *((name, 33) for name in BITS),
     *(("kind", value) for value in (-1, 12)),
     *((name, value) for name in ("fused", "transposed", "bias") for value in (-1, 2)),
+    *(("activation", value) for value in (-1, 3)),
     *((name, value) for name in ("weight_density", "activation_density") for value in (0.0, -0.5, 1.5, np.nan)),
     *(("live_bytes", value) for value in (-1.0, np.nan, np.inf)),
 ]

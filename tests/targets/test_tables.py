@@ -36,7 +36,7 @@ def written(forms: list[Rows], codes: np.ndarray) -> Workload:
 
 
 @given(SEEDS, st.integers(1, 9))
-@pytest.mark.parametrize("name", ["pixel1", "v100"])
+@pytest.mark.parametrize("name", ["pixel1", "v100", "galaxy-s25"])
 def test_sums_of_look_ups_are_estimates(name: str, seed: int, count: int) -> None:
     forms, target = network(seed, count), load(name)
     table = CostTable(target, forms, [f"row{i}" for i in range(count)])
@@ -50,6 +50,14 @@ def test_sums_of_look_ups_are_estimates(name: str, seed: int, count: int) -> Non
         few = np.ascontiguousarray(codes[:, table.depends])
         np.testing.assert_allclose(lean.score(few, metric), found, rtol=1e-12)
     assert set(estimate.uncosted) <= set(table.uncosted)
+
+
+def test_what_costs_nothing_is_not_taken_to_have_no_model() -> None:
+    # Joining and ReLU take no time on this processor, whatever they follow.
+    relu, joined = make_row(OpKind.ELEMENTWISE, c=8, k=8, activation=1), make_row(OpKind.COPY, c=8, k=8)
+    table = CostTable(load("galaxy-s25"), [relu, joined, make_row(OpKind.UNKNOWN)], ["relu", "cat", "unknown"])
+    assert table.uncosted == ("unknown",)
+    assert table.score(np.zeros((1, 3), np.uint8)).tolist() == [load("galaxy-s25").model.fixed_s]
 
 
 def test_many_forms_take_wider_codes() -> None:
