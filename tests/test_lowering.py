@@ -407,6 +407,41 @@ def test_an_unknown_operator_is_a_row_of_its_own_and_a_barrier():
     assert load("pixel1").estimate(workload.bind()).uncosted == (workload.rows[1].name,)
 
 
+def test_operators_with_several_results_are_rows_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 8)
+            self.recurrent = nn.LSTM(8, 6, batch_first=True)
+
+        def forward(self, x):
+            left, right = self.linear(x).chunk(2, -1)
+            y = torch.cat([right, left], -1)
+            return self.recurrent(y)[0], y.topk(2, -1)[0]
+
+    module = Net()
+    workload = lower(trace(module.eval(), torch.randn(2, 3, 4)))
+    # Chunks are views; what the recurrent layer costs is not known, and what it holds is.
+    kinds = [OpKind.LINEAR, OpKind.COPY, OpKind.UNKNOWN, OpKind.ELEMENTWISE]
+    assert [row.kind for row in workload.rows] == kinds
+    assert workload.barriers == (workload.rows[2].node,)
+    assert parameters(workload.bind().rows).sum() == sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_regions_of_autocast_are_written_out_or_unknown(enabled):
+    class Net(nn.Module):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=enabled):
+                return x @ x.transpose(1, 2) + 1.0
+
+    module, x = Net(), torch.randn(5, 3, 3)
+    gm = trace(module, torch.randn(2, 3, 3))
+    assert torch.equal(gm(x), module(x))
+    kinds = [row.kind for row in lower(gm).rows]
+    assert kinds == ([OpKind.UNKNOWN] if enabled else [OpKind.COPY, OpKind.MATMUL, OpKind.ELEMENTWISE])
+
+
 def test_a_policy_of_another_model_is_refused_by_site():
     workload = lower(trace(small_mobilenet_v2(), torch.randn(2, 1, 16, 16)))
     with pytest.raises(PolicyError, match=r"'elsewhere'.*another model"):

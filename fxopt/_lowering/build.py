@@ -105,7 +105,7 @@ class Builder(Drafts):
                     self._store(node)
             elif not self._is_constant(node):
                 meaning = _SILU if self._is_product_with(gates, node) else ops.semantics(self.gm, node)
-                if node in gates or meaning.kind == "none" or not isinstance(self.found.get(node), torch.Tensor):
+                if node in gates or meaning.kind == "none" or meaning.flow == "split" or self.tensor(node) is None:
                     self._pass_through(node)
                 else:
                     self._lower_node(node, meaning)

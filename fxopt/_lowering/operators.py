@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from fxopt._lowering.forms import Forms, Size
 from fxopt.graph import ops
@@ -78,10 +79,16 @@ class Drafts:
     def dims(self, node: fx.Node) -> list[Size]:
         """Size of every dimension of a node's tensor at the batch lowered for."""
         if node not in self._dims:
-            shape = self.found[node].shape
+            tensor = self.tensor(node)
+            shape = () if tensor is None else tensor.shape
             labels = self._channels.labels
             self._dims[node] = [self.forms.of(labels(node, dim), int(size)) for dim, size in enumerate(shape)]
         return self._dims[node]
+
+    def tensor(self, node: fx.Node) -> torch.Tensor | None:
+        """A node's value, or the first tensor in it."""
+        leaves = pytree.tree_leaves(self.found.get(node))
+        return next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
 
     def elements(self, node: fx.Node) -> Size:
         """Number of elements of a node's tensor."""

@@ -18,7 +18,7 @@ from fxopt.graph._functionalize import functionalize
 from fxopt.graph._inputs import ExampleInputs, normalize
 from fxopt.graph._modes import depends_on_mode, merge_modes
 from fxopt.graph._raise import raise_modules
-from fxopt.graph._regions import inline_grad_regions
+from fxopt.graph._regions import inline_regions
 from fxopt.graph.edit import finish
 from fxopt.graph.shapes import TRACE_META
 from fxopt.graph.verify import verify
@@ -121,7 +121,7 @@ def _as_exported(inputs: ExampleInputs, gm: fx.GraphModule) -> ExampleInputs:
 
 def _raised(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
     """The unlifted program with the user's modules in it, edited in place."""
-    inline_grad_regions(gm)
+    inline_regions(gm)
     for node in list(gm.graph.nodes):
         if node.target in _ASSERTIONS and not node.users:
             gm.graph.erase_node(node)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 __all__ = ["BARRIER", "OpSemantics", "arguments", "is_activation", "register_function", "register_module", "semantics"]
 
@@ -73,7 +74,7 @@ def semantics(gm: fx.GraphModule, node: fx.Node) -> OpSemantics:
         return known or OpSemantics(str(node.target), "unknown", "barrier")
     if getattr(node.target, "__name__", "") == "getitem":
         return OpSemantics("getitem", "none", "getitem")
-    if not isinstance(node.meta.get("val"), torch.Tensor):
+    if not any(isinstance(value, torch.Tensor) for value in pytree.tree_leaves(node.meta.get("val"))):
         return OpSemantics(getattr(node.target, "__name__", str(node.target)), "none", "scalar")
     return OpSemantics(str(node.target), "unknown", "barrier")
 
