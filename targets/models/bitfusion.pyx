@@ -23,9 +23,9 @@ Floating point and widths above 8 run as 8 bits, the widest that is fused in spa
 whatever the output's bits, and come with the bias. Operators without MACs stream through: traffic alone. Zeros are
 computed like other numbers.
 
-The widths are part of the choice too, so latency never falls as bits grow. As channels grow it falls now and then by a
-percent or so: what no longer fits is not waited for before the first tile. Energy is that of the fastest choice, which
-is not the thriftiest: it may fall as bits or channels grow.
+The widths are part of the choice too, so latency never falls as bits grow. As channels grow it may, though in one case
+of a thousand: what fits a buffer is loaded whole before the first tile, a little more is loaded tile by tile. Energy is
+that of the fastest choice, which is not the thriftiest: it may fall as bits or channels grow.
 
 Source: Sharma et al., "Bit Fusion", ISCA 2018, and the simulator published with it (github.com/hsharma35/bitfusion);
 packed traffic, padding in buffers and depthwise blocks were read off the operators published with Wang et al., "APQ",
@@ -74,17 +74,10 @@ PARAMETERS = {
 cdef struct Layer:
     # What is searched: one dense convolution, ``repeats`` times.
     double repeats
-    double batch
-    double height
-    double width
-    double channels
-    double out_channels
-    double taps
-    double kernel_h             # with the gaps of dilation
-    double kernel_w
-    double slices               # kernel and pixels along depth
-    double stride_h
-    double stride_w
+    double batch, height, width, channels, out_channels, taps
+    double kernel_h, kernel_w   # with the gaps of dilation
+    double slices               # of the kernel along depth
+    double stride_h, stride_w
     bint patches
     double weight_bits
     double input_bits
@@ -198,16 +191,13 @@ cdef class Model(CostModel):
     cdef double columns
     cdef double seconds_per_cycle
     cdef double bits_per_cycle
-    cdef double cycles_per_bit
     cdef double weight_half         # bits
     cdef double input_half
     cdef double output_half
     cdef double block
     cdef double joules_per_cycle
-    cdef double joules_per_weight_read
-    cdef double joules_per_weight_fill
-    cdef double joules_per_input_read
-    cdef double joules_per_input_fill
+    cdef double joules_per_weight_read, joules_per_weight_fill      # for each bit, as all below
+    cdef double joules_per_input_read, joules_per_input_fill
     cdef double joules_per_psum
     cdef double joules_per_bit
     cdef double static_watts
@@ -220,7 +210,6 @@ cdef class Model(CostModel):
         self.columns = values["columns"]
         self.seconds_per_cycle = 1.0 / values["clock"]
         self.bits_per_cycle = 8.0 * values["bandwidth"]
-        self.cycles_per_bit = 1.0 / self.bits_per_cycle
         self.weight_half = 4.0 * values["weight_buffer"]
         self.input_half = 4.0 * values["input_buffer"]
         self.output_half = 4.0 * values["output_buffer"]
@@ -258,11 +247,12 @@ cdef class Model(CostModel):
         layer.out_channels = <double>row.k / row.groups
         layer.batch = row.n
         layer.patches = False
+        if row.kind == MATMUL:
+            layer.batch = row.out_h
+            layer.repeats = row.n
+            return
         if is_gemm(row):
             layer.batch *= row.out_h
-            if row.kind == MATMUL:
-                layer.batch = row.out_h
-                layer.repeats = row.n
             return
         if row.transposed:
             layer.height = row.in_h
@@ -479,7 +469,7 @@ cdef class Model(CostModel):
             result.latency_s = result.energy_j = NAN
             return result
         if not is_among(row, WITH_MACS):
-            result.latency_s = streamed(row) * self.cycles_per_bit * self.seconds_per_cycle
+            result.latency_s = streamed(row) / self.bits_per_cycle * self.seconds_per_cycle
             result.energy_j = streamed(row) * self.joules_per_bit + self.static_watts * result.latency_s
             return result
         best = self.fastest(row, &layer)

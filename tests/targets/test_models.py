@@ -255,7 +255,7 @@ def test_figures_that_do_not_fit_together_are_refused(name: str, change: dict[st
 
 
 def test_every_family_declares_what_it_takes() -> None:
-    assert families() == ["gpu", "linear_cpu", "roofline"]
+    assert families() == ["bitfusion", "eyeriss", "gpu", "linear_cpu", "roofline", "systolic"]
     for name in families():
         assert all(parameter.about for parameter in family(name).PARAMETERS.values())
     with pytest.raises(UnknownNameError, match="roofline"):

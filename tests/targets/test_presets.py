@@ -19,7 +19,7 @@ def line_of(text: str, part: str) -> int:
 
 
 def test_names_and_loading() -> None:
-    assert names() == ["host", "pixel1", "v100"]
+    assert names() == ["bitfusion", "eyeriss", "host", "pixel1", "systolic", "v100"]
     assert load("pixel1").name == "pixel1"
     target = load("v100")
     assert load(target) is target
@@ -106,7 +106,12 @@ WRONG = {
     "not a number": ("value = 1.194", "value = nan", "value = nan", "nan is not a finite number"),
     "infinite": ("value = 1.194", "value = inf", "value = inf", "inf is not a finite number"),
     "schema": ("schema = 1", "schema = 2", "schema = 2", "schema: is 2; this version of fxopt reads schema 1"),
-    "family": ('family = "linear_cpu"', 'family = "linear"', "family", "'linear' is not known; known: gpu, linear_cpu"),
+    "family": (
+        'family = "linear_cpu"',
+        'family = "linear"',
+        "family",
+        "'linear' is not known; known: bitfusion, eyeriss, gpu, linear_cpu",
+    ),
     "status": ('status = "calibrated"', 'status = "exact"', "status", "'exact' is none of calibrated, uncalibrated"),
     "bits of status": ("bits = [32]", "bits = [64]", "bits = [64]", "has to list widths from 1 to 32"),
     "empty title": (
