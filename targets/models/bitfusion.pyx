@@ -9,14 +9,14 @@
     energy    = compute * cycle_energy + array and buffer accesses + traffic * dram_energy + static_power * latency
 
 Tiles are powers of two of batch, pixels, channels and output channels (those in multiples of the columns); loops over
-them run in any order. A tile lives in half of its buffer, so that the next one is loaded meanwhile. An operand is
+pixels (width in height in batch), channels and output channels run in any order. A tile lives in half of its buffer, so that the next one is loaded meanwhile. An operand is
 fetched again by every turn of a loop that does not concern it, unless all that the loops inside of that one go through
 is resident. Memory holds operands packed; buffers hold them at their fused width, with channels filled up to whole
 lanes and output channels to whole columns. The fastest choice counts, among equals that of least traffic.
 
 Few channels under a window (a first layer) are laid out as patches, ceil(channels * taps / lanes) a pixel. Depthwise
 and narrow grouped convolutions run as dense blocks of ``depthwise_macs_per_cycle * lanes / rows`` channels, zeros
-included; 1 runs channel by channel. Products of activations load one operand as weights, for each sample. A
+included; 1 runs channel by channel at 8 bits. Products of activations load one operand as weights, for each sample. A
 transposed convolution is the product of its input pixels with all taps. Depth counts as batch.
 
 Floating point and widths above 8 run as 8 bits, the widest that is fused in space. Psums are stored at 32 bits

@@ -24,7 +24,8 @@ from libc.math cimport NAN
 
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
-    UNKNOWN, WITH_MACS, Row, bias_elements, in_elements, is_among, is_gemm, larger, macs, out_elements, weights,
+    UNKNOWN, WITH_MACS, Row, bias_elements, ceil_div, in_elements, is_among, is_gemm, larger, macs, out_elements,
+    weights,
 )
 
 from fxopt.targets.parameters import Parameter, expect_all_or_none
@@ -107,7 +108,7 @@ cdef class Model(CostModel):
         cdef double channels = row.c
         cdef double out_channels = row.k
         cdef double stacked = whole_sets(self.rows, row.kernel_h)
-        cdef double sets, turns, psums
+        cdef double sets, inverse, turns, psums
         if row.groups != 1:
             channels /= row.groups
             out_channels /= row.groups
@@ -125,8 +126,9 @@ cdef class Model(CostModel):
         if row.groups > 1:
             turns = ceiling(row.groups * channels * out_channels, sets)
         else:
+            inverse = 1.0 / sets
             turns = smaller(
-                ceiling(channels, sets) * out_channels, channels * ceiling(out_channels, sets)
+                ceil_div(channels, sets, inverse) * out_channels, channels * ceil_div(out_channels, sets, inverse)
             )
         turns *= passes * width * row.kernel_w
         # Folds, where a set is larger than the grid; a comparison is cheaper than two divisions.

@@ -228,3 +228,15 @@ def test_published_operators() -> None:
 
 def test_the_preset_gives_every_figure() -> None:
     assert set(figures()) == set(ODD) == set(family("bitfusion").PARAMETERS)
+
+
+@pytest.mark.parametrize("name", ["bitfusion", "eyeriss", "systolic"])
+def test_presets_say_where_every_figure_is_from(name: str) -> None:
+    target = load(name)
+    assert target.name == name
+    used = {figure.source for figure in target.preset.figures.values()}  # type: ignore[attr-defined]
+    assert used == set(target.info.sources)
+    assert target.error
+    # The widest pair of bits stands in for floating point.
+    widest = target.capabilities.allowed_bits("conv")[0]
+    assert widest == max(target.capabilities.allowed_bits("conv"))
