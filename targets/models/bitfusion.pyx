@@ -8,11 +8,12 @@
     exposed   = (what is loaded before the first tile + what is stored after the last) / bandwidth
     energy    = compute * cycle_energy + array and buffer accesses + traffic * dram_energy + static_power * latency
 
-Tiles are powers of two of batch, pixels, channels and output channels (those in multiples of the columns); loops over
-pixels (width in height in batch), channels and output channels run in any order. A tile lives in half of its buffer, so that the next one is loaded meanwhile. An operand is
-fetched again by every turn of a loop that does not concern it, unless all that the loops inside of that one go through
-is resident. Memory holds operands packed; buffers hold them at their fused width, with channels filled up to whole
-lanes and output channels to whole columns. The fastest choice counts, among equals that of least traffic.
+Tiles are powers of two of batch, pixels, channels and output channels (those in multiples of the columns). Loops over
+pixels (width in height in batch), channels and output channels run in any order. A tile lives in half of its buffer, so
+that the next one is loaded meanwhile. An operand is fetched again by every turn of a loop that does not concern it,
+unless all that the loops inside of that one go through is resident. Memory holds operands packed; buffers hold them at
+their fused width, with channels filled up to whole lanes and output channels to whole columns. The fastest choice
+counts, among equals that of least traffic.
 
 Few channels under a window (a first layer) are laid out as patches, ceil(channels * taps / lanes) a pixel. Depthwise
 and narrow grouped convolutions run as dense blocks of ``depthwise_macs_per_cycle * lanes / rows`` channels, zeros
@@ -35,9 +36,7 @@ CVPR 2020, which they reproduce to a cycle or two.
 from libc.math cimport INFINITY, NAN
 
 from fxopt.targets._core cimport Cost, CostModel
-from fxopt.targets._rows cimport (
-    MATMUL, UNKNOWN, WITH_MACS, Row, is_among, is_gemm, kernel_volume, larger, traffic_bytes
-)
+from fxopt.targets._rows cimport MATMUL, UNKNOWN, WITH_MACS, Row, is_among, is_gemm, kernel_volume, larger, traffic_bytes
 
 from fxopt.targets.parameters import Parameter, ParameterError, expect_all_or_none
 
