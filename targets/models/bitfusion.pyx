@@ -36,7 +36,8 @@ CVPR 2020, which they reproduce to a cycle or two.
 from libc.math cimport INFINITY, NAN
 
 from fxopt.targets._core cimport Cost, CostModel
-from fxopt.targets._rows cimport MATMUL, UNKNOWN, WITH_MACS, Row, is_among, is_gemm, kernel_volume, larger, traffic_bytes
+from fxopt.targets._rows cimport (
+    MATMUL, UNKNOWN, WITH_MACS, Row, is_among, is_gemm, kernel_volume, larger, traffic_bytes)
 
 from fxopt.targets.parameters import Parameter, ParameterError, expect_all_or_none
 
