@@ -37,7 +37,7 @@ PARAMETERS = {
     "rows": Parameter("count", "rows of dot units, which output channels are mapped to"),
     "depth": Parameter("count", "bits that a dot unit takes in a cycle"),
     "columns": Parameter("count", "columns of dot units, which pixels are mapped to"),
-    "port": Parameter("bits per cycle", "width of each of the two ports to memory"),
+    "port": Parameter("bytes per cycle", "width of each of the two ports to memory"),
     "depthwise_pad": Parameter("count", "taps that a depthwise kernel is padded to"),
     "depthwise_fetch": Parameter("ratio", "fetches of depthwise layers over the formula's", required=False),
     "overlap": Parameter("ratio", "share of the shortest phase that is not hidden", positive=False, maximum=1.0),
@@ -77,8 +77,8 @@ cdef class Model(CostModel):
         self.inverse_rows = 1.0 / self.rows
         self.inverse_depth = 1.0 / self.depth
         self.inverse_columns = 1.0 / self.columns
-        self.inverse_port = 1.0 / values["port"]
-        self.port_bytes = values["port"] / 8.0
+        self.inverse_port = 0.125 / values["port"]
+        self.port_bytes = values["port"]
         self.depthwise_pad = values["depthwise_pad"]
         self.depthwise_fetch = values.get("depthwise_fetch", 1.0)
         self.overlap = values["overlap"]

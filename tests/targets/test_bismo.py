@@ -21,7 +21,7 @@ VALUES = {
     "rows": 6.0,
     "depth": 48.0,
     "columns": 7.0,
-    "port": 40.0,
+    "port": 5.0,
     "depthwise_pad": 12.0,
     "depthwise_fetch": 1.5,
     "overlap": 0.25,
@@ -33,6 +33,7 @@ VALUES = {
 def expected(row: np.void, values: dict[str, float]) -> tuple[float, float]:
     """(seconds, bytes moved) by the formulas in fxopt/targets/models/bismo.pyx."""
     kind = OpKind(int(row["kind"]))
+    port = 8 * values["port"]
     n, c, k, groups = (int(row[name]) for name in ("n", "c", "k", "groups"))
     w, a, o = (min(int(row[f"{name}_bits"]), 8) for name in ("weight", "activation", "output"))
     one = row.reshape(1)
@@ -41,12 +42,12 @@ def expected(row: np.void, values: dict[str, float]) -> tuple[float, float]:
         return math.nan, 0.0
     if not r.macs(one)[0]:
         bits = read * a + written * o
-        return bits / values["port"] / values["clock"], bits / 8
+        return bits / port / values["clock"], bits / 8
     side = "in" if row["transposed"] else "out"
     pixels = math.prod(int(row[f"{side}_{axis}"]) for axis in "dhw")
     taps = math.prod(int(row[f"kernel_{axis}"]) for axis in "dhw")
     if kind == OpKind.DEPTHWISE:
-        fetch = values["depthwise_pad"] / values["port"] * values["depthwise_fetch"]
+        fetch = values["depthwise_pad"] / port * values["depthwise_fetch"]
         phases = (
             a * n * c * pixels * fetch,
             w * k * n * fetch,
@@ -57,11 +58,11 @@ def expected(row: np.void, values: dict[str, float]) -> tuple[float, float]:
         images, pixels = (1, pixels * n) if kind == OpKind.LINEAR else (n * groups, pixels)
         depth, width = (c // groups, k // groups * taps) if row["transposed"] else (c // groups * taps, k // groups)
         blocks = math.ceil(depth / values["depth"])
-        stream = blocks * values["depth"] / values["port"] * images
+        stream = blocks * values["depth"] / port * images
         steps = math.ceil(width / values["rows"]) * math.ceil(pixels / values["columns"])
         phases = (a * pixels * stream, w * width * stream, w * a * blocks * images * steps)
     cycles = max(phases) + values["overlap"] * min(phases)
-    return cycles / values["clock"], (phases[0] + phases[1]) * values["port"] / 8 + written * o / 8
+    return cycles / values["clock"], (phases[0] + phases[1]) * values["port"] + written * o / 8
 
 
 def costs(rows: Rows, values: dict[str, float]) -> tuple[Floats, Floats]:

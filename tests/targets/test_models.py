@@ -284,7 +284,9 @@ def test_figures_that_do_not_fit_together_are_refused(name: str, change: dict[st
 
 
 def test_every_family_declares_what_it_takes() -> None:
-    assert {"bismo", "eie", "gpu", "linear_cpu", "mcu", "roofline"} <= set(families())
+    assert {"bismo", "bitfusion", "eie", "eyeriss", "gpu", "linear_cpu", "mcu", "npu", "roofline", "systolic"} <= set(
+        families()
+    )
     for name in families():
         assert all(parameter.about for parameter in family(name).PARAMETERS.values())
     with pytest.raises(UnknownNameError, match="roofline"):

@@ -1,0 +1,9 @@
+from collections.abc import Mapping
+
+from fxopt.targets._core import CostModel
+from fxopt.targets.parameters import Parameter
+
+PARAMETERS: Mapping[str, Parameter]
+
+class Model(CostModel):
+    def __init__(self, values: Mapping[str, float], fuses: bool) -> None: ...
