@@ -8,11 +8,18 @@ measured.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxopt.errors import TargetError, UnknownNameError
-from fxopt.targets._presets import Figure, Preset, PresetTarget, builtin_presets, read_preset
+from fxopt.targets._presets import (
+    Figure,
+    Preset,
+    PresetTarget,
+    builtin_presets,
+    find_preset,
+    modes_of,
+    read_preset,
+)
 from fxopt.targets.base import METRICS, Estimate, RowCosts, Status, Target, TargetInfo
 from fxopt.targets.rows import ROW_DTYPE, Activation, ColumnWorkload, OpKind, Workload, default_rows, make_row
 
@@ -49,13 +56,16 @@ HOST = "host"
 
 
 def names() -> list[str]:
-    """Names that :func:`load` knows: the presets, and the measured host."""
-    return sorted([*builtin_presets(), HOST])
+    """Names that :func:`load` knows: the presets, their modes as ``name:mode``, and the measured host."""
+    presets = builtin_presets()
+    modes = [f"{name}:{mode}" for name, path in presets.items() for mode in modes_of(path)]
+    return sorted([*presets, *modes, HOST])
 
 
 def load(
     target: str | os.PathLike[str] | Target,
     *,
+    mode: str = "",
     profiler: Profiler | None = None,
     fingerprint: str | None = None,
     progress: Progress | None = None,
@@ -64,15 +74,19 @@ def load(
 
     Args:
         target: One of :func:`names`, the path of a ``.toml`` file, or a target, which comes back as it is.
+        mode: Another way to run the device, of those its file describes: ``load("v100", mode="compiled")`` is
+            ``load("v100:compiled")``.
         profiler: For "host": times operators (see :data:`fxopt.targets.host.Profiler`).
         fingerprint: For "host": tells this machine and runtime from others.
         progress: For "host": told how far measuring is.
 
     Raises:
-        UnknownNameError: If there is no target of that name.
-        TargetError: If a file cannot be read or is wrong (with the line and the reason), or the options of "host"
-            are given to another target.
+        UnknownNameError: If there is no target of that name, or no such mode of it.
+        TargetError: If a file cannot be read or is wrong (with the line and the reason), the options of "host" are
+            given to another target, or a mode to what has none.
     """
+    if mode and (isinstance(target, Target) or str(target) == HOST):
+        raise TargetError(f"{target!r} has no modes; name a preset or a file, as in load('v100', mode={mode!r}).")
     if isinstance(target, (str, os.PathLike)) and str(target) == HOST:
         from fxopt.targets.host import HostTarget
 
@@ -81,12 +95,11 @@ def load(
         raise TargetError(f"Only the target {HOST!r} is measured; {target!r} takes no profiler.")
     if isinstance(target, Target):
         return target
-    presets = builtin_presets()
-    if str(target) in presets:
-        return PresetTarget(read_preset(presets[str(target)]))
-    if Path(target).suffix == ".toml":
-        return PresetTarget(read_preset(Path(target)))
-    raise UnknownNameError("target", str(target), names())
+    name = f"{target}:{mode}" if mode else str(target)
+    found = find_preset(name)
+    if found is None:
+        raise UnknownNameError("target", name, names())
+    return PresetTarget(read_preset(*found))
 
 
 def describe(target: str | os.PathLike[str] | Target) -> str:
@@ -107,6 +120,10 @@ def describe(target: str | os.PathLike[str] | Target) -> str:
     ]
     lines.append(f"energy: {info.energy_reason or 'estimated'}")
     if isinstance(loaded, PresetTarget):
+        modes = loaded.preset.modes
+        base = next((info.name.removesuffix(f":{mode}") for mode in modes if info.name.endswith(f":{mode}")), info.name)
+        if modes:
+            lines.append("modes: " + ", ".join([base, *(f"{base}:{mode}" for mode in modes)]))
         lines += [
             f"{key} = {figure.value:g} {figure.unit if figure.unit != '1' else ''}".rstrip() + f" [{figure.source}]"
             for key, figure in loaded.preset.figures.items()

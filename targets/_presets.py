@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast, get_args
 import numpy as np
 
 from fxopt.decisions import Capabilities
-from fxopt.errors import FxoptError, TargetError
+from fxopt.errors import FxoptError, TargetError, UnknownNameError
 from fxopt.targets._core import CostModel
 from fxopt.targets.base import Status, Target, TargetInfo
 from fxopt.targets.models import families, family
@@ -30,7 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Figure", "Preset", "PresetTarget", "builtin_presets", "read_preset"]
+__all__ = ["Figure", "Preset", "PresetTarget", "builtin_presets", "find_preset", "modes_of", "read_preset"]
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "presets"
@@ -48,7 +48,9 @@ _SECTIONS = (
     "energy",
     "sources",
     "parameters",
+    "modes",
 )
+_MODE_SECTIONS = {"title", "fuses", "calibration", "capabilities", "sources", "parameters"}
 _FIGURE = {"value", "unit", "source"}
 _HEADER = re.compile(r"^\s*\[+\s*(?P<path>[^\[\]]+?)\s*\]+\s*(?:#.*)?$")
 _KEY = re.compile(r"""^\s*(?P<path>(?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
@@ -78,10 +80,12 @@ class Preset:
     Attributes:
         info: What the target says of itself.
         figures: Every figure, by its dotted name below ``parameters``.
+        modes: Other ways to run the device that the file describes; each is a target called ``name:mode``.
     """
 
     info: TargetInfo
     figures: Mapping[str, Figure]
+    modes: tuple[str, ...] = ()
 
     def make_model(self) -> CostModel:
         """The compiled cost model of these figures."""
@@ -145,21 +149,52 @@ def builtin_presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
 
 
-def read_preset(path: Path) -> Preset:
-    """Read and check a preset.
+def find_preset(name: str) -> tuple[Path, str] | None:
+    """File and mode of ``name``: a preset or the path of a ``.toml`` file, with or without ``:mode`` behind it."""
+    presets = builtin_presets()
+    before, _, after = name.rpartition(":")
+    for base, mode in ((name, ""), (before, after)):
+        if base in presets:
+            return presets[base], mode
+        if Path(base).suffix == ".toml":
+            return Path(base), mode
+    return None
+
+
+def modes_of(path: Path) -> tuple[str, ...]:
+    """Names of the modes that a target file describes, besides the one of which it speaks first.
 
     Raises:
+        TargetError: If the file cannot be read or is no TOML.
+    """
+    return tuple(_parse(path)[1].get("modes", {}))
+
+
+def read_preset(path: Path, mode: str = "") -> Preset:
+    """Read and check a preset.
+
+    Args:
+        path: The file.
+        mode: One of :func:`modes_of` the file; by default what it says outside of modes.
+
+    Raises:
+        UnknownNameError: If there is no such mode.
         TargetError: If the file cannot be read or is wrong; it names the file, the line and the reason.
     """
+    text, data = _parse(path)
+    return _Reader(path, text, data).preset(mode)
+
+
+def _parse(path: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a target file and the tables in it."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
         raise TargetError(f"Cannot read target file {path}: {failure}.") from failure
     try:
-        data = tomllib.loads(text)
+        return text, tomllib.loads(text)
     except tomllib.TOMLDecodeError as failure:
         raise TargetError(f"{path} is not TOML: {failure}. Correct it there.") from failure
-    return _Reader(path, text, data).preset()
 
 
 class _Reader:
@@ -198,9 +233,35 @@ class _Reader:
                 full = f"{where}.{key}" if where else key
                 raise self.fail(full, f"is not known here; known: {', '.join(sorted(known))}.")
 
-    def preset(self) -> Preset:
+    def modes(self) -> dict[str, dict[str, Any]]:
+        """What each mode puts in the place of what stands outside of modes."""
+        modes = self.take(self.data, "modes", dict) if "modes" in self.data else {}
+        for name in modes:
+            where = f"modes.{name}"
+            table = self.take(modes, name, dict, "modes")
+            self.only(table, _MODE_SECTIONS, where)
+            # What was measured in one mode says nothing of another.
+            self.take(table, "title", str, where)
+            self.take(table, "calibration", dict, where)
+        return modes
+
+    def enter(self, mode: str, changes: Mapping[str, Any]) -> None:
+        """Read on as if what ``mode`` changes stood outside of modes, on the lines where it stands."""
+        name = f"{self.take(self.data, 'name', str)}:{mode}"
+        kept = {key: value for key, value in self.data.items() if key != "calibration"}
+        self.data = {**_overlaid(kept, changes), "name": name}
+        prefix = f"modes.{mode}."
+        within = {key.removeprefix(prefix): line for key, line in self.lines.items() if key.startswith(prefix)}
+        self.lines = {**self.lines, **within}
+
+    def preset(self, mode: str = "") -> Preset:
         """The whole preset, checked; its model is made once to see that the figures fit together."""
         self.only(self.data, set(_SECTIONS))
+        modes = self.modes()
+        if mode and mode not in modes:
+            raise UnknownNameError(f"mode of {self.take(self.data, 'name', str)}:", mode, modes)
+        if mode:
+            self.enter(mode, modes[mode])
         schema = self.take(self.data, "schema", int)
         if schema != SCHEMA:
             raise self.fail("schema", f"is {schema}; this version of fxopt reads schema {SCHEMA}.")
@@ -210,7 +271,8 @@ class _Reader:
         sources = self.take(self.data, "sources", dict)
         for key in sources:
             self.take(sources, key, str, "sources")
-        preset = Preset(self.info(name, sources), dict(self.figures(family(name).PARAMETERS, sources)))
+        figures = dict(self.figures(family(name).PARAMETERS, sources))
+        preset = Preset(self.info(name, sources), figures, tuple(modes))
         try:
             model = preset.make_model()
         except ParameterError as error:
@@ -307,6 +369,15 @@ class _Reader:
         if model.has_energy and table:
             raise self.fail("energy", "says that energy is unavailable, but there are energy figures.")
         return "" if model.has_energy else self.take(table, "unavailable", str, "energy")
+
+
+def _overlaid(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested tables with what ``changes`` says in its place; a figure is changed as a whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        is_table = isinstance(value, dict) and isinstance(result.get(key), dict) and not _FIGURE & value.keys()
+        result[key] = _overlaid(result[key], value) if is_table else value
+    return result
 
 
 def _are_bits(values: list[Any]) -> bool:
