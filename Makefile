@@ -54,7 +54,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@set -e; for script in benchmarks/*.py; do echo "$$script" >&2; $(BIN)/python $$script; done
+	@set -e; for script in $(filter-out benchmarks/calibrate_%,$(wildcard benchmarks/*.py)); do echo "$$script" >&2; $(BIN)/python $$script; done
 
 docs: $(STAMP)
 	$(PIP) install -c constraints.txt mkdocs mkdocs-material 'mkdocstrings[python]'

@@ -120,7 +120,8 @@ def v100_in_numpy(rows: Rows, values: Mapping[str, float]) -> Floats:
     )
     waves = np.ceil(tiles / values["sm_count"])
     tiled = waves * values["tile_m"] * values["tile_n"] * rows["c"] * taps * seconds / values["dense_efficiency"]
-    depthwise = r.macs(rows) * seconds / (values["sm_count"] * values["depthwise_efficiency"])
+    lanes = values["mac_per_sm_cycle.32"] * values["clock"] * values["sm_count"]
+    depthwise = r.macs(rows) / (lanes * values["depthwise_efficiency"])
     is_depthwise = rows["kind"] == OpKind.DEPTHWISE
     with_macs = np.isin(rows["kind"], [OpKind.CONV, OpKind.LINEAR])
     compute = np.where(is_depthwise, depthwise, np.where(with_macs, tiled, 0.0))

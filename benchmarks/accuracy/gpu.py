@@ -1,95 +1,81 @@
-"""GPUs against the totals of networks at large and small batches, and whether a network made for the GPU wins there."""
+"""GPUs against published times at small and large batches, and whether a network made for one wins there."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
+from fits.gpu import FREE, HOST_BOUND, Case, cases_of, figures_of, jetson_cases, left_out, ofa_cases, power, predict
 
 from accuracy import Line
-from fxopt.targets import OpKind, Workload, load, make_row
-from fxopt.targets.rows import Rows
+from accuracy.linear_cpu import summary
 
-# Names of the published points and of the layer tables.
-NETWORKS = {
-    "MobileNetV1-1.0": "mobilenet_v1",
-    "MobileNetV1-0.75": "mobilenet_v1_075",
-    "MobileNetV2": "mobilenet_v2",
-    "MnasNet": "mnasnet_b1",
-    "NASNet-A": "nasnet_a",
-    "ProxylessNAS-Mobile": "proxyless_mobile",
-    "ProxylessNAS-GPU": "proxyless_gpu",
-    "ProxylessNAS-CPU": "proxyless_cpu",
-    "ResNet-34": "resnet34",
-    "ShuffleNetV2-1.5": "shufflenetv2_15",
-}
-# Channel shuffles, a copy each, are functional calls that the layer tables do not hold.
-SHUFFLES = {"ShuffleNetV2-1.5": 16}
-KINDS = {"bn": OpKind.NORM, "act": OpKind.ELEMENTWISE, "add": OpKind.ELEMENTWISE, "pool": OpKind.POOL}
+__all__ = ["lines"]
 
+BAR = {"max": 0.10}
+# A line through four networks stands for them where their layers are not at hand.
+LINES = {"v100:eager-2020": "the line through four networks at batch 64", "gtx1080ti": "the same at batch 64"}
+SPECIALIZED = "ProxylessNAS-GPU"
 
-def layer(entry: Mapping[str, Any], batch: int) -> Rows:
-    if entry["op"] == "fc":
-        return make_row(OpKind.LINEAR, n=batch, c=entry["C"], k=entry["K"], bias=1)
-    if entry["op"] == "conv":
-        kind = OpKind.DEPTHWISE if entry["groups"] == entry["C"] > 1 else OpKind.CONV
-        sides = {"in_h": entry["H"], "in_w": entry["H"], "out_h": entry["P"], "out_w": entry["Q"]}
-        window = {"kernel_h": entry["R"], "kernel_w": entry["S"]}
-        stride = {"stride_h": entry["stride"], "stride_w": entry["stride"]}
-        sizes = {"n": batch, "c": entry["C"], "k": entry["K"], "groups": entry["groups"]}
-        return make_row(kind, **sizes, **sides, **window, **stride)
-    sizes = {"n": batch, "in_h": entry["elems"], "out_h": entry.get("out", entry["elems"])}
-    inputs = 2 if entry["op"] == "add" else 1
-    fused = int(entry["op"] in ("bn", "act"))
-    return make_row(KINDS.get(entry["op"], OpKind.COPY), inputs=inputs, fused=fused, **sizes)
-
-
-def network(data: Path, name: str, batch: int) -> Workload:
-    entries = json.loads((data / "layer_tables.json").read_text())[NETWORKS[name]]
-    copies = [make_row(OpKind.COPY, n=batch, c=24, k=24)] * SHUFFLES.get(name, 0)
-    rows = np.concatenate([*(layer(entry, batch) for entry in entries), *copies])
-    return Workload(rows, [str(i) for i in range(len(rows))])
-
-
-def published(data: Path, device: str, metric: str, batch: int) -> dict[str, float]:
-    """Published seconds by network, for those whose layers are known."""
-    found: dict[str, float] = {}
-    with (data / "validation.csv").open(encoding="utf-8") as file:
-        for point in csv.DictReader(file):
-            known = point["device"] == device and point["metric"] == metric and point["model"] in NETWORKS
-            if known and point["batch"] == str(batch):
-                found.setdefault(point["model"], 1e-3 * float(point["value"]))
-    return found
-
-
-def errors(data: Path, target: str, seconds: Mapping[str, float], batch: int) -> dict[str, float]:
-    found = {name: float(load(target).estimate(network(data, name, batch)).latency_s[0]) for name in seconds}
-    return {name: abs(found[name] / value - 1.0) for name, value in seconds.items()}
+Evidence = Literal["fitted", "left out", "unseen"]
 
 
 def lines(data: Path) -> list[Line]:
-    v100 = errors(data, "v100", published(data, "V100", "latency", 8), 8)
-    per_image = published(data, "TitanXP", "latency_per_image", 50)
-    titan = errors(data, "titan-xp", {name: 50 * value for name, value in per_image.items()}, 50)
-    # The network searched for the GPU has to be the quickest of its family there, by the estimate too.
-    family = [name for name in NETWORKS if name.startswith("ProxylessNAS")]
-    quickest = min(family, key=lambda name: float(load("v100").estimate(network(data, name, 8)).latency_s[0]))
-    figure = {"max": max(v100.values()), "mean": float(np.mean([*v100.values()]))}
-    unseen = {"max": titan["MobileNetV1-0.75"]}
+    """All comparisons of the family."""
     return [
-        Line("v100", "networks at batch 8 (tables 1 and 2)", len(v100), "fitted", figure, {"max": 0.10}),
-        Line(
-            "v100",
-            "ProxylessNAS-GPU first of three",
-            3,
-            "unseen",
-            {"order": float(quickest[13:] == "GPU")},
-            {"order": 1},
-        ),
-        Line("titan-xp", "MobileNetV1, batch 50 (table 3)", 1, "fitted", {"max": titan["MobileNetV1-1.0"]}, {}),
-        Line("titan-xp", "MobileNetV1 0.75, batch 50 (table 3)", 1, "unseen", unseen, {"max": 0.10}),
+        *_networks(data, "v100", "networks at batch 8 (tables 1 and 2)"),
+        _specialized(cases_of(data, "v100")),
+        *(_line(data, target) for target in LINES),
+        _totals("gtx1080ti", "one of the four networks", "fitted", ofa_cases("1080ti"), BAR),
+        *_networks(data, "titan-xp", "networks at batch 50 (table 3)"),
+        *_networks(data, "jetson-tx2", "networks at batch 16, TensorRT and eager"),
+        *_jetson(data),
+    ]
+
+
+def _errors(target: str, cases: Sequence[Case]) -> dict[str, float]:
+    found = predict(figures_of(target), cases) / np.array([case.seconds for case in cases]) - 1.0
+    return dict(zip([case.name for case in cases], found.tolist(), strict=True))
+
+
+def _networks(data: Path, target: str, against: str) -> list[Line]:
+    cases = cases_of(data, target)
+    held = left_out(figures_of(target), FREE[target], cases)
+    fitted = _errors(target, cases)
+    return [
+        Line(target, against, len(cases), "fitted", summary(fitted) | fitted, BAR),
+        Line(target, against, len(cases), "left out", summary(held) | held, BAR),
+    ]
+
+
+def _line(data: Path, target: str) -> Line:
+    errors = _errors(target, cases_of(data, target))
+    return Line(target, LINES[target], len(errors), "fitted", summary(errors), BAR)
+
+
+def _totals(target: str, against: str, evidence: Evidence, cases: Sequence[Case], bar: Mapping[str, float]) -> Line:
+    errors = _errors(target, cases)
+    return Line(target, against, len(errors), evidence, summary(errors) | errors, dict(bar))
+
+
+def _specialized(cases: Sequence[Case]) -> Line:
+    """Whether the network searched for this GPU is the cheapest of all published, as it was measured to be."""
+    seconds = dict(zip([case.name for case in cases], predict(figures_of("v100"), cases).tolist(), strict=True))
+    own = seconds.pop(SPECIALIZED)
+    best = min(seconds.values())
+    figure = {"order": float(own < best), "margin": best / own - 1.0}
+    return Line("v100", f"{SPECIALIZED} is the cheapest of all (table 1)", len(cases), "fitted", figure, {"order": 1.0})
+
+
+def _jetson(data: Path) -> list[Line]:
+    cases = jetson_cases(data)
+    small = [case for case in cases if case.name in HOST_BOUND]
+    _, watts = power(data, cases_of(data, "jetson-tx2"))
+    set_w = figures_of("jetson-tx2")["power"]
+    fitted = {name: set_w / value - 1.0 for name, value in watts.items()}
+    return [
+        _totals("jetson-tx2:compiled", "two small networks, which wait for the host", "unseen", small, {}),
+        Line("jetson-tx2:compiled", "power in networks at batch 16", len(fitted), "fitted", summary(fitted), {}),
     ]

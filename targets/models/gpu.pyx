@@ -5,13 +5,17 @@
     waves        = ceil(tiles / (sm_count * blocks_per_sm))
     compute      = waves * tile_m * tile_n * ceil(K / split_k) / (mac_per_sm_cycle(bits) * efficiency * clock)
     latency      = max(launch_floor, compute, bytes / (bandwidth * bandwidth_efficiency))
+    energy       = power * latency, where a power was measured
 
-Depthwise convolutions have no matrix view: MACs at ``depthwise_efficiency`` of the peak. Operators without MACs take
-the memory branch. Kernels are dense: densities do not matter. Wave quantization is textbook theory (NVIDIA, "Matrix
-multiplication background": tile and wave quantization).
+Depthwise convolutions have no matrix view and run on the ordinary lanes, whatever units there are for matrices of few
+bits: MACs at ``depthwise_efficiency`` of the peak at the widest class. Operators without MACs take the memory branch.
+A width that the device has no arithmetic for runs in the next wider one. Rows marked ``fused`` cost a kernel of their
+own unless the runtime fuses. Kernels are dense: densities do not matter. Wave quantization is textbook theory (NVIDIA,
+"Matrix multiplication background": tile and wave quantization).
 """
 
 from libc.math cimport NAN
+from libc.stdint cimport int32_t
 
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
@@ -29,7 +33,7 @@ PARAMETERS = {
         for bits in BIT_CLASSES
     },
     "dense_efficiency": Parameter("ratio", "share of the peak that matrix kernels reach", maximum=1.0),
-    "depthwise_efficiency": Parameter("ratio", "share of the peak that depthwise kernels reach", maximum=1.0),
+    "depthwise_efficiency": Parameter("ratio", "share of the peak at the widest class that depthwise kernels reach", maximum=1.0),
     "tile_m": Parameter("count", "rows of a tile"),
     "tile_n": Parameter("count", "columns of a tile"),
     "split_k": Parameter("count", "parts that a reduction is split into", required=False),
@@ -37,13 +41,15 @@ PARAMETERS = {
     "bandwidth": Parameter("bandwidth", "peak memory bandwidth"),
     "bandwidth_efficiency": Parameter("ratio", "share of the bandwidth that kernels reach", maximum=1.0),
     "launch_floor": Parameter("time", "least time from one kernel to the next", positive=False),
+    "power": Parameter("power", "power drawn while running", required=False),
 }
 
 
 cdef class Model(CostModel):
     """One GPU and the runtime that launches its kernels."""
 
-    cdef double seconds_per_mac[MAX_BITS + 1]
+    cdef double seconds_per_mac[MAX_BITS + 1]               # on one multiprocessor, by width
+    cdef double depthwise_seconds_per_mac[MAX_BITS + 1]     # on all of them
     cdef double slots
     cdef double tile_m
     cdef double tile_n
@@ -53,15 +59,19 @@ cdef class Model(CostModel):
     cdef double inverse_tile_n
     cdef double inverse_split_k
     cdef double dense_share         # of a multiprocessor's peak time, for each MAC that it spends
-    cdef double depthwise_share
     cdef double seconds_per_byte
     cdef double launch_floor_s
+    cdef double watts
 
     def __init__(self, values, bint fuses):
         CostModel.__init__(self, fuses)
         rates = by_bits(values, "mac_per_sm_cycle", rising=False)
+        slowest = min(rate for rate in rates if rate == rate)
+        lanes = slowest * values["sm_count"] * values["depthwise_efficiency"]
         for bits in range(MAX_BITS + 1):
             self.seconds_per_mac[bits] = 1.0 / (rates[bits] * values["clock"])
+            runs = rates[bits] == rates[bits]
+            self.depthwise_seconds_per_mac[bits] = 1.0 / (lanes * values["clock"]) if runs else NAN
         self.slots = values["sm_count"] * values.get("blocks_per_sm", 1.0)
         self.tile_m = values["tile_m"]
         self.tile_n = values["tile_n"]
@@ -71,9 +81,10 @@ cdef class Model(CostModel):
         self.inverse_tile_n = 1.0 / self.tile_n
         self.inverse_split_k = 1.0 / self.split_k
         self.dense_share = 1.0 / values["dense_efficiency"]
-        self.depthwise_share = 1.0 / (values["depthwise_efficiency"] * values["sm_count"])
         self.seconds_per_byte = 1.0 / (values["bandwidth"] * values["bandwidth_efficiency"])
         self.launch_floor_s = values["launch_floor"]
+        self.has_energy = "power" in values
+        self.watts = values.get("power", NAN)
 
     cdef double tiled_macs(self, const Row* row) noexcept nogil:
         """MACs that each multiprocessor spends time on, with the idle parts of tiles and waves."""
@@ -102,18 +113,19 @@ cdef class Model(CostModel):
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
         cdef Cost result
-        cdef double second = self.seconds_per_mac[compute_bits(row)]
+        cdef int32_t bits = compute_bits(row)
         cdef double compute_s = 0.0
         cdef double memory_s
         result.latency_s = result.energy_j = NAN
         if row.kind == UNKNOWN:
             return result
         if row.kind == DEPTHWISE:
-            compute_s = macs(row) * second * self.depthwise_share
+            compute_s = macs(row) * self.depthwise_seconds_per_mac[bits]
         elif is_among(row, WITH_MACS):
-            compute_s = self.tiled_macs(row) * second * self.dense_share
+            compute_s = self.tiled_macs(row) * self.seconds_per_mac[bits] * self.dense_share
         if compute_s != compute_s:
             return result
         memory_s = traffic_bytes(row) * self.seconds_per_byte
         result.latency_s = larger(larger(compute_s, memory_s), self.launch_floor_s)
+        result.energy_j = self.watts * result.latency_s
         return result

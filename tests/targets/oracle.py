@@ -145,7 +145,9 @@ def gpu(rows: Rows, values: Values) -> Floats:
     tiles = tiles * np.where(matmul, rows["n"], 1)
     waves = _ceil(tiles, values["sm_count"] * values.get("blocks_per_sm", 1))
     tiled = waves * values["tile_m"] * values["tile_n"] * _ceil(k, split) / (rate * values["dense_efficiency"])
-    depthwise = r.macs(rows) / (rate * values["sm_count"] * values["depthwise_efficiency"])
+    widest = min(value for key, value in values.items() if key.startswith("mac_per_sm_cycle")) * values["clock"]
+    lanes = np.where(np.isnan(rate), np.nan, widest) * values["sm_count"]
+    depthwise = r.macs(rows) / (lanes * values["depthwise_efficiency"])
     with_macs = np.isin(rows["kind"], [OpKind.CONV, OpKind.LINEAR, OpKind.MATMUL])
     compute = np.where(with_macs, tiled, np.where(rows["kind"] == OpKind.DEPTHWISE, depthwise, 0.0))
     memory = r.traffic_bytes(rows) / (values["bandwidth"] * values["bandwidth_efficiency"])

@@ -43,3 +43,27 @@ def test_what_has_no_model_is_listed() -> None:
     estimate = load("eie").estimate(workload(conv(8, 8, 4), product, make_row(OpKind.POOL)))
     assert estimate.uncosted == ("row1", "row2")
     assert estimate.uncosted_macs_share == pytest.approx(0.5 / (0.5 + 1.0))
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["c", "k", "n", "weight_density", "activation_density"]))
+def test_cost_never_falls_as_channels_batch_or_densities_grow(seed: int, what: str) -> None:
+    rows = random_rows(np.random.default_rng(seed), 100)
+    more = rows.copy()
+    more[what] = np.minimum(1.0, 1.1 * rows[what]) if "density" in what else rows[what] + rows["groups"]
+    model = family("eie").Model(VALUES, False)
+    before, after = np.empty((1, 100)), np.empty((1, 100))
+    for each, latency in ((rows, before), (more, after)):
+        model.per_row(each.reshape(1, -1), latency, np.empty_like(latency), np.empty_like(latency))
+    assert np.all(after >= before * (1.0 - 1e-12))
+
+
+def test_the_peak_is_what_the_paper_states() -> None:
+    # 64 elements, a product (two operations) a cycle at 800 MHz: 102 GOP/s; of dense layers, the balance is reached.
+    estimate = load("eie").estimate(workload(make_row(OpKind.LINEAR, c=1000, k=1000, weight_bits=4)))
+    assert 2e6 / estimate.latency_s[0] / 0.772 == pytest.approx(102e9, rel=0.005)
+
+
+def test_one_width_of_arithmetic() -> None:
+    model = load("eie")
+    wide, narrow = (workload(conv(64, 64, 14, 3, weight_bits=bits, activation_bits=16)) for bits in (32, 4))
+    assert model.estimate(wide).latency_s[0] == model.estimate(narrow).latency_s[0]

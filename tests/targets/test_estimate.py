@@ -163,7 +163,7 @@ def test_fused_rows_are_free_where_the_runtime_fuses() -> None:
     norm = make_row(OpKind.NORM, n=8, c=32, k=32, in_h=14, in_w=14, out_h=14, out_w=14, held=64, fused=1)
     phone, eager = (load(name).estimate(workload(convolution, norm)) for name in NAMES)
     assert phone.rows.latency_s[0, 1] == 0.0
-    assert eager.rows.latency_s[0, 1] == pytest.approx(39e-6)
+    assert eager.rows.latency_s[0, 1] == pytest.approx(40.2e-6)
     # What is stored does not depend on the runtime: 16*32 weights and 2*32 of the norm.
     assert phone.weight_bytes[0] == eager.weight_bytes[0] == 4 * (512 + 64)
 

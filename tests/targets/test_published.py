@@ -192,21 +192,24 @@ def test_microcontroller_totals(library: str, suffix: str) -> None:
 def test_v100_totals_at_batch_8() -> None:
     models = [model for model in TABLES if not model.startswith("MobileNetV1")]
     found = errors("v100", "V100", 8, models)
-    assert np.mean(np.abs([*found.values()])) < 0.035
-    assert np.max(np.abs([*found.values()])) < 0.085
+    assert np.mean(np.abs([*found.values()])) < 0.02
+    assert np.max(np.abs([*found.values()])) < 0.06
     # The one network bound by arithmetic.
     assert abs(found["ResNet-34"]) < 0.01
 
 
-def test_v100_under_a_compiler_launches_fewer_kernels(tmp_path: Path) -> None:
-    preset = Path(load.__code__.co_filename).parent / "presets" / "v100.toml"
-    path = tmp_path / "compiled.toml"
-    path.write_text(preset.read_text().replace("fuses = false", "fuses = true"))
+def test_v100_under_a_compiler_launches_fewer_kernels() -> None:
     work = network("MobileNetV2", 8)
-    eager, fused = load("v100").estimate(work), load(path).estimate(work)
+    eager, fused = load("v100").estimate(work), load("v100:compiled").estimate(work)
     # 154 kernels, of which 53 norms and 36 activations merge.
     assert np.count_nonzero(fused.rows.latency_s) == np.count_nonzero(eager.rows.latency_s) - 89 == 65
     assert fused.latency_s[0] < 0.6 * eager.latency_s[0]
+
+
+def test_the_network_searched_for_the_v100_is_the_cheapest_of_all_published() -> None:
+    models = [model for model in TABLES if not model.startswith("MobileNetV1")]
+    cost = {model: load("v100").estimate(network(model, 8)).latency_s[0] for model in models}
+    assert min(cost, key=lambda model: cost[model]) == "ProxylessNAS-GPU"
 
 
 def test_pixel1_ranks_pruned_networks_as_measured() -> None:
