@@ -8,8 +8,8 @@
 runs longer than the index can tell, ``balance`` the cycles that elements wait for one another. Weights are shared
 values behind 4-bit indices and lie in SRAM, all of them: nothing moves to or from memory. There is one width of
 arithmetic, so bits do not matter: a float model costs what its dense 4-bit form would. The engine is made for fully
-connected layers; convolutions run as one matrix-vector product for each output pixel, which keeps the weights where they
-are and counts every nonzero product once. Operators without MACs have no model here: a host computes them.
+connected layers; convolutions run as one matrix-vector product for each output pixel, which keeps the weights where
+they are and counts every nonzero product once. Operators without MACs have no model here: a host computes them.
 
 Source: Han et al., "EIE: efficient inference engine on compressed deep neural network" (ISCA 2016).
 """

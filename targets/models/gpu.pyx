@@ -33,7 +33,9 @@ PARAMETERS = {
         for bits in BIT_CLASSES
     },
     "dense_efficiency": Parameter("ratio", "share of the peak that matrix kernels reach", maximum=1.0),
-    "depthwise_efficiency": Parameter("ratio", "share of the peak at the widest class that depthwise kernels reach", maximum=1.0),
+    "depthwise_efficiency": Parameter(
+        "ratio", "share of the peak at the widest class that depthwise kernels reach", maximum=1.0
+    ),
     "tile_m": Parameter("count", "rows of a tile"),
     "tile_n": Parameter("count", "columns of a tile"),
     "split_k": Parameter("count", "parts that a reduction is split into", required=False),
