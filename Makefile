@@ -66,6 +66,6 @@ build: $(STAMP)
 
 clean:
 	rm -rf build dist site demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find fxopt/ passes targets tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find fxopt/ passes targets tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 	find targets -name '*.so' -delete
 	rm -f $(STAMP)

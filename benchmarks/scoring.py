@@ -90,8 +90,11 @@ def pixel1_in_numpy(rows: Rows, values: Mapping[str, float]) -> Floats:
         columns = rows[:, names == group]
         read, written = r.in_elements(columns), r.out_elements(columns)
         spilled = np.maximum(0.0, read * columns["activation_bits"] / 8.0 - values["spill_threshold"]) / 4.0
+        blocks = np.ones(columns.shape)
+        for size in {"pointwise": ("c", "k"), "depthwise": ("k",)}.get(group, ()):
+            blocks *= np.ceil(columns[size] / values["channel_tile"]) * values["channel_tile"] / columns[size]
         quantities: dict[str, Floats | float] = {
-            "mac": r.macs(columns),
+            "mac": r.macs(columns) * blocks,
             "weight": r.weights(columns),
             "in": read,
             "out": written,

@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import json
 import os
 import pkgutil
-import sys
 from pathlib import Path
 
 import accuracy
 from accuracy import Line
+from common.output import finish, progress
 
 
 def collect(data: Path, families: list[str]) -> list[Line]:
@@ -39,17 +38,24 @@ def show(line: Line) -> str:
     return f"{verdict:5}  {line.target:20} {line.evidence:9} {line.points:6d}  {line.against}: {figures}"
 
 
+def _given_folder() -> Path | None:
+    given = os.environ.get("FXOPT_SHARED_DATA")
+    return Path(given) if given else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="families to compare; all by default")
-    parser.add_argument("--data", type=Path, default=os.environ.get("FXOPT_SHARED_DATA"), help="folder of the figures")
+    parser.add_argument("--data", type=Path, default=_given_folder(), help="folder of the figures")
     options = parser.parse_args()
-    if options.data is None or not options.data.is_dir():
-        parser.error("the folder of the published figures is missing; give --data or set FXOPT_SHARED_DATA")
-    lines = collect(options.data, options.families)
+    if options.data is not None and not options.data.is_dir():
+        parser.error(f"{options.data} is no folder; give that of the published figures")
+    if options.data is None:
+        progress("No folder of published figures: nothing is compared. Give --data or set FXOPT_SHARED_DATA.")
+    lines = collect(options.data, options.families) if options.data is not None else []
     for line in lines:
-        print(show(line), file=sys.stderr)
-    print(json.dumps([{**dataclasses.asdict(line), "met": line.met} for line in lines], indent=1))
+        progress(show(line))
+    finish("target_accuracy", {"lines": [{**dataclasses.asdict(line), "met": line.met} for line in lines]})
 
 
 if __name__ == "__main__":

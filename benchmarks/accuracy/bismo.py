@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fits.networks import operator, tables
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import spearmanr
 
 from accuracy import Line
-from fxopt.targets import OpKind, PresetTarget, Workload, load, make_row
+from fxopt.targets import PresetTarget, Workload, load
 from fxopt.targets.models import family
 from fxopt.targets.rows import Rows
 
@@ -28,21 +28,12 @@ PUBLISHED = (
 
 def layers(data: Path, name: str, batch: int) -> Rows:
     """Convolutions and linear layers of a network, as HAQ has them; the classifier of MobileNetV2 is a linear layer."""
-    entries = json.loads((data / "layer_tables.json").read_text())[name]
     # pytorchcv expands the first block of MobileNetV2 by one; the paper's network, and HAQ's, has no such layer.
     skipped = {"features.stage1.unit1.conv1.conv"} if name == "mobilenet_v2" else set()
-    wanted = [entry for entry in entries if entry["op"] in ("conv", "fc") and entry["name"] not in skipped]
-    return np.concatenate([layer(entry, batch) for entry in wanted])
-
-
-def layer(entry: Mapping[str, Any], batch: int) -> Rows:
-    if entry["op"] == "fc" or entry["H"] == 1:
-        return make_row(OpKind.LINEAR, n=batch, c=entry["C"], k=entry["K"])
-    c, groups = entry["C"], entry["groups"]
-    kind = OpKind.DEPTHWISE if groups == c > 1 else OpKind.CONV
-    sizes = {"in_h": entry["H"], "in_w": entry["H"], "out_h": entry["P"], "out_w": entry["Q"]}
-    window = {"kernel_h": entry["R"], "kernel_w": entry["S"], "stride_h": entry["stride"], "stride_w": entry["stride"]}
-    return make_row(kind, n=batch, c=c, k=entry["K"], groups=groups, **sizes, **window)
+    entries = [entry for entry in tables(data)[name] if entry["op"] in ("conv", "fc") and entry["name"] not in skipped]
+    return np.concatenate(
+        [operator({**entry, "op": "fc"} if entry.get("H") == 1 else entry, batch) for entry in entries]
+    )
 
 
 def with_bits(rows: Rows, weight_bits: Any, activation_bits: Any) -> Rows:
