@@ -7,6 +7,7 @@ policy within it.
 
 from __future__ import annotations
 
+from fxopt.decisions._additive import AdditiveCosts
 from fxopt.decisions._budget import METRICS, Budget, format_quantity
 from fxopt.decisions._constraint import Constraint
 from fxopt.decisions._decision import FLOAT_BITS, Capabilities, Choice, Decision, Key
@@ -17,6 +18,7 @@ __all__ = [
     "FLOAT_BITS",
     "METRICS",
     "POLICY_SCHEMA",
+    "AdditiveCosts",
     "Budget",
     "Capabilities",
     "Choice",

@@ -12,18 +12,22 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fxopt.decisions._budget import format_quantity
 from fxopt.decisions._decision import Choice, Key
+from fxopt.decisions._decrease import decrease
 from fxopt.decisions._policy import Policy
 from fxopt.decisions._space import SearchSpace
 from fxopt.errors import BudgetError, InfeasibleError, PolicyError, SearchError
 
-__all__ = ["Constraint"]
+__all__ = ["Constraint", "Enforce"]
+
+Enforce: TypeAlias = Literal["mask", "decrease"]
+"""How a policy is brought within the limits."""
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
 _Indices: TypeAlias = npt.NDArray[np.intp]
@@ -46,6 +50,8 @@ class Constraint:
         space: The search space.
         cost: Costs of policies, shape ``(n,)`` or ``(n, metrics)``; called with batches of complete
             policies. It has to give a policy the same cost in every batch.
+        by_index: The same costs of policies given by their choice indices, shape ``(n, decisions)``; None to
+            make policies of them. Walks cost many policies, and by index most of their time is saved.
         limits: The upper limit of each metric, in the units of ``cost``; above zero and finite.
         metrics: The metrics' names, for messages.
 
@@ -67,9 +73,12 @@ class Constraint:
         cost: Callable[[Sequence[Policy]], npt.NDArray[np.float64]],
         limits: npt.ArrayLike,
         metrics: Sequence[str] = (),
+        *,
+        by_index: Callable[[_Indices], npt.NDArray[np.float64]] | None = None,
     ) -> None:
         self.space = space
         self._cost = cost
+        self._by_index = by_index
         self.limits = np.atleast_1d(np.array(limits, dtype=np.float64))
         self.limits.setflags(write=False)
         self.metrics = tuple(metrics) or _default_names(self.limits.size)
@@ -94,16 +103,36 @@ class Constraint:
         """
         if not policies:
             return np.empty((0, self.limits.size))
-        costs = np.asarray(self._cost(policies), dtype=np.float64)
-        table = costs[:, np.newaxis] if costs.ndim == 1 else costs
-        if table.shape != (len(policies), self.limits.size):
-            raise SearchError(
-                f"The cost function returned the shape {costs.shape} for {len(policies)} policies and "
-                f"{self.limits.size} metrics; it has to be (policies, metrics)."
-            )
+        table = self._checked_costs(self._cost(policies), len(policies))
         if np.isnan(table).any():
             row, column = np.argwhere(np.isnan(table))[0]
             raise SearchError(f"The cost function returned NaN {self.metrics[column]} for {policies[row]!r}.")
+        return table
+
+    def costs_at(self, indices: npt.NDArray[np.intp]) -> _Floats:
+        """The costs of policies given by choice indices of shape ``(n, decisions)``, shape ``(n, metrics)``.
+
+        Raises:
+            SearchError: If the cost function returned another shape or NaN.
+            PolicyError: If an index is out of range.
+        """
+        if self._by_index is None or not len(indices):
+            return self.costs(self.space.decode_all(indices))
+        table = self._checked_costs(self._by_index(indices), len(indices))
+        if np.isnan(table).any():
+            row, column = np.argwhere(np.isnan(table))[0]
+            policy = self.space.decode(indices[row])
+            raise SearchError(f"The cost function returned NaN {self.metrics[column]} for {policy!r}.")
+        return table
+
+    def _checked_costs(self, found: npt.ArrayLike, policies: int) -> _Floats:
+        costs = np.asarray(found, dtype=np.float64)
+        table = costs[:, np.newaxis] if costs.ndim == 1 else costs
+        if table.shape != (policies, self.limits.size):
+            raise SearchError(
+                f"The cost function returned the shape {costs.shape} for {policies} policies and "
+                f"{self.limits.size} metrics; it has to be (policies, metrics)."
+            )
         return table
 
     def feasible(self, policies: Sequence[Policy]) -> npt.NDArray[np.bool_]:
@@ -158,24 +187,36 @@ class Constraint:
         return self.project_all([policy], order)[0]
 
     def project_all(
-        self, policies: Sequence[Mapping[Key, Choice]], order: Sequence[int] | _Indices | None = None
+        self,
+        policies: Sequence[Mapping[Key, Choice]],
+        order: Sequence[int] | _Indices | None = None,
+        *,
+        enforce: Enforce = "mask",
     ) -> list[Policy]:
         """Project many policies at once, with few and large calls of the cost function.
 
         Args:
             policies: The policies wanted.
             order: One order for all of them, or one for each, shape ``(policies, decisions)``.
+            enforce: ``"mask"`` walks the decisions under the mask; ``"decrease"`` lowers all of them step by step,
+                the last of the order first, as HAQ does, and walks only if the lowest is still over.
 
         Returns:
-            What :meth:`project` makes of each.
+            What :meth:`project` makes of each, or the policies that HAQ's decrease makes of them.
 
         Raises:
             PolicyError: If a policy does not fit the space, or an order is no permutation.
+            SearchError: If ``enforce`` is neither of the two.
         """
+        if enforce not in ("mask", "decrease"):
+            raise SearchError(f"A budget is enforced by 'mask' or by 'decrease', not by {enforce!r}.")
         if not policies:
             return []
         orders = self._checked_orders(order, len(policies))
         wanted = np.stack([self.space.encode(policy) for policy in policies])
+        if enforce == "decrease":
+            lowered = [decrease(self.space, self._within, *pair) for pair in zip(wanted, orders, strict=True)]
+            wanted = np.array(lowered, dtype=np.intp).reshape(wanted.shape)
         over = np.flatnonzero(~self._within(wanted))
         wanted[over] = self._walk_all(wanted[over], orders[over])
         # A cost that is a rounding error off from batch to batch must not let a policy slip through.
@@ -221,10 +262,7 @@ class Constraint:
         return [_any(part.reshape(-1, size), axis=0) for part, size in zip(within, sizes, strict=True)]
 
     def _within(self, indices: _Indices) -> npt.NDArray[np.bool_]:
-        return np.asarray((self._costs_at(indices) <= self.limits).all(axis=1))
-
-    def _costs_at(self, indices: _Indices) -> _Floats:
-        return self.costs(self.space.decode_all(indices))
+        return np.asarray((self.costs_at(indices) <= self.limits).all(axis=1))
 
     def _checked_orders(self, order: Sequence[int] | _Indices | None, policies: int) -> _Indices:
         decisions = np.arange(len(self.space))
@@ -253,17 +291,17 @@ class Constraint:
         default = self.space.encode(self.space.default())
         metrics = range(self.limits.size)
         found = [self._descend(default, _Metric(m)) for m in metrics]
-        least = np.array([self._costs_at(row[np.newaxis])[0, m] for m, row in zip(metrics, found, strict=True)])
+        least = np.array([self.costs_at(row[np.newaxis])[0, m] for m, row in zip(metrics, found, strict=True)])
         if len(metrics) > 1:
             found.append(self._balanced(default))
         candidates, within = self._ranked(np.unique(np.stack(found), axis=0))
         if not within and self.space.policies <= _ENUMERABLE:
             every = np.array(list(itertools.product(*map(range, self.space.sizes))), dtype=np.intp)
-            least = self._costs_at(every).min(axis=0)
+            least = self.costs_at(every).min(axis=0)
             ranked, within = self._ranked(every)
             candidates = ranked[:1]
         if not within:
-            raise self._infeasible(least, self._costs_at(candidates[:1])[0])
+            raise self._infeasible(least, self.costs_at(candidates[:1])[0])
         return candidates
 
     def _ranked(self, candidates: _Indices) -> tuple[_Indices, bool]:
@@ -311,7 +349,7 @@ class Constraint:
         return rows
 
     def _objective(self, indices: _Indices, objective: Callable[[_Floats], _Floats]) -> _Floats:
-        return objective(self._costs_at(indices) / self.limits)
+        return objective(self.costs_at(indices) / self.limits)
 
     def _infeasible(self, least: _Floats, nearest: _Floats) -> InfeasibleError:
         alone = bool((least > self.limits).any())
