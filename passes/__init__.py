@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from fxopt.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from fxopt.passes.prune_channels import PruneChannels as PruneChannels
     from fxopt.passes.quantize import Quantize as Quantize
+    from fxopt.passes.select_operators import SelectOperators as SelectOperators
 
 _PASSES: dict[str, str | type[Pass]] = {
     "canonicalize": "fxopt.passes.canonicalize:Canonicalize",
     "fold-batch-norm": "fxopt.passes.fold_batch_norm:FoldBatchNorm",
     "prune-channels": "fxopt.passes.prune_channels:PruneChannels",
     "quantize": "fxopt.passes.quantize:Quantize",
+    "select-operators": "fxopt.passes.select_operators:SelectOperators",
 }
 
 _LAZY = {
@@ -39,6 +41,7 @@ _LAZY = {
     "PruneChannels": "fxopt.passes.prune_channels",
     "Quantize": "fxopt.passes.quantize",
     "Refusal": "fxopt.passes.base",
+    "SelectOperators": "fxopt.passes.select_operators",
     "TunablePass": "fxopt.passes.base",
 }
 
@@ -51,6 +54,7 @@ __all__ = [
     "PruneChannels",
     "Quantize",
     "Refusal",
+    "SelectOperators",
     "TunablePass",
     "create",
     "load",

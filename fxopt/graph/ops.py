@@ -14,7 +14,16 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["BARRIER", "OpSemantics", "arguments", "is_activation", "register_function", "register_module", "semantics"]
+__all__ = [
+    "BARRIER",
+    "OpSemantics",
+    "arguments",
+    "is_activation",
+    "is_known",
+    "register_function",
+    "register_module",
+    "semantics",
+]
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a unary, channel-wise activation function."""
     return semantics(gm, node).activation
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module is one that the table knows, of whatever it is made."""
+    return _module_semantics(type(module)).kind != BARRIER.kind
 
 
 def _called(gm: fx.GraphModule, path: str) -> nn.Module:

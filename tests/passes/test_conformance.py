@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.graph import edit
-from fxopt.passes import Canonicalize, FoldBatchNorm, Pass, PassResult, Pipeline, PruneChannels
+from fxopt.passes import Canonicalize, FoldBatchNorm, Pass, PassResult, Pipeline, PruneChannels, SelectOperators
 from fxopt.testing import PassConformance, TunablePassConformance, assert_equivalent
 
 
@@ -35,6 +35,11 @@ class TestFoldBatchNorm(PassConformance):
 class TestPruneChannels(TunablePassConformance):
     pass_type = PruneChannels
     options: ClassVar = {"round_to": 2}
+
+
+class TestSelectOperators(TunablePassConformance):
+    pass_type = SelectOperators
+    options: ClassVar = {"kernels": (5, 3)}
 
 
 class TestPipeline(PassConformance):

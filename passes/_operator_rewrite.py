@@ -1,0 +1,188 @@
+"""Put candidates in the place of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from fxopt.errors import FxoptError, PassError
+from fxopt.graph import edit, ops
+from fxopt.graph import trace as trace_graph
+from fxopt.passes._operator_patterns import Block
+from fxopt.passes._operators import IDENTITY, ZERO, Shape, SqueezeExcite, build, fits, is_custom
+
+__all__ = ["SITE_META", "Chosen", "check_custom", "offered", "replace_blocks"]
+
+SITE_META = "fxopt_operator_site"
+"""Key of ``node.meta`` under which a node tells the block whose choice it depends on."""
+
+_aten = torch.ops.aten
+_EXAMPLE_BATCH = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A candidate that is to stand in the place of a block.
+
+    Attributes:
+        block: The block.
+        name: The candidate's name.
+        module: The candidate, or None where it has no layers.
+    """
+
+    block: Block
+    name: str
+    module: nn.Module | None
+
+
+def offered(gm: fx.GraphModule, block: Block, name: str) -> bool:
+    """Whether a candidate can stand in the place of a block.
+
+    Candidates without layers also have to leave the cost of everything else as it is: what the block reads must be
+    read by the block alone, and what remains of it must not be computed together with what comes before.
+    """
+    if not fits(name, block.shape):
+        return False
+    if name not in (IDENTITY, ZERO):
+        return True
+    if not set(block.entry.users) <= set(block.span):
+        return False
+    partner = block.partner
+    if name == IDENTITY or block.join is None or partner is None:
+        return True
+    if partner is not block.entry:
+        return partner in block.span
+    if block.tail is None or _drops_tail(gm, block):
+        return True
+    before = ops.semantics(gm, block.entry)
+    return before.kind not in ("conv", "linear") and not before.fuses
+
+
+def replace_blocks(gm: fx.GraphModule, chosen: Mapping[str, Chosen]) -> None:
+    """Replace the blocks at some sites, and end the edit."""
+    for site, one in chosen.items():
+        block = one.block
+        if one.name == ZERO:
+            _bypass(gm, block)
+        elif one.name == IDENTITY:
+            edit.replace_uses(block.exit, block.entry)
+        else:
+            _put(gm, site, one)
+        for node in sorted(block.span, key=list(gm.graph.nodes).index, reverse=True):
+            gone = node in block.body or node is block.tail or node is block.join
+            if gone and not node.users:
+                edit.erase(gm, node)
+    edit.finish(gm)
+
+
+def _drops_tail(gm: fx.GraphModule, block: Block) -> bool:
+    """Whether the activation behind the addition gives its input back if nothing is added: it has been applied."""
+    if block.tail is None or block.partner is not block.entry:
+        return False
+    one, other = ops.semantics(gm, block.tail), ops.semantics(gm, block.entry)
+    return one.name.rstrip("_").lower() == other.name.rstrip("_").lower() in ("relu", "relu6")
+
+
+def _bypass(gm: fx.GraphModule, block: Block) -> None:
+    partner = block.partner
+    if block.join is None or partner is None:
+        raise PassError(f"{block.site!r} has no shortcut, so that nothing would be left of it.")
+    drops = _drops_tail(gm, block)
+    edit.replace_uses(block.tail if drops and block.tail is not None else block.join, partner)
+
+
+def _put(gm: fx.GraphModule, site: str, one: Chosen) -> None:
+    block, module = one.block, one.module
+    if module is None:
+        raise PassError(f"{one.name!r} at {site!r} has no layers to put there.")
+    stem = one.name.replace("-", "_")
+    is_layer = bool(gm.graph.find_nodes(op="call_module", target=site))
+    path = edit.free_path(gm, f"{site}_{stem}" if is_layer else f"{site}.{stem}")
+    before = set(gm.graph.nodes)
+    new = _inline(gm, path, module, block.entry, block.exit)
+    edit.replace_uses(block.exit, new)
+    for node in gm.graph.nodes:
+        if node not in before:
+            node.meta[SITE_META] = site
+
+
+def _inline(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.Node, after: fx.Node) -> fx.Node:
+    """Compute ``module(value)`` behind the node ``after``, in canonical form."""
+    if isinstance(module, nn.Sequential):
+        for name, child in module.named_children():
+            new = _inline(gm, f"{path}.{name}", child, value, after)
+            value, after = new, new if new is not value else after
+        return value
+    if isinstance(module, nn.Identity):
+        return value
+    if isinstance(module, SqueezeExcite):
+        gate, last = value, after
+        for name, child in module.named_children():
+            gate = last = edit.insert_module(gm, f"{path}.{name}", child, last, (gate,))
+        return edit.insert_function(gm, _aten.mul.Tensor, last, (value, gate))
+    if ops.is_known(module):
+        return edit.insert_module(gm, path, module, after, (value,))
+    return _inline_traced(gm, path, module, value, after)
+
+
+def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.Node, after: fx.Node) -> fx.Node:
+    """Copy the nodes of any module's own graph."""
+    sizes = (_EXAMPLE_BATCH, *edit.shape(value)[1:])
+    inner = trace_graph(module.eval(), torch.zeros(sizes))
+    names: dict[fx.Node, fx.Node] = {}
+    for node in inner.graph.nodes:
+        if node.op == "placeholder":
+            names[node] = value
+        elif node.op == "call_module":
+            args = fx.map_arg(node.args, names.__getitem__)
+            part = inner.get_submodule(str(node.target))
+            after = names[node] = edit.insert_module(gm, f"{path}.{node.target}", part, after, args)
+        elif node.op == "call_function" and not node.kwargs:
+            after = names[node] = edit.insert_function(gm, node.target, after, fx.map_arg(node.args, names.__getitem__))
+        elif node.op == "output":
+            found = [names[source] for source in node.all_input_nodes]
+            if len(found) == 1:
+                return found[0]
+            raise PassError(f"The candidate for {path!r} gives {len(found)} values; it has to give one.")
+        else:
+            raise PassError(f"The candidate for {path!r} holds a parameter by itself; put it into a module of its own.")
+    raise PassError(f"The candidate for {path!r} gives nothing.")
+
+
+def check_custom(name: str, module: nn.Module, shape: Shape, size: tuple[int, int]) -> None:
+    """See that a user's candidate keeps the shape of its block.
+
+    Raises:
+        PassError: If it does not, or fails on an input of the block's size.
+    """
+    if not is_custom(name):
+        return
+    x = torch.zeros(_EXAMPLE_BATCH, shape.inputs, *size)
+    wanted = (_EXAMPLE_BATCH, shape.outputs, -(-size[0] // shape.stride), -(-size[1] // shape.stride))
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        with torch.no_grad():
+            found = module.eval()(x)
+    except FxoptError:
+        raise
+    except Exception as failure:
+        raise PassError(f"Candidate {name!r} fails on an input of {tuple(x.shape)}: {failure}") from failure
+    finally:
+        for part, training in modes:
+            part.training = training
+    if not isinstance(found, torch.Tensor) or tuple(found.shape) != wanted:
+        shown = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise PassError(
+            f"Candidate {name!r} makes {shown} of an input of {tuple(x.shape)}, and the block it would stand in for "
+            f"makes {wanted}. Correct it, or tell register_candidate(fits=...) where it can stand."
+        )
+
+
+def make(name: str, block: Block, builder: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """A candidate for a block, its weights unset; checked if it is a user's own."""
+    module = builder() if builder is not None else build(name, block.shape, block.style)
+    check_custom(name, module, block.shape, edit.shape(block.entry)[2:])  # type: ignore[arg-type]
+    return module

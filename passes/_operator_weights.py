@@ -1,0 +1,131 @@
+"""Weights of candidates: those of the block they stand in for as far as they fit, and seeded ones beyond."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from fxopt.passes._operator_patterns import Block, Squeeze, Unit
+from fxopt.passes._operators import SqueezeExcite
+
+__all__ = ["inherit", "initialize"]
+
+_SAME_LAYERS: Mapping[str, str] = {
+    "inverted-residual": "mb",
+    "depthwise-separable": "separable",
+    "basic": "basic",
+    "bottleneck": "bottleneck",
+    "convolution": "conv",
+}
+
+
+def initialize(module: nn.Module, seed: int, *names: str) -> None:
+    """Set all weights anew from a seed and names: convolutions as He et al. (2015), norms to one and zero."""
+    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    for part in module.modules():
+        if isinstance(part, (_ConvNd, nn.Linear)):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, _BatchNorm):
+            part.reset_parameters()
+
+
+def inherit(module: nn.Module, gm: fx.GraphModule, block: Block, name: str) -> bool:
+    """Give a candidate of the same layers as its block the block's weights; whether it is one.
+
+    Kernels are padded with zeros around the block's, or cut to their centre. Of more expanded channels than there are,
+    those that remain weigh most in the layer that reads them (L1); channels that the block has not are read with
+    weight zero. So a candidate that is no smaller than the block computes what the block computes.
+    """
+    family = _SAME_LAYERS.get(block.pattern.name)
+    if family is None or not name.startswith(family):
+        return False
+    mine = [part for part in module.children() if not isinstance(part, SqueezeExcite)]
+    if len(mine) != len(block.units):
+        return False
+    kept: torch.Tensor | None = None
+    with torch.no_grad():
+        for index, (new, old) in enumerate(zip(mine, block.units, strict=True)):
+            read, kept = kept, _chosen(block, index, new)
+            _take(gm, new, old, kept, read)
+            if index == 1 and block.squeeze is not None:
+                _take_gate(gm, module, block.squeeze, kept)
+    return True
+
+
+def _chosen(block: Block, index: int, new: nn.Module) -> torch.Tensor | None:
+    """Which outputs of the block's unit the new one has, -1 for others; None where they are all the same."""
+    fresh: Any = new.get_submodule("conv")
+    old = block.units[index].module
+    if index == len(block.units) - 1 or fresh.out_channels == old.out_channels:
+        if index > 0 and old.groups > 1 and index < len(block.units) - 1:
+            return None
+        return None
+    order = torch.arange(old.out_channels)
+    if fresh.out_channels < old.out_channels:
+        scores = _reading(block, index).abs().double().sum((0, 2, 3))
+        order = torch.argsort(scores, descending=True, stable=True)[: fresh.out_channels].sort().values
+    missing = fresh.out_channels - len(order)
+    return torch.cat([order, torch.full((missing,), -1)])
+
+
+def _reading(block: Block, index: int) -> torch.Tensor:
+    """Weights of the dense layer that reads a unit's outputs, through depthwise ones."""
+    following = next(one for one in block.units[index + 1 :] if one.module.groups == 1)
+    return following.module.weight.detach()
+
+
+def _take(gm: fx.GraphModule, new: nn.Module, old: Unit, kept: torch.Tensor | None, read: torch.Tensor | None) -> None:
+    """Give a unit the weights of another: outputs ``kept`` of it, which read the inputs ``read``."""
+    conv: Any = new.get_submodule("conv")
+    weight = _centred(old.module.weight.detach(), conv.kernel_size[0])
+    if old.module.groups == 1 and read is not None:
+        weight = _selected(weight, read, 1, torch.zeros(()))
+    conv.weight.copy_(_selected(weight, kept, 0, conv.weight.detach()))
+    if conv.bias is not None and old.module.bias is not None:
+        conv.bias.copy_(_selected(old.module.bias.detach(), kept, 0, conv.bias.detach()))
+    if old.norm is None:
+        return
+    norm, like = new.get_submodule("norm"), gm.get_submodule(str(old.norm.target))
+    for name, tensor in norm.state_dict().items():
+        source = like.state_dict()[name]
+        if source.dim():
+            source = source if kept is None else _selected(source, kept, 0, tensor)
+            if name == "running_mean" and old.module.bias is not None:
+                source = source - _selected(old.module.bias.detach(), kept, 0, torch.zeros_like(tensor))
+        tensor.copy_(source)
+
+
+def _take_gate(gm: fx.GraphModule, module: nn.Module, old: Squeeze, kept: torch.Tensor | None) -> None:
+    gate: Any = next(part for part in module.children() if isinstance(part, SqueezeExcite))
+    for new, unit, dim in ((gate.reduce, old.reduce, 1), (gate.expand, old.expand, 0)):
+        fresh = torch.zeros(()) if dim else new.weight.detach()
+        new.weight.copy_(_selected(unit.module.weight.detach(), kept, dim, fresh))
+        if unit.module.bias is None:
+            new.bias.zero_()
+        else:
+            new.bias.copy_(_selected(unit.module.bias.detach(), None if dim else kept, 0, new.bias.detach()))
+
+
+def _selected(source: torch.Tensor, kept: torch.Tensor | None, dim: int, fresh: torch.Tensor) -> torch.Tensor:
+    """The entries ``kept`` of a dimension; those of ``fresh`` where there are none (-1)."""
+    if kept is None:
+        return source
+    found = source.index_select(dim, kept.clamp(min=0))
+    sizes = [1] * source.dim()
+    sizes[dim] = -1
+    return torch.where((kept >= 0).view(sizes), found, fresh)
+
+
+def _centred(weight: torch.Tensor, kernel: int) -> torch.Tensor:
+    """A kernel padded with zeros, or cut to its centre."""
+    margin = (kernel - weight.shape[-1]) // 2
+    return nn.functional.pad(weight, (margin,) * 4)

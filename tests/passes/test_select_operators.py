@@ -1,0 +1,328 @@
+"""Blocks are found by pattern, and other operators stand in for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import fx, nn
+
+import fxopt
+from fxopt import models
+from fxopt.decisions import Capabilities, Policy
+from fxopt.errors import PassError, PolicyError, UnknownNameError
+from fxopt.graph import trace
+from fxopt.passes import FoldBatchNorm, SelectOperators
+from fxopt.passes._operator_patterns import PATTERNS
+from fxopt.passes._operators import _CUSTOM
+from fxopt.passes.select_operators import Pattern, Shape, Style, register_candidate, register_pattern
+from fxopt.testing import assert_equivalent
+
+
+def traced(module: nn.Module, *size: int) -> fx.GraphModule:
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
+    return trace(module.eval(), torch.randn(2, *size))
+
+
+def block_graph(block: nn.Module, channels: int = 8, size: int = 9) -> fx.GraphModule:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, channels, 1), nn.AvgPool2d(1), block, nn.AdaptiveAvgPool2d(1))
+    return traced(net, 3, size, size)
+
+
+BLOCKS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "inverted": (lambda: models.InvertedResidual(8, 8, 1, 6), "inverted-residual", "mb6-k3"),
+    "inverted with SE": (lambda: models.InvertedResidual(8, 12, 2, 3, 5, 4), "inverted-residual", "mb3-k5"),
+    "separable": (lambda: models.DepthwiseSeparable(8, 16, 2, 5), "depthwise-separable", "separable-k5"),
+    "basic": (lambda: models.BasicBlock(8, 8), "basic", "basic-k3"),
+    "basic with stride": (lambda: models.BasicBlock(8, 16, 2), "basic", "basic-k3"),
+    "bottleneck": (lambda: models.Bottleneck(8, 8), "bottleneck", "bottleneck-k3"),
+    "convolution": (
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        "convolution",
+        "conv-k3",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_found_and_each_candidate_keeps_their_shape(name: str) -> None:
+    make, pattern, operator = BLOCKS[name]
+    torch.manual_seed(0)
+    gm = block_graph(make())
+    step = SelectOperators()
+    (found,) = step.explain(gm)
+    assert (found.pattern, found.operator) == (pattern, operator)
+    assert found.site.startswith("2")
+    shapes = gm(torch.randn(3, 3, 9, 9)).shape
+    for choice in found.candidates:
+        result = step.with_policy(Policy({("operator", found.site): choice}))(gm)
+        assert result.modified == (choice != operator)
+        assert result.graph_module(torch.randn(3, 3, 9, 9)).shape == shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "larger"),
+    [
+        ("inverted", ["mb6-k5", "mb6-k7"]),
+        ("inverted with SE", ["mb3-k7", "mb6-k5", "mb6-k7"]),
+        ("separable", ["separable-k7"]),
+        ("basic", ["basic-k5", "basic-k7"]),
+        ("basic with stride", ["basic-k5"]),
+        ("bottleneck", ["bottleneck-k7"]),
+        ("convolution", ["conv-k5", "conv-k7"]),
+    ],
+)
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_larger_candidate_begins_as_what_the_block_computes(name: str, larger: list[str], folded: bool) -> None:
+    torch.manual_seed(0)
+    gm = block_graph(BLOCKS[name][0]())
+    gm = FoldBatchNorm()(gm).graph_module if folded else gm
+    (found,) = SelectOperators().explain(gm)
+    for choice in larger:
+        changed = SelectOperators(Policy({("operator", found.site): choice}))(gm)
+        assert changed.modified
+        assert_equivalent(gm, changed.graph_module, torch.randn(2, 3, 9, 9), batch=3)
+
+
+def test_a_smaller_expansion_keeps_the_channels_that_weigh_most() -> None:
+    torch.manual_seed(0)
+    block = models.InvertedResidual(8, 8, 1, 6)
+    weights = block.project[0].weight
+    kept = torch.arange(1, 48, 2)
+    with torch.no_grad():
+        weights[:, ::2] *= 1e-3
+    gm = block_graph(block)
+    (found,) = SelectOperators().explain(gm)
+    made = SelectOperators(Policy({("operator", found.site): "mb3-k3"}))(gm).graph_module
+    new: Any = made.get_submodule(f"{found.site}.mb3_k3")
+    assert torch.equal(new.project.conv.weight, weights[:, kept])
+    assert torch.equal(new.expand.conv.weight, block.expand[0].weight[kept])
+    assert torch.equal(new.depthwise.norm.running_mean, block.depthwise[1].running_mean[kept])
+
+
+def test_a_smaller_kernel_is_the_centre() -> None:
+    gm = block_graph(models.InvertedResidual(8, 8, 1, 6, 5))
+    (found,) = SelectOperators().explain(gm)
+    made = SelectOperators(Policy({("operator", found.site): "mb6-k3"}))(gm).graph_module
+    new: Any = made.get_submodule(f"{found.site}.mb6_k3")
+    old: Any = gm.get_submodule(f"{found.site}.depthwise.0")
+    assert torch.equal(new.depthwise.conv.weight, old.weight[:, :, 1:-1, 1:-1])
+
+
+def test_zero_leaves_the_shortcut() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9)
+    for block in (models.InvertedResidual(8, 8, 1, 6), models.BasicBlock(8, 16, 2)):
+        gm = block_graph(block)
+        (found,) = SelectOperators().explain(gm)
+        made = SelectOperators(Policy({("operator", found.site): "zero"}))(gm).graph_module
+        value = gm.get_submodule("1")(gm.get_submodule("0")(x))
+        rest = value if isinstance(block, models.InvertedResidual) else torch.relu(block.shortcut(value))
+        assert torch.allclose(made(x), rest.mean((2, 3), keepdim=True), atol=1e-6)
+        assert not [name for name, _ in made.named_parameters() if "body" in name or "expand" in name]
+
+
+def test_zero_of_a_rectified_block_takes_the_second_rectifier_along() -> None:
+    torch.manual_seed(0)
+    gm = traced(nn.Sequential(nn.Conv2d(3, 8, 1), models.BasicBlock(8, 8), models.BasicBlock(8, 8)), 3, 6, 6)
+    step = SelectOperators()
+    site = step.explain(gm)[1].site
+    made = step.with_policy(Policy({("operator", site): "zero"}))(gm).graph_module
+    assert sum("ReLU" in type(module).__name__ for module in made.modules()) == 2
+    x = torch.randn(2, 3, 6, 6)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), models.BasicBlock(8, 8)).eval()
+    net.load_state_dict({name: value for name, value in made.state_dict().items() if name[0] in "01"})
+    assert torch.allclose(made(x), net(x), atol=1e-6)
+    # Behind a convolution that is not rectified, a fusing runtime would compute the rectifier with the convolution.
+    assert "zero" not in step.explain(gm)[0].candidates
+
+
+def test_the_published_space() -> None:
+    with torch.device("meta"):
+        module = models.proxyless_space()
+    gm = trace(module.to_empty(device="cpu").eval(), torch.zeros(2, 3, 32, 32))
+    space = SelectOperators(patterns="inverted-residual").search_space(gm)
+    assert len(space) == 21
+    assert space.policies == 6**6 * 7**15
+
+
+def test_zoo_networks_offer_blocks() -> None:
+    patterns = {"mobilenet-v1": "depthwise-separable", "mnasnet-a1": "inverted-residual"}
+    counts = {"mobilenet-v1": 13, "mnasnet-a1": 15}
+    for name, pattern in patterns.items():
+        with torch.device("meta"):
+            module = models.create(name)
+        gm = trace(module.to_empty(device="cpu").eval(), torch.zeros(2, 3, 32, 32))
+        found = [block for block in SelectOperators().explain(gm) if block.pattern == pattern]
+        assert len(found) == counts[name]
+
+
+class _Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dilated = nn.Conv2d(4, 4, 3, padding=2, dilation=2)
+        self.valid = nn.Conv2d(4, 4, 3)
+        self.twice = nn.Conv2d(4, 4, 3, padding=1)
+        self.flat = nn.Conv2d(4, 4, (1, 3), padding=(0, 1))
+        self.followed = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.twice(self.twice(self.flat(self.valid(self.dilated(x)))))
+        y = self.followed(x)
+        return torch.sigmoid(y).sigmoid() + x
+
+
+def test_a_refused_match_says_why() -> None:
+    gm = trace(_Odd().eval(), torch.randn(2, 4, 12, 12))
+    reasons = {refusal.site: refusal.reason for refusal in SelectOperators().refusals(gm)}
+    assert "dilated" in reasons["dilated"]
+    assert "padding" in reasons["valid"]
+    assert "several places" in reasons["twice"]
+    assert "square" in reasons["flat"]
+    assert "computed together" in reasons["followed"]
+    assert not len(SelectOperators().search_space(gm))
+
+
+def test_a_block_whose_input_is_read_elsewhere_is_not_left_out() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 1)
+            self.block = models.InvertedResidual(8, 8, 1, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            return torch.cat([self.block(x), x], 1)
+
+    (found,) = SelectOperators().explain(trace(Net().eval(), torch.randn(2, 3, 8, 8)))
+    assert "zero" not in found.candidates
+    assert "mb6-k5" in found.candidates
+
+
+def test_weights_come_from_the_seed_alone() -> None:
+    gm = block_graph(models.BasicBlock(8, 8))
+    policy = Policy({("operator", SelectOperators().explain(gm)[0].site): "mb3-k3"})
+    torch.manual_seed(1)
+    one = SelectOperators(policy)(gm).graph_module.state_dict()
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    other = SelectOperators(Policy.from_json(policy.to_json()))(gm).graph_module.state_dict()
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    third = SelectOperators(policy, seed=1)(gm).graph_module.state_dict()
+    assert any(not torch.equal(one[name], third[name]) for name in one)
+
+
+def test_a_network_that_nobody_here_wrote() -> None:
+    torch.manual_seed(0)
+    module = pytest.importorskip("pytorchcv.models.mnasnet").mnasnet_small()
+    gm = trace(module.eval(), torch.randn(2, 3, 224, 224))
+    space = SelectOperators().search_space(gm)
+    assert sum(decision.operator == "inverted-residual" for decision in space) >= 9
+    result = SelectOperators(space.sample(np.random.default_rng(1)))(gm).graph_module
+    assert result(torch.randn(3, 3, 224, 224)).shape == (3, 1000)
+
+
+def test_what_is_decided_can_be_narrowed() -> None:
+    gm = trace(models.small_mobilenet_v2(width=8), torch.zeros(2, 1, 16, 16))
+    everything = SelectOperators().search_space(gm)
+    assert [one.site for one in everything] == ["stem", *(f"blocks.{number}" for number in range(5))]
+    assert [one.site for one in SelectOperators(ignore="blocks.*").search_space(gm)] == ["stem"]
+    few = SelectOperators(patterns=("inverted-residual",), kernels=(3,), candidates=("mb{e}-k{k}",))
+    assert {one.choices for one in few.search_space(gm)} == {("mb3-k3", "mb6-k3")}
+    able = Capabilities(operators=("mb3-k5",))
+    assert everything.restrict(able)[1].choices == ("mb3-k3", "mb3-k5")
+    assert SelectOperators().search_space(gm, able) == everything.restrict(able)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"kernels": (4,)}, PassError, "odd"),
+        ({"expansions": (0,)}, PassError, "expansions"),
+        ({"patterns": "inverted"}, UnknownNameError, "inverted-residual"),
+        ({"candidates": "mb6-k4"}, UnknownNameError, "candidate"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        SelectOperators(**options)
+
+
+def test_policies_that_do_not_fit() -> None:
+    gm = trace(models.small_mobilenet_v2(width=8), torch.zeros(2, 1, 16, 16))
+    for site, choice, words in (
+        ("blocks.9", "mb6-k3", "Did you mean"),
+        ("blocks.1", "zero", "its candidates are mb3-k3"),
+        ("blocks.0", 3, "cannot stand"),
+    ):
+        with pytest.raises(PolicyError, match=words):
+            SelectOperators(Policy({("operator", site): choice}))(gm)
+    with pytest.raises(PassError, match="matches no block"):
+        SelectOperators(ignore="nothing.*").search_space(gm)
+
+
+class _TwoPaths(nn.Module):
+    """A user's candidate that is no chain of layers."""
+
+    def __init__(self, shape: Shape, style: Style) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(shape.inputs, shape.outputs, 1, shape.stride)
+        self.other = nn.Conv2d(shape.inputs, shape.outputs, 3, shape.stride, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(self.one(x), self.other(x)).clamp(max=6.0)
+
+
+def test_candidates_and_patterns_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.passes._operators._CUSTOM", dict(_CUSTOM))
+    register_candidate("two-paths", _TwoPaths, fits=lambda shape: not shape.shortcut)
+    register_candidate("shrinking", lambda shape, style: nn.Conv2d(shape.inputs, shape.outputs, 3))
+    with pytest.raises(PassError, match="already"):
+        register_candidate("mb6-k3", _TwoPaths)
+    gm = block_graph(models.DepthwiseSeparable(8, 16, 2))
+    (found,) = SelectOperators(candidates="two-paths").explain(gm)
+    assert found.candidates == ("separable-k3", "two-paths")
+    made = SelectOperators(Policy({("operator", found.site): "two-paths"}))(gm).graph_module
+    one, other = (made.get_submodule(f"{found.site}.two_paths.{name}") for name in ("one", "other"))
+    x = torch.randn(2, 3, 9, 9)
+    value = made.get_submodule("1")(made.get_submodule("0")(x))
+    assert torch.allclose(
+        made(x), torch.maximum(one(value), other(value)).clamp(max=6.0).mean((2, 3), keepdim=True), atol=1e-6
+    )
+    with pytest.raises(PassError, match=r"'shrinking' makes \(2, 16, 7, 7\)"):
+        SelectOperators(Policy({("operator", found.site): "shrinking"}))(gm)
+    register_candidate("wrong", lambda shape, style: nn.Linear(3, 3))
+    with pytest.raises(PassError, match="'wrong' fails"):
+        SelectOperators(Policy({("operator", found.site): "wrong"}))(gm)
+
+
+def test_a_pattern_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.passes._operator_patterns.PATTERNS", PATTERNS)
+    saved = dict(PATTERNS)
+    try:
+        register_pattern(Pattern("two-dense", ("dense", "dense"), ("conv-k{k}", "mb3-k3")))
+        gm = block_graph(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)))
+        (found,) = SelectOperators().explain(gm)
+        assert (found.pattern, found.operator) == ("two-dense", "original")
+        assert found.candidates == ("original", "conv-k3", "conv-k5", "conv-k7", "mb3-k3")
+        with pytest.raises(PassError, match="already"):
+            register_pattern(Pattern("two-dense", ("dense",), ()))
+        with pytest.raises(PassError, match="roles"):
+            register_pattern(Pattern("another", ("sparse",), ()))
+    finally:
+        PATTERNS.clear()
+        PATTERNS.update(saved)
+
+
+def test_by_name() -> None:
+    assert isinstance(fxopt.passes.create("select-operators", kernels=(3,)), SelectOperators)
