@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from fxopt import _storage, targets
 from fxopt import passes as pass_registry
+from fxopt._precision import without_slow_integers
 from fxopt._reporting import build_report, changes_in, export_data, metrics_of, notes_on
 from fxopt.data import Loader, first_batch
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
@@ -144,7 +145,8 @@ def optimize(
     are within the budget, judged on the data; the best one is applied, fine-tuned and quantized.
 
     Of two policies of equal score the cheaper one wins: a hundredth of the latency relative to the original is taken
-    off each score during the search.
+    off each score during the search. For the target ``host`` no layer is quantized that is slower so in onnxruntime on
+    this machine; see ``fxopt.export.fastest_bits``.
 
     Args:
         model: The model. It is not changed.
@@ -186,7 +188,7 @@ def optimize(
     _check_data(train, val, evaluate)
     _check_executor(executor)
     folder = Path(workdir) if workdir is not None else None
-    job = _Job(model, example_inputs, device, chosen, budgets)
+    job = _Job(model, example_inputs, device, chosen, budgets, folder, show)
     tuning = _Tuning(train, epochs, loss, learning_rate, seed, folder)
     judge = Evaluator(
         job.graph,
@@ -299,6 +301,8 @@ class _Job:
         target: targets.Target,
         passes: tuple[TunablePass, ...],
         budgets: tuple[Budget, ...],
+        folder: Path | None,
+        show: Progress,
     ) -> None:
         self.target = target
         self.budgets = budgets
@@ -310,6 +314,11 @@ class _Job:
         self.workload: ParametricWorkload = lower(self.graph, batch=target.capabilities.batch)
         decisions = [d for one in passes for d in one.search_space(self.graph, target.capabilities)]
         self.space = SearchSpace(decisions)
+        if target.name == targets.HOST:
+            record = None if folder is None else folder / f"fastest-bits-{self.digest}.json"
+            for one in passes:
+                if isinstance(one, Quantize):
+                    self.space = without_slow_integers(self.space, self.graph, example_inputs, one, record, show)
         self._prepare()
         self.original = target.estimate(self.workload.bind())
         self.limits = np.array([budget.absolute(float(self.original.metric(budget.metric)[0])) for budget in budgets])

@@ -6,6 +6,7 @@ onnx and onnxruntime are imported when they are used, not before.
 from __future__ import annotations
 
 from fxopt.export._export import ExportReport, export_onnx
+from fxopt.export._fastest import FastestBits, fastest_bits
 from fxopt.export._measure import Measurement, Timing, measure
 from fxopt.export._module import OnnxModule
 from fxopt.export._runtime import host_fingerprint
@@ -13,10 +14,12 @@ from fxopt.export.profiler import onnxruntime_profiler
 
 __all__ = [
     "ExportReport",
+    "FastestBits",
     "Measurement",
     "OnnxModule",
     "Timing",
     "export_onnx",
+    "fastest_bits",
     "host_fingerprint",
     "measure",
     "onnxruntime_profiler",

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -26,7 +26,10 @@ from fxopt.export._export import export_onnx
 from fxopt.export._runtime import make_session
 from fxopt.graph import normalize
 
-__all__ = ["Measurement", "Timing", "measure"]
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["Measurement", "Timing", "feed_for", "measure"]
 
 Model: TypeAlias = str | os.PathLike[str] | nn.Module
 """A file, or a module or graph that is exported first."""
@@ -130,18 +133,28 @@ def _as_file(model: Model, example_inputs: object, scratch: Path) -> Path:
     return export_onnx(model, scratch, example_inputs, check=False).path
 
 
-def _runner(file: Path, example_inputs: object, batch: int, threads: int) -> Callable[[], Any]:
-    session = make_session(file, threads=threads)
+def feed_for(
+    session: onnxruntime.InferenceSession, file: Path, example_inputs: object, batch: int
+) -> dict[str, NDArray[Any]]:
+    """What to run a session with: the example inputs at a batch, or random numbers if there are none.
+
+    Raises:
+        DataError: If the example inputs do not fit the file, or there are none and the file leaves sizes open.
+    """
     wanted = session.get_inputs()
     if example_inputs is None:
-        feed = {value.name: _random_input(value, batch, file) for value in wanted}
-    else:
-        fixed = next((value.shape[0] for value in wanted if value.shape and isinstance(value.shape[0], int)), batch)
-        leaves = normalize(example_inputs).with_batch(fixed).leaves()
-        arrays = [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if len(arrays) != len(wanted):
-            raise DataError(f"{file} takes {len(wanted)} inputs and example_inputs holds {len(arrays)} tensors.")
-        feed = {value.name: array for value, array in zip(wanted, arrays, strict=True)}
+        return {value.name: _random_input(value, batch, file) for value in wanted}
+    fixed = next((value.shape[0] for value in wanted if value.shape and isinstance(value.shape[0], int)), batch)
+    leaves = normalize(example_inputs).with_batch(fixed).leaves()
+    arrays = [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if len(arrays) != len(wanted):
+        raise DataError(f"{file} takes {len(wanted)} inputs and example_inputs holds {len(arrays)} tensors.")
+    return {value.name: array for value, array in zip(wanted, arrays, strict=True)}
+
+
+def _runner(file: Path, example_inputs: object, batch: int, threads: int) -> Callable[[], Any]:
+    session = make_session(file, threads=threads)
+    feed = feed_for(session, file, example_inputs, batch)
     try:
         session.run(None, feed)
     except Exception as failure:
