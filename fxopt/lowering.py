@@ -18,14 +18,25 @@ from torch import fx
 
 from fxopt._lowering.bits import BitTable
 from fxopt._lowering.build import Builder
+from fxopt._lowering.choices import OperatorTable, OperatorWorkload, lower_choices
 from fxopt._lowering.forms import Forms, Size
 from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import PolicyError
+from fxopt.passes import SelectOperators
 from fxopt.targets import ColumnWorkload, Estimate, Target, Workload
 from fxopt.targets.base import join_estimates
 from fxopt.targets.rows import FLOAT_BITS, OpKind, default_rows
 
-__all__ = ["BitTable", "Choices", "ParametricWorkload", "RowInfo", "lower"]
+__all__ = [
+    "BitTable",
+    "Choices",
+    "OperatorTable",
+    "OperatorWorkload",
+    "ParametricWorkload",
+    "RowInfo",
+    "lower",
+    "lower_operators",
+]
 
 Ints = npt.NDArray[np.int64]
 
@@ -85,6 +96,23 @@ def lower(gm: fx.GraphModule, batch: int = 1) -> ParametricWorkload:
     builder = Builder(gm, batch)
     builder.walk()
     return ParametricWorkload(builder)
+
+
+def lower_operators(gm: fx.GraphModule, step: SelectOperators, batch: int = 1) -> OperatorWorkload:
+    """Lower a canonical graph to a workload whose rows refer to decisions of operators.
+
+    Args:
+        gm: A graph from ``fxopt.trace``.
+        step: The pass that says what each block can be.
+        batch: Batch size that costs are for.
+
+    Returns:
+        The workload; binding a policy gives the rows of the rewritten graph, without a graph being rewritten.
+
+    Raises:
+        PassError: If there is no block to decide about.
+    """
+    return lower_choices(gm, step, functools.partial(lower, batch=batch))
 
 
 class ParametricWorkload:

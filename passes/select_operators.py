@@ -21,6 +21,7 @@ from fxopt.passes._operators import IDENTITY, ZERO, Shape, Style, known, registe
 from fxopt.passes.base import PassResult, Refusal, TunablePass
 
 __all__ = [
+    "SITE_META",
     "Block",
     "FoundBlock",
     "Pattern",
