@@ -3,6 +3,10 @@
 The rules are a table, :data:`ROLES`, by operator name. A quantized layer reads integers and writes integers after the
 activation function that the runtime fuses into it. An operator with an integer kernel joins the chain if all that it
 reads is quantized and something behind it needs integers. All others stay in floating point and get no quantizer.
+
+Every reader takes a value at the bits it asks for: a layer at its activation bits, any other integer operator at the
+most that its own result is asked for, floating point at 8. A value that is asked for at several widths gets a quantizer
+for each.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import fx, nn
 
 from fxopt.errors import PassError
 from fxopt.graph import ops
+from fxopt.graph.fake_quantize import MAX_BITS
 
 __all__ = ["ROLES", "Point", "Role", "place"]
 
@@ -89,12 +94,12 @@ class _Placement:
     def __init__(self, gm: fx.GraphModule, layers: Mapping[str, int]) -> None:
         self._gm = gm
         self._layers = layers
-        self._widest = max(layers.values(), default=0)
         self._fused: dict[fx.Node, fx.Node] = {}
         self._demanded = {self._origin(node.args[0]) for node in gm.graph.nodes if self._is_layer(node)}
         self._integer: set[fx.Node] = set()
         self._grow()
         self._prune()
+        self._asked = self._demands()
 
     def points(self) -> list[Point]:
         found: list[Point] = []
@@ -108,10 +113,8 @@ class _Placement:
         return found
 
     def _points_at(self, node: fx.Node, readers: Sequence[fx.Node]) -> Iterator[Point]:
-        integer = [reader for reader in readers if reader in self._integer]
-        widths = sorted({self._bits(reader) for reader in integer} or {self._widest})
-        for bits in widths:
-            mine = [reader for reader in readers if (self._bits(reader) if reader in integer else widths[-1]) == bits]
+        for bits in sorted({self._bits(reader) for reader in readers}):
+            mine = [reader for reader in readers if self._bits(reader) == bits]
             yield Point(node, bits, tuple(mine), self._grid_of(node))
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
@@ -139,7 +142,18 @@ class _Placement:
         return node
 
     def _bits(self, reader: fx.Node) -> int:
-        return self._layers[str(reader.target)] if self._is_layer(reader) else self._widest
+        """The bits that a node reads values at."""
+        return self._asked.get(reader, MAX_BITS)
+
+    def _demands(self) -> dict[fx.Node, int]:
+        """The bits of every integer operator: a layer's own, and of others the most that their result is read at."""
+        found: dict[fx.Node, int] = {}
+        for node in reversed(self._gm.graph.nodes):
+            if self._is_layer(node):
+                found[node] = self._layers[str(node.target)]
+            elif node in self._integer:
+                found[node] = max((found.get(user, MAX_BITS) for user in node.users), default=MAX_BITS)
+        return found
 
     def _grow(self) -> None:
         for node in self._gm.graph.nodes:

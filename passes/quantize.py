@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from fxopt.decisions import Capabilities, Decision, SearchSpace
+from fxopt.decisions import FLOAT_BITS, Capabilities, Decision, SearchSpace
 from fxopt.errors import DataError, PassError
-from fxopt.graph import edit, eval_mode, ops, shape
-from fxopt.graph.fake_quantize import QUANTIZED_LAYERS, ActivationQuantizer, QuantizedLayer, observing, quantize_layer
+from fxopt.graph import edit, eval_mode, ops
+from fxopt.graph.fake_quantize import ActivationQuantizer, observing, quantize_layer
 from fxopt.passes._calibrate import batches, feed, refuse_quantized, synthetic_batch
 from fxopt.passes._placement import Point, place
+from fxopt.passes._sites import BITS, FLOAT, check_sharing, check_weights, decide, kind_of, layers
 from fxopt.passes.base import PassResult, TunablePass
 
 __all__ = ["BITS", "CALIBRATION_META", "DEFAULT_RECIPE", "FLOAT", "Quantize"]
-
-FLOAT = (32, 32)
-BITS: tuple[tuple[int, int], ...] = ((8, 8), FLOAT)
-"""The pairs of weight and activation bits on offer."""
 
 DEFAULT_RECIPE = {"conv": (8, 8), "depthwise": (8, 8), "linear": (8, 8)}
 """Bits by kind of operator without a policy. Transposed convolutions have no integer kernel in onnxruntime."""
@@ -37,14 +33,16 @@ _QUANTIZERS = "quantizers"
 class Quantize(TunablePass):
     """Quantize layers and the values between them, calibrated on the ranges seen in data.
 
-    Weights go to symmetric 8-bit grids, one scale an output channel; activations to asymmetric unsigned ones, one
-    scale a tensor. Quantizers stand behind activation functions that a runtime fuses, at the inputs and outputs of
-    additions, concatenations and poolings inside a chain of quantized layers, and nowhere around layers left in
-    floating point. Parameters are shared with the graph before; its own quantizers and their observed ranges are new.
+    Weights go to symmetric grids of 1 to 8 bits, one scale an output channel; activations to asymmetric unsigned ones
+    of 1 to 8 bits, one scale a tensor, or stay in floating point. Quantizers stand behind activation functions that a
+    runtime fuses, at the inputs and outputs of additions, concatenations and poolings inside a chain of quantized
+    layers, and nowhere around layers left in floating point. Parameters are shared with the graph before; its own
+    quantizers and their observed ranges are new.
 
     Attributes:
-        policy: Decisions of kind "bits": ``(8, 8)`` or ``(32, 32)`` for each layer. None quantizes all that
-            :data:`DEFAULT_RECIPE` names.
+        policy: Decisions of kind "bits": ``(weight_bits, activation_bits)`` for each layer, 1 to 8 of each; 32
+            activation bits quantize the weight alone, and ``(32, 32)`` leaves the layer in floating point. None
+            quantizes all that :data:`DEFAULT_RECIPE` names.
         calibration: An iterable of batches as the model takes them (labels behind the inputs are left out), or one
             batch as a tensor, tuple or mapping. None takes one synthetic batch of standard normal numbers: enough to
             measure speed and size, not to judge accuracy. ``gm.meta["fxopt_calibration"]`` says which it was.
@@ -74,7 +72,7 @@ class Quantize(TunablePass):
             PassError: If some layers, but not all, are quantized already.
         """
         able = capabilities or Capabilities({kind: (bits, FLOAT) for kind, bits in DEFAULT_RECIPE.items()})
-        decisions = [_decision(graph_module, node) for node in _layers(graph_module)]
+        decisions = self._decisions(graph_module)
         if decisions:
             refuse_quantized(graph_module, self.name)
         offered = SearchSpace(decisions).restrict(able)
@@ -94,7 +92,8 @@ class Quantize(TunablePass):
         """Insert activation quantizers, calibrate them, and replace the layers chosen by quantized ones.
 
         Raises:
-            PolicyError: If the policy names a layer or bits that cannot be chosen.
+            PolicyError: If the policy names a layer or bits that cannot be chosen, or different bits for a weight that
+                two layers share.
             DataError: If the calibration data is empty, of the wrong form, or leads to values that are not finite.
             PassError: If batch normalization follows a chosen layer, or other layers are quantized already.
         """
@@ -102,27 +101,34 @@ class Quantize(TunablePass):
         if not chosen:
             return PassResult(graph_module, False)
         refuse_quantized(graph_module, self.name)
-        _check_weights(graph_module, chosen)
-        _split_silu(graph_module, chosen)
-        points = place(graph_module, {path: activation for path, (_, activation) in chosen.items()})
+        check_weights(graph_module, chosen)
+        check_sharing(graph_module, chosen)
+        inputs = {path: activation for path, (_, activation) in chosen.items() if activation != FLOAT_BITS}
+        _split_silu(graph_module, inputs)
+        points = place(graph_module, inputs)
         quantizers = _insert(graph_module, points)
         graph_module.recompile()
         self._calibrate(graph_module, quantizers)
-        for path, (weight_bits, _) in chosen.items():
-            edit.replace_module(graph_module, path, quantize_layer(graph_module.get_submodule(path), weight_bits))
+        for path, bits in chosen.items():
+            edit.replace_module(graph_module, path, quantize_layer(graph_module.get_submodule(path), *bits))
         edit.finish(graph_module)
         return PassResult(graph_module, True)
 
     def _chosen(self, gm: fx.GraphModule) -> dict[str, tuple[int, int]]:
         """Bits of the layers to quantize, by path."""
         if self.policy is None:
-            kinds = {str(node.target): _kind(gm, node) for node in _layers(gm)}
+            kinds = {str(node.target): kind_of(gm, node) for node in layers(gm)}
             return {path: DEFAULT_RECIPE[kind] for path, kind in kinds.items() if kind in DEFAULT_RECIPE}
-        everything = SearchSpace(_decision(gm, node) for node in _layers(gm))
-        everything.validate(self.own_choices)
+        SearchSpace(self._decisions(gm)).validate(self.own_choices)
         return {site: bits for (_, site), bits in self.own_choices.items() if bits != FLOAT}  # type: ignore[misc]
 
+    def _decisions(self, gm: fx.GraphModule) -> list[Decision]:
+        return [decide(gm, node, index) for index, node in enumerate(layers(gm))]
+
     def _calibrate(self, gm: fx.GraphModule, quantizers: list[tuple[str, ActivationQuantizer]]) -> None:
+        if not quantizers:
+            gm.meta[CALIBRATION_META] = {"source": "none: weights alone are quantized", "batches": 0, "samples": 0}
+            return
         count = samples = 0
         with torch.no_grad(), eval_mode(gm), observing(gm):
             if self.calibration is None:
@@ -148,52 +154,6 @@ class Quantize(TunablePass):
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
     return int(tensors[0].shape[0]) if tensors else 1
-
-
-def _layers(gm: fx.GraphModule) -> list[fx.Node]:
-    """The first call of every float layer that has a quantized form."""
-    found: dict[str, fx.Node] = {}
-    for node in gm.graph.find_nodes(op="call_module"):
-        module = gm.get_submodule(str(node.target))
-        known = isinstance(module, tuple(QUANTIZED_LAYERS)) and not isinstance(module, QuantizedLayer)
-        if known and isinstance(module.weight, torch.Tensor) and module.weight.dtype == torch.float32:
-            found.setdefault(str(node.target), node)
-    return list(found.values())
-
-
-def _kind(gm: fx.GraphModule, node: fx.Node) -> str:
-    module: Any = gm.get_submodule(str(node.target))
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if module.transposed:
-        return "conv_transpose"
-    return "depthwise" if module.groups == module.in_channels > 1 else "conv"
-
-
-def _decision(gm: fx.GraphModule, node: fx.Node) -> Decision:
-    module: Any = gm.get_submodule(str(node.target))
-    size = shape(node)
-    weights = module.weight.numel()
-    linear = isinstance(module, nn.Linear)
-    positions = math.prod(size[1:-1]) if linear else math.prod(size[2:])
-    features = {
-        "in_channels": module.in_features if linear else module.in_channels,
-        "out_channels": module.out_features if linear else module.out_channels,
-        "kernel": 1 if linear else math.prod(module.kernel_size),
-        "stride": 1 if linear else math.prod(module.stride),
-        "groups": 1 if linear else module.groups,
-        "positions": positions,
-        "weights": weights,
-        "macs": weights * positions,
-    }
-    return Decision("bits", str(node.target), BITS, FLOAT, features, operator=_kind(gm, node))
-
-
-def _check_weights(gm: fx.GraphModule, chosen: Iterable[str]) -> None:
-    for path in chosen:
-        for name, tensor in gm.get_submodule(path).named_parameters(recurse=False):
-            if not bool(torch.isfinite(tensor).all()):
-                raise DataError(f"Parameter '{path}.{name}' holds NaN or infinity; load finite weights.")
 
 
 def _split_silu(gm: fx.GraphModule, chosen: Container[str]) -> None:

@@ -24,6 +24,7 @@ from fxopt.targets.rows import ROW_DTYPE, macs, parameters
 from tests.strategies import cnns, networks, traced
 
 CAPABILITIES = Capabilities({"*": ((8, 8), (32, 32))}, channel_tile=2)
+ANY_BITS = Capabilities({"*": ((1, 1), (2, 8), (4, 4), (5, 3), (8, 2), (8, 8), (4, 32), (32, 32))})
 
 
 def assert_same_rows(one, other):
@@ -50,7 +51,7 @@ def test_bound_bits_equal_the_lowered_quantized_graph(network, seed):
     gm = FoldBatchNorm()(traced(network)[0].eval()).graph_module
     if any(isinstance(module, nn.BatchNorm2d) for module in gm.modules()):
         return  # A norm that cannot be folded is refused by Quantize.
-    space = Quantize().search_space(gm, CAPABILITIES)
+    space = Quantize().search_space(gm, ANY_BITS)
     policy = space.sample(np.random.default_rng(seed))
     quantized = Quantize(policy)(gm).graph_module
     assert_same_rows(lower(gm).bind(policy), lower(quantized).bind())

@@ -256,17 +256,11 @@ class Builder(Drafts):
         path = str(node.target)
         if path not in self._layers:
             self._layers[path] = len(self._layers)
-            self.bit_sites[path] = self._current_bits(node, module)
+            self.bit_sites[path] = _current_bits(module)
         return self._layers[path]
 
-    def _current_bits(self, node: fx.Node, module: nn.Module) -> tuple[int, int]:
-        if not isinstance(module, QuantizedLayer):
-            return (FLOAT_BITS, FLOAT_BITS)
-        weight_bits = int(module.weight_quantizer.bits)
-        source = node.all_input_nodes[0]
-        while not isinstance(self.module(source), ActivationQuantizer) and source.all_input_nodes:
-            if ops.semantics(self.gm, source).kind != "none":
-                return (weight_bits, FLOAT_BITS)
-            source = source.all_input_nodes[0]
-        quantizer = self.module(source)
-        return (weight_bits, int(quantizer.bits) if isinstance(quantizer, ActivationQuantizer) else FLOAT_BITS)
+
+def _current_bits(module: nn.Module) -> tuple[int, int]:
+    if not isinstance(module, QuantizedLayer):
+        return (FLOAT_BITS, FLOAT_BITS)
+    return (int(module.weight_quantizer.bits), int(module.activation_bits))

@@ -23,6 +23,7 @@ from fxopt.errors import DataError, PassError
 from fxopt.graph.ops import OpSemantics, register_module
 
 __all__ = [
+    "MAX_BITS",
     "QUANTIZED_LAYERS",
     "ActivationQuantizer",
     "QuantConv1d",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 MAX_BITS = 8
+"""Most bits of a grid; wider values stay in floating point."""
+
 MIN_SCALE = 2.0**-60
 """Smallest scale. The product of two is still a normal float32, as the scale of a bias has to be."""
 
@@ -251,20 +254,26 @@ class QuantizedLayer(nn.Module):
 
     Parameters keep their names and are shared with the layer that it was made from; ``weight_quantizer.scale`` is
     all that a state_dict gains. In training mode the scales follow the weight.
+
+    Attributes:
+        weight_quantizer: Holds the weight to its grid.
+        activation_bits: Bits that the layer reads its input at, 32 if in floating point.
     """
 
     float_class: ClassVar[type[nn.Module]] = nn.Module
     weight_axis: ClassVar[int] = 0
     weight: torch.Tensor
     weight_quantizer: WeightQuantizer
+    activation_bits: int
 
     @classmethod
-    def from_float(cls, module: nn.Module, bits: int = MAX_BITS) -> Self:
+    def from_float(cls, module: nn.Module, bits: int = MAX_BITS, activation_bits: int = MAX_BITS) -> Self:
         """The quantized form of ``module``, sharing its parameters; ``module`` itself is left alone.
 
         Args:
             module: A layer of the class that this one derives from.
             bits: Bits of the weight, 1 to 8.
+            activation_bits: Bits of the input, for which a quantizer stands elsewhere; 32 if there is none.
 
         Raises:
             PassError: If ``module`` is of another class or ``bits`` out of range.
@@ -279,6 +288,7 @@ class QuantizedLayer(nn.Module):
         layer.weight_quantizer = WeightQuantizer(bits, channels, cls.weight_axis).to(layer.weight.device)
         layer.weight_quantizer.train(module.training)
         layer.weight_quantizer.calibrate(layer.weight)
+        layer.activation_bits = activation_bits
         return layer
 
     def to_float(self) -> nn.Module:
@@ -287,7 +297,7 @@ class QuantizedLayer(nn.Module):
         layer.__dict__ = copy.copy(self.__dict__)
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             layer.__dict__[name] = copy.copy(self.__dict__[name])
-        del layer._modules["weight_quantizer"]
+        del layer._modules["weight_quantizer"], layer.__dict__["activation_bits"]
         return layer
 
     def quantized_weight(self) -> torch.Tensor:
@@ -392,15 +402,15 @@ QUANTIZED_LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
 """The quantized layer for each class of float layer."""
 
 
-def quantize_layer(module: nn.Module, bits: int = MAX_BITS) -> QuantizedLayer:
-    """The quantized form of a float layer, sharing its parameters.
+def quantize_layer(module: nn.Module, bits: int = MAX_BITS, activation_bits: int = MAX_BITS) -> QuantizedLayer:
+    """The quantized form of a float layer, sharing its parameters; see :meth:`QuantizedLayer.from_float`.
 
     Raises:
         PassError: If there is none for the layer's class, or ``bits`` is out of range.
     """
     for base in type(module).__mro__:
         if base in QUANTIZED_LAYERS:
-            return QUANTIZED_LAYERS[base].from_float(module, bits)
+            return QUANTIZED_LAYERS[base].from_float(module, bits, activation_bits)
     known = ", ".join(cls.__name__ for cls in QUANTIZED_LAYERS)
     raise PassError(f"There is no quantized form of {type(module).__name__}; there is one of {known}.")
 

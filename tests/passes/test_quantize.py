@@ -224,6 +224,78 @@ def test_transposed_convolutions_are_quantized_only_if_the_target_says_so() -> N
     assert chain(quantized(gm, policy=float_but("up"))) == ["a", "Q(a)", "up", "Q(up)"]
 
 
+# Several widths in one graph.
+
+
+def bits(gm: fx.GraphModule, name: str) -> int:
+    return int(gm.get_submodule(f"quantizers.{name}").bits)
+
+
+def policy_of(**choices: tuple[int, int]) -> Policy:
+    return Policy({("bits", site): choice for site, choice in choices.items()})
+
+
+def test_every_layer_reads_its_own_width() -> None:
+    gm = graph_of(lambda s, x: (s.c(y := torch.relu(s.a(x))), s.d(y)), a=conv(), c=conv(), d=conv())
+    result = quantized(gm, policy=policy_of(a=(3, 5), c=(2, 4), d=(1, 6)))
+    reads = {name: bits(result, sources(result, name)[0].removeprefix("quantizers_")) for name in "acd"}
+    assert reads == {"a": 5, "c": 4, "d": 6}
+    widths = {name: result.get_submodule(name).weight_quantizer.bits for name in "acd"}
+    assert widths == {"a": 3, "c": 2, "d": 1}
+    assert {name: result.get_submodule(name).activation_bits for name in "acd"} == reads
+
+
+def test_what_joins_values_reads_them_at_the_width_that_its_result_is_read_at() -> None:
+    gm = graph_of(lambda s, x: s.c(s.p(s.a(x) + s.b(x))), a=conv(), b=conv(), p=nn.MaxPool2d(2), c=conv())
+    result = quantized(gm, policy=policy_of(a=(8, 8), b=(4, 2), c=(4, 3)))
+    assert [bits(result, name) for name in ("a", "b", "add", "p")] == [3, 3, 3, 3]
+    assert result.get_submodule("quantizers.add") is result.get_submodule("quantizers.p")
+    assert sorted(bits(result, name) for name in ("x", "x_1")) == [2, 8]
+
+
+def test_floating_point_reads_integers_at_eight_bits() -> None:
+    gm = graph_of(lambda s, x: s.a(x).exp(), a=conv())
+    result = quantized(gm, policy=policy_of(a=(4, 4)))
+    assert sources(result, "exp") == ["quantizers_a"]
+    assert (bits(result, "x"), bits(result, "a")) == (4, 8)
+
+
+def test_weights_alone_are_quantized_without_data() -> None:
+    gm = graph_of(lambda s, x: s.b(s.n(s.a(x))), a=conv(), n=nn.BatchNorm2d(3), b=conv())
+    result = quantized(gm, policy=policy_of(a=(4, 32), b=(2, 32)), calibration=iter([]))
+    assert chain(result) == ["a", "n", "b"]
+    assert [result.get_submodule(name).weight_quantizer.bits for name in "ab"] == [4, 2]
+    assert len(result.get_submodule("a").quantized_weight().unique()) <= 3 * 15
+    assert result.meta[CALIBRATION_META]["source"].startswith("none")
+
+
+def test_fewer_bits_come_less_near() -> None:
+    gm = graph_of(lambda s, x: s.b(torch.relu(s.a(x))), a=conv(3, 8), b=conv(8, 4))
+    x = torch.randn(16, 3, 8, 8)
+    gaps = []
+    for width in (8, 6, 4, 2):
+        result = quantized(gm, policy=policy_of(a=(width, width), b=(width, width)), calibration=x)
+        gaps.append(float((result(x) - gm(x)).detach().norm()))
+    assert gaps == sorted(gaps)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_a_shared_weight_has_one_width() -> None:
+    gm = trace(Tied().eval(), torch.randn(IMAGE))
+    assert_refused(gm, PolicyError, "'a' and 'b' share a weight.* 4 and 8 bits", policy=policy_of(a=(4, 8), b=(8, 8)))
+    assert Quantize(policy=policy_of(a=(4, 8), b=(4, 2)))(gm).modified
+    assert Quantize(policy=policy_of(a=(4, 8)))(gm).modified
+
+
 # What can be decided.
 
 
@@ -239,6 +311,8 @@ def test_the_space_follows_the_capabilities() -> None:
     assert len(Quantize().search_space(gm, Capabilities())) == 0
     only = Quantize().search_space(gm, Capabilities({"linear": ((8, 8), (32, 32)), "*": ((16, 16), (32, 32))}))
     assert [d.site for d in only] == ["f"]
+    low = Quantize().search_space(gm, Capabilities({"conv": ((1, 2), (4, 32)), "*": ((8, 16), (4, 4), (32, 32))}))
+    assert [d.choices for d in low] == [((1, 2), (4, 32)), ((4, 4), (32, 32)), ((4, 4), (32, 32))]
     integers = Quantize().search_space(gm, Capabilities({"*": ((8, 8),)}))
     assert [d.choices for d in integers] == [((8, 8),)] * 3
 
@@ -247,8 +321,8 @@ def test_features_describe_the_layer() -> None:
     gm = graph_of(lambda s, x: s.a(x), a=nn.Conv2d(3, 6, (3, 1), stride=2, groups=3))
     features = Quantize().search_space(gm)[0].features
     assert features == {
-        **{"in_channels": 3, "out_channels": 6, "kernel": 3, "stride": 4, "groups": 3, "positions": 12},
-        **{"weights": 18, "macs": 216},
+        **{"is_depthwise": 1, "in_channels": 3, "out_channels": 6, "kernel": 3, "stride": 4, "groups": 3},
+        **{"input_size": 64, "positions": 12, "weights": 18, "macs": 216, "index": 0},
     }
 
 
@@ -260,7 +334,7 @@ def test_a_layer_called_twice_is_decided_once() -> None:
     assert chain(result) == ["Q(x)", "a", "relu", "Q(relu)", "a_1", "Q(a_1)"]
 
 
-@pytest.mark.parametrize("choice", [(4, 4), (8, 32), (2, 8), (8,)])
+@pytest.mark.parametrize("choice", [(9, 8), (8, 0), (0, 0), (16, 16), (32, 8), (8,)])
 def test_bits_that_are_not_on_offer_are_refused(choice: tuple[int, ...]) -> None:
     gm = graph_of(lambda s, x: s.a(x), a=conv())
     with pytest.raises(PolicyError, match="'a'"):

@@ -1,0 +1,113 @@
+"""The layers that can be quantized, what is to be decided about them, and what keeps a choice from being made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxopt.decisions import FLOAT_BITS, Decision
+from fxopt.errors import DataError, PolicyError
+from fxopt.graph import shape
+from fxopt.graph.fake_quantize import MAX_BITS, QUANTIZED_LAYERS, QuantizedLayer
+
+__all__ = ["BITS", "FLOAT", "check_sharing", "check_weights", "decide", "kind_of", "layers"]
+
+FLOAT = (FLOAT_BITS, FLOAT_BITS)
+
+_WIDTHS = range(1, MAX_BITS + 1)
+BITS: tuple[tuple[int, int], ...] = (
+    *((weight, activation) for weight in _WIDTHS for activation in _WIDTHS),
+    *((weight, FLOAT_BITS) for weight in _WIDTHS),
+    FLOAT,
+)
+"""The pairs of weight and activation bits on offer: 1 to 8 of each, weights alone, and floating point."""
+
+
+def layers(gm: fx.GraphModule) -> list[fx.Node]:
+    """The first call of every float layer that has a quantized form, in graph order."""
+    found: dict[str, fx.Node] = {}
+    for node in gm.graph.find_nodes(op="call_module"):
+        module = gm.get_submodule(str(node.target))
+        known = isinstance(module, tuple(QUANTIZED_LAYERS)) and not isinstance(module, QuantizedLayer)
+        if known and isinstance(module.weight, torch.Tensor) and module.weight.dtype == torch.float32:
+            found.setdefault(str(node.target), node)
+    return list(found.values())
+
+
+def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:
+    """What targets call a layer: "conv", "depthwise", "conv_transpose" or "linear"."""
+    module: Any = gm.get_submodule(str(node.target))
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if module.transposed:
+        return "conv_transpose"
+    return "depthwise" if module.groups == module.in_channels > 1 else "conv"
+
+
+def decide(gm: fx.GraphModule, node: fx.Node, index: int) -> Decision:
+    """The decision on a layer's bits.
+
+    Its features are those that HAQ's agent sees (Wang et al. 2019, section 3.2), and a few more: ``is_depthwise``,
+    ``in_channels``, ``out_channels``, ``kernel`` and ``stride`` (products over dimensions), ``groups``, ``input_size``
+    and ``positions`` (places of the input and of the result), ``weights``, ``macs`` and ``index`` among the layers.
+
+    Args:
+        gm: A canonical graph.
+        node: The layer's first call.
+        index: Its place among the layers.
+    """
+    module: Any = gm.get_submodule(str(node.target))
+    kind = kind_of(gm, node)
+    linear = kind == "linear"
+    size, read = shape(node), shape(node.all_input_nodes[0])
+    weights = module.weight.numel()
+    positions = math.prod(size[1:-1]) if linear else math.prod(size[2:])
+    input_size = math.prod(read[1:-1]) if linear else math.prod(read[2:])
+    features = {
+        "is_depthwise": float(kind == "depthwise"),
+        "in_channels": module.in_features if linear else module.in_channels,
+        "out_channels": module.out_features if linear else module.out_channels,
+        "kernel": 1 if linear else math.prod(module.kernel_size),
+        "stride": 1 if linear else math.prod(module.stride),
+        "groups": 1 if linear else module.groups,
+        "input_size": input_size,
+        "positions": positions,
+        "weights": weights,
+        "macs": weights * (input_size if kind == "conv_transpose" else positions),
+        "index": index,
+    }
+    return Decision("bits", str(node.target), BITS, FLOAT, features, operator=kind)
+
+
+def check_weights(gm: fx.GraphModule, chosen: Iterable[str]) -> None:
+    """Refuse parameters that are not finite.
+
+    Raises:
+        DataError: Naming one.
+    """
+    for path in chosen:
+        for name, tensor in gm.get_submodule(path).named_parameters(recurse=False):
+            if not bool(torch.isfinite(tensor).all()):
+                raise DataError(f"Parameter '{path}.{name}' holds NaN or infinity; load finite weights.")
+
+
+def check_sharing(gm: fx.GraphModule, chosen: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse different widths for a weight that two layers share: it is stored once.
+
+    A layer that stays in floating point may share with one that does not; the weight is then stored twice.
+
+    Raises:
+        PolicyError: Naming both layers.
+    """
+    first: dict[int, tuple[str, int]] = {}
+    for path, (bits, _) in chosen.items():
+        other, other_bits = first.setdefault(id(gm.get_submodule(path).weight), (path, bits))
+        if bits != other_bits:
+            raise PolicyError(
+                f"{other!r} and {path!r} share a weight, and the policy gives it {other_bits} and {bits} bits; "
+                "choose the same number for both."
+            )
