@@ -22,7 +22,7 @@ from fxopt._reporting import build_report, changes_in, export_data, metrics_of, 
 from fxopt.data import Loader, first_batch
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
 from fxopt.errors import DataError, InfeasibleError, PassError, SearchError, TargetError
-from fxopt.evaluate import Evaluator, RelativeLatency, apply_policy
+from fxopt.evaluate import Evaluator, Reconstruction, RelativeLatency, apply_policy
 from fxopt.export import ExportReport, export_onnx, host_fingerprint, measure, onnxruntime_profiler
 from fxopt.lowering import ParametricWorkload, lower
 from fxopt.passes import Quantize, TunablePass
@@ -132,6 +132,7 @@ def optimize(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     epochs: int = 2,
     learning_rate: float = 0.02,
+    reconstruct: bool | Reconstruction = True,
     seed: int = 0,
     workdir: str | os.PathLike[str] | None = None,
     executor: Executor | None = None,
@@ -163,6 +164,8 @@ def optimize(
         loss: ``loss(output, label)`` for fine-tuning; cross entropy by default.
         epochs: Epochs of fine-tuning after the search.
         learning_rate: Its highest learning rate.
+        reconstruct: Whether weights behind cut channels are found anew by least squares on ``train``, without training,
+            in every trial and at the end; or how.
         seed: Seed of everything random.
         workdir: Folder for the journal and checkpoints; the same call with the same folder resumes.
         executor: Where trials run: any of ``concurrent.futures``; None for here. Other processes trace the model anew,
@@ -200,6 +203,7 @@ def optimize(
         weight=_CHEAPNESS,
         seed=seed,
         source=(model, example_inputs),
+        reconstruct=reconstruct,
     )
     before = job.metrics(job.graph, judge.rehearse())
     tuning.rehearse(job.graph)
@@ -214,7 +218,8 @@ def optimize(
         if tuning.run(graph, job, policy, show):
             steps.append(job.step("fine-tune", f"epochs: {epochs}", graph, judge))
 
-    final = apply_policy(own_copy(job.graph), chosen, policy, calibration=train, between=between).eval()
+    copy = own_copy(job.graph)
+    final = apply_policy(copy, chosen, policy, calibration=train, reconstruct=reconstruct, between=between).eval()
     job.check_budget(final)
     source = final.meta.get(CALIBRATION_META, {}).get("source")
     if source is not None and CALIBRATION_META not in job.graph.meta:

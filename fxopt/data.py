@@ -48,7 +48,7 @@ _LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
 
 _IDX_BYTES = b"\x00\x00\x08"
 
-_FASHION_FOLDERS = ("/usr/share/dataset-fashion-mnist", "data/fashion-mnist")
+_FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist", "data/fashion-mnist")
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,17 +30,28 @@ from fxopt.decisions import Policy
 from fxopt.errors import DataError, SearchError
 from fxopt.graph import eval_mode, trace
 from fxopt.lowering import ParametricWorkload
-from fxopt.passes import Canonicalize, FoldBatchNorm, Quantize, TunablePass
+from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, TunablePass
 from fxopt.passes._calibrate import feed, synthetic_batch
 from fxopt.passes._fork import fork
+from fxopt.passes._reconstruction import Reconstruction, Reconstructor
+from fxopt.passes.base import PassResult
 from fxopt.passes.quantize import FLOAT
 from fxopt.targets import Target
 
-__all__ = ["Evaluator", "RelativeLatency", "accuracy", "apply_policy", "recalibrate_batch_norm"]
+__all__ = [
+    "Evaluator",
+    "Reconstruction",
+    "Reconstructor",
+    "RelativeLatency",
+    "accuracy",
+    "apply_policy",
+    "recalibrate_batch_norm",
+]
 
 Judge: TypeAlias = Callable[[nn.Module], float]
 
 _SETTLING_BATCHES = 4
+_SETTLING_BYTES = 2**28
 _OTHER_TASKS = "give evaluate=callable(module) -> float"
 
 
@@ -75,6 +86,7 @@ def apply_policy(
     policy: Policy,
     *,
     calibration: Loader | None = None,
+    reconstruct: bool | Reconstruction | Reconstructor = True,
     between: Callable[[fx.GraphModule], object] | None = None,
 ) -> fx.GraphModule:
     """Rewrite a graph as a policy says; the graph given is left alone, its tensors are shared.
@@ -85,13 +97,15 @@ def apply_policy(
         policy: Decisions for all of them.
         calibration: Batches of (input, label) that quantizers are calibrated on and, where the policy decides channels,
             batch norm is estimated anew from; the first few are read.
+        reconstruct: Whether, where channels were cut, the weights behind them are found anew by least squares on the
+            calibration data; or how; or a reconstructor of ``gm``, which saves reading the data again.
         between: Called with the rewritten graph before the first Quantize, or at the end if there is none, after batch
             norm was estimated: the place for fine-tuning, of a graph whose tensors are nobody else's.
 
     Returns:
         The new graph.
     """
-    gm = fork(gm)
+    gm = given = fork(gm)
     settled = False
     for one in passes:
         if isinstance(one, Quantize):
@@ -104,7 +118,10 @@ def apply_policy(
             if one.calibration is None and calibration is not None:
                 batches = one.max_batches or _SETTLING_BATCHES
                 one = replace(one, calibration=_InputsOnly(calibration), max_batches=batches)
-        gm = one.with_policy(policy)(gm).graph_module
+        result = one.with_policy(policy)(gm)
+        if result.modified and isinstance(one, PruneChannels):
+            result = _reconstructed(gm, result, one.with_policy(policy), calibration, reconstruct, first=gm is given)
+        gm = result.graph_module
     if not settled:
         _settle(gm, policy, calibration, between)
     return gm
@@ -185,9 +202,10 @@ class RelativeLatency:
 class Evaluator:
     """Scores policies, each once.
 
-    The graph is rewritten with shared weights, batch norm is estimated anew from a few training batches, and the
-    result is judged by the user's function, by accuracy on part of the validation data, or, without data, by how
-    far its outputs on random inputs are from those of the original: minus the relative error.
+    The graph is rewritten with shared weights, the weights behind cut channels are found anew and batch norm is
+    estimated anew from a few training batches, and the result is judged by the user's function, by accuracy on part of
+    the validation data, or, without data, by how far its outputs on random inputs are from those of the original: minus
+    the relative error.
 
     The batches that trials use are read once, at the start, and kept: every policy is judged on the same data. Trials
     may run on threads, which rewrite the graph one at a time. They may run in other processes if ``source`` is given
@@ -205,6 +223,8 @@ class Evaluator:
         weight: See ``preference``.
         seed: Seed of the random inputs, and of torch's generator while the batches are read.
         source: The model that ``gm`` was traced from and its example inputs, for trials in other processes.
+        reconstruct: Whether weights behind cut channels are found anew by least squares, or how; see
+            :func:`apply_policy`.
 
     Attributes:
         score_name: What the score is, for reports.
@@ -226,6 +246,7 @@ class Evaluator:
         weight: float = 0.01,
         seed: int = 0,
         source: tuple[nn.Module, Any] | None = None,
+        reconstruct: bool | Reconstruction = True,
     ) -> None:
         self._gm: fx.GraphModule | None = gm
         self._source = source
@@ -236,9 +257,11 @@ class Evaluator:
         self._scores: dict[Policy, float] = {}
         self._identity = uuid.uuid4().hex
         self._rewriting = threading.Lock()
+        self._reconstruct = reconstruct
+        self._reconstructor: Reconstructor | None = None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self._train = None if train is None else list(read(train, "train", _SETTLING_BATCHES))
+            self._train = None if train is None else _settling_batches(train, reconstruct)
             self._part = None if val is None or evaluate is not None else list(read(val, "val", max_batches))
         self._val = val
         self._probe = _probe_inputs(gm, seed) if val is None and evaluate is None else None
@@ -313,7 +336,7 @@ class Evaluator:
         if self._source is None:
             raise SearchError("This evaluation cannot leave its process; give an executor of threads.")
         kept = {name: value for name, value in self.__dict__.items() if name != "_rewriting"}
-        return {**kept, "_gm": None, "_val": self._part, "_scores": {}}
+        return {**kept, "_gm": None, "_val": self._part, "_scores": {}, "_reconstructor": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Come alive in another process; the graph is traced when it is needed."""
@@ -340,7 +363,15 @@ class Evaluator:
     def _rewritten(self, policy: Policy) -> fx.GraphModule:
         # The fake tensors that shapes are propagated with belong to one mode, which threads must not share.
         with self._rewriting:
-            return apply_policy(self._graph(), self._passes, policy, calibration=self._train)
+            graph = self._graph()
+            how = self._reconstructor or self._reconstruct
+            if self._reconstructor is None and how is not False and self._train is not None and self._cuts(policy):
+                options = how if isinstance(how, Reconstruction) else None
+                how = self._reconstructor = Reconstructor(graph, _InputsOnly(self._train), options)
+            return apply_policy(graph, self._passes, policy, calibration=self._train, reconstruct=how)
+
+    def _cuts(self, policy: Policy) -> bool:
+        return any(isinstance(one, PruneChannels) for one in self._passes) and any(k == "channels" for k, _ in policy)
 
     def _outputs(self, model: nn.Module) -> list[torch.Tensor]:
         if self._probe is None:
@@ -362,6 +393,22 @@ _GRAPHS: dict[str, fx.GraphModule] = {}
 """In a worker process: the graph of the evaluator that was used last."""
 
 
+def _settling_batches(train: Loader, reconstruct: bool | Reconstruction) -> list[Any]:
+    """The batches that trials use: a few, and more where least squares asks for samples and they fit."""
+    options = reconstruct if isinstance(reconstruct, Reconstruction) else Reconstruction()
+    samples = 0 if reconstruct is False else options.samples
+    found: list[Any] = []
+    seen = held = 0
+    for batch in read(train, "train"):
+        if len(found) >= _SETTLING_BATCHES and (seen >= samples or held > _SETTLING_BYTES):
+            break
+        found.append(batch)
+        tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        seen += len(tensors[0]) if tensors else 1
+        held += sum(leaf.numel() * leaf.element_size() for leaf in tensors)
+    return found
+
+
 def _settle(
     gm: fx.GraphModule,
     policy: Policy,
@@ -372,6 +419,27 @@ def _settle(
         recalibrate_batch_norm(gm, data, _SETTLING_BATCHES)
     if between is not None:
         between(gm)
+
+
+def _reconstructed(
+    gm: fx.GraphModule,
+    result: PassResult,
+    one: PruneChannels,
+    data: Loader | None,
+    how: bool | Reconstruction | Reconstructor,
+    first: bool,
+) -> PassResult:
+    """The result of a cut with weights found anew, if that is wanted and there are data.
+
+    A reconstructor is taken only where no pass before has changed the graph that it is for.
+    """
+    reconstructor = how if isinstance(how, Reconstructor) and first else None
+    if reconstructor is None:
+        if how is False or data is None:
+            return result
+        options = how.options if isinstance(how, Reconstructor) else how if isinstance(how, Reconstruction) else None
+        reconstructor = Reconstructor(gm, _InputsOnly(data), options)
+    return PassResult(reconstructor.restore(result.graph_module, one.kept(gm)), True)
 
 
 def _quantizes(one: Quantize, policy: Mapping[tuple[str, str], object]) -> bool:

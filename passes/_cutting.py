@@ -17,7 +17,7 @@ from fxopt.errors import PassError
 from fxopt.graph import edit
 from fxopt.graph.channels import ChannelGraph, ChannelGroup, ParameterUse
 
-__all__ = ["choose_removed", "cut", "l1_importance", "mask", "saved_elements"]
+__all__ = ["choose_removed", "cut", "kept_indices", "l1_importance", "mask", "saved_elements"]
 
 Units = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float64]
@@ -105,6 +105,17 @@ def cut(gm: fx.GraphModule, channels: ChannelGraph, removed: Units) -> None:
     after = _output_shapes(gm)
     if after != before:
         raise PassError(f"Cutting would change the outputs from {before} to {after}; add the last layers to ignore.")
+
+
+def kept_indices(channels: ChannelGraph, removed: Units) -> dict[tuple[str, str], dict[int, Units]]:
+    """The indices that stay of every tensor that :func:`cut` makes smaller, by path and name, by dimension."""
+    gone = _table(removed)
+    found: dict[tuple[str, str], dict[int, Units]] = {}
+    for use in channels.parameters:
+        kept = np.flatnonzero(~_gone(use.atoms, gone))
+        if len(kept) < len(use.atoms):
+            found.setdefault((use.path, use.name), {})[use.dim] = kept
+    return found
 
 
 def mask(gm: fx.GraphModule, channels: ChannelGraph, removed: Units) -> None:

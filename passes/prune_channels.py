@@ -17,7 +17,7 @@ from fxopt.errors import PassError, PolicyError, UnknownNameError
 from fxopt.graph import ops, verify
 from fxopt.graph.channels import ChannelGraph, ChannelGroup, analyze
 from fxopt.passes._calibrate import refuse_quantized
-from fxopt.passes._cutting import Scores, Units, choose_removed, cut, l1_importance, mask, saved_elements
+from fxopt.passes._cutting import Scores, Units, choose_removed, cut, kept_indices, l1_importance, mask, saved_elements
 from fxopt.passes._fork import fork
 from fxopt.passes.base import PassResult, TunablePass
 
@@ -153,6 +153,20 @@ class PruneChannels(TunablePass):
         channels = analyze(twin)
         mask(twin, channels, self._removed(twin, channels))
         return twin
+
+    def kept(self, graph_module: fx.GraphModule) -> dict[tuple[str, str], dict[int, Units]]:
+        """The indices that stay of every parameter and buffer that the policy cuts.
+
+        Returns:
+            Indices by dimension, by module path and name of the tensor.
+
+        Raises:
+            PolicyError: If the policy does not fit the graph.
+            PassError: If weights are not finite, or a pattern of ``ignore`` matches no module.
+        """
+        verify(graph_module)
+        channels = analyze(graph_module)
+        return kept_indices(channels, self._removed(graph_module, channels))
 
     def explain(self, graph_module: fx.GraphModule) -> list[ChannelCut]:
         """What would be cut: one entry for every group, those that cannot be cut at the end with the reason.

@@ -1,0 +1,185 @@
+"""Least squares for the weights of a layer whose inputs have changed: rows, second moments, solutions.
+
+A layer's output at one position is a linear function of the inputs under its kernel. With rows ``x`` of such inputs and
+``y`` of the outputs that are wanted, the weights nearest to the old ones ``W0`` among the good ones minimize
+
+    mean |y - W x - b|^2 + ridge * mean(diag C) * |W - W0|^2,        C = mean (x - mean x)(x - mean x)'
+
+(He, Zhang and Sun, "Channel pruning for accelerating very deep neural networks", ICCV 2017, equation 2, without their
+selection; the offset ``b`` and the ridge are added here). As ``W0`` itself has no penalty, the first term is never
+larger after than before. All moments are sums of outer products in float64, so the rows are read once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+__all__ = ["Layer", "Moments", "groups_of", "input_rows", "is_linear", "output_rows", "positions_of", "solve"]
+
+Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_RAISES = 6
+"""How often the ridge is raised a hundredfold where the moments are not positive definite."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module's weights can be found by least squares: a convolution (not transposed) or linear layer."""
+    return type(module) in _LAYERS
+
+
+def groups_of(module: Layer) -> int:
+    """Groups of a layer, each a system of equations of its own."""
+    return 1 if isinstance(module, nn.Linear) else int(module.groups)
+
+
+def positions_of(module: Layer, output: torch.Tensor) -> int:
+    """Output positions of one sample: pixels of a convolution, tokens of a linear layer."""
+    return math.prod(output.shape[1:-1]) if isinstance(module, nn.Linear) else math.prod(output.shape[2:])
+
+
+def input_rows(module: Layer, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """What the layer's weights are multiplied with at some output positions.
+
+    Args:
+        module: The layer.
+        x: Its input, shape (samples, channels, ...) of a convolution, (samples, ..., features) of a linear layer.
+        positions: Flat indices into the output's positions, shape (p,).
+
+    Returns:
+        Float64, shape (groups, samples * p, unknowns); unknowns are in the order of the flattened weight.
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(x.shape[0], -1, x.shape[-1])[:, positions].flatten(0, 1)[None].double()
+    padded = _padded(module, x)
+    index = _taps(module, padded.shape[2:], positions)
+    taken = padded.flatten(2)[:, :, index.flatten()]
+    rows = taken.reshape(len(x), module.groups, -1, *index.shape).permute(1, 0, 3, 2, 4)
+    # (groups, samples, positions, channels, taps)
+    return rows.flatten(3).flatten(1, 2).double()
+
+
+def output_rows(module: Layer, y: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The layer's output at some positions, shape (samples * p, outputs)."""
+    if isinstance(module, nn.Linear):
+        return y.reshape(y.shape[0], -1, y.shape[-1])[:, positions].flatten(0, 1)
+    return y.flatten(2)[:, :, positions].movedim(1, 2).flatten(0, 1)
+
+
+def _padded(module: Any, x: torch.Tensor) -> torch.Tensor:
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    amounts = module._reversed_padding_repeated_twice
+    return functional.pad(x, amounts, mode=mode) if any(amounts) else x
+
+
+def _taps(module: Any, padded: torch.Size, positions: torch.Tensor) -> torch.Tensor:
+    """Flat indices into the padded input under the kernel at each position, shape (positions, taps)."""
+    spans = [dilation * (size - 1) for size, dilation in zip(module.kernel_size, module.dilation, strict=True)]
+    outputs = [(size - span - 1) // stride + 1 for size, span, stride in zip(padded, spans, module.stride, strict=True)]
+    rest, starts = positions, []
+    for size, stride in zip(reversed(outputs), reversed(module.stride), strict=True):
+        starts.append(rest % size * stride)
+        rest = rest // size
+    starts.reverse()
+    taps = torch.tensor(list(itertools.product(*(range(size) for size in module.kernel_size))))
+    flat = torch.zeros(len(positions), len(taps), dtype=torch.long)
+    for dim, (start, size) in enumerate(zip(starts, padded, strict=True)):
+        flat = flat * size + start[:, None] + taps[None, :, dim] * module.dilation[dim]
+    return flat
+
+
+@dataclass
+class Moments:
+    """Sums over rows, by group; float64.
+
+    Attributes:
+        count: Number of rows.
+        x: Sum of inputs, shape (groups, unknowns).
+        xx: Sum of outer products of inputs, shape (groups, unknowns, unknowns).
+        y: Sum of outputs, shape (groups, outputs of a group), or None where the outputs are not needed.
+        xy: Sum of outer products of inputs and outputs, shape (groups, unknowns, outputs of a group), or None.
+    """
+
+    count: int
+    x: torch.Tensor
+    xx: torch.Tensor
+    y: torch.Tensor | None = None
+    xy: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, x: torch.Tensor, y: torch.Tensor | None = None) -> Moments:
+        """Moments of rows.
+
+        Args:
+            x: Inputs, shape (groups, rows, unknowns).
+            y: Outputs, shape (rows, groups * outputs of a group), or None.
+        """
+        turned = x.transpose(1, 2)
+        found = cls(x.shape[1], x.sum(1), turned @ x)
+        if y is not None:
+            wanted = y.double().reshape(len(y), x.shape[0], -1).transpose(0, 1)
+            found.y, found.xy = wanted.sum(1), turned @ wanted
+        return found
+
+    def __add__(self, other: Moments) -> Moments:
+        y = None if self.y is None or other.y is None else self.y + other.y
+        xy = None if self.xy is None or other.xy is None else self.xy + other.xy
+        return Moments(self.count + other.count, self.x + other.x, self.xx + other.xx, y, xy)
+
+    def covariance(self, offset: bool) -> torch.Tensor:
+        """Mean outer product of inputs, about their means if there is an offset."""
+        second = self.xx / self.count
+        if not offset:
+            return second
+        mean = self.x / self.count
+        return second - mean[:, :, None] * mean[:, None, :]
+
+    def missing(self, weight: torch.Tensor, offset: bool) -> torch.Tensor:
+        """Covariance of the inputs with what some weights leave of the outputs, shape of ``xy``.
+
+        Args:
+            weight: Shape (groups, outputs of a group, unknowns), float64.
+            offset: Whether a constant may be added to the outputs.
+
+        Raises:
+            ValueError: If the outputs were not summed.
+        """
+        if self.y is None or self.xy is None:
+            raise ValueError("These are moments of inputs alone.")
+        cross = self.xy / self.count
+        if offset:
+            cross = cross - (self.x / self.count)[:, :, None] * (self.y / self.count)[:, None, :]
+        return cross - self.covariance(offset) @ weight.transpose(1, 2)
+
+
+def solve(covariance: torch.Tensor, missing: torch.Tensor, ridge: float) -> torch.Tensor:
+    """What to add to weights so that they make up for what is missing.
+
+    Args:
+        covariance: Second moments of the inputs, shape (groups, unknowns, unknowns).
+        missing: Covariance of the inputs with what the weights as they are leave of the wanted outputs, shape (groups,
+            unknowns, outputs of a group).
+        ridge: Penalty, as a part of the mean of the diagonal.
+
+    Returns:
+        Shape of ``missing``; zeros for a group whose inputs are all zero, or whose moments are beyond repair.
+    """
+    scale = covariance.diagonal(dim1=1, dim2=2).mean(1)
+    unit = torch.where(scale > 0, scale, torch.ones_like(scale))
+    strength = ridge
+    for _ in range(_RAISES):
+        matrix = covariance.clone()
+        matrix.diagonal(dim1=1, dim2=2).add_((strength * unit)[:, None])
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if not bool(info.any()):
+            found = torch.cholesky_solve(missing, factor)
+            return torch.where((scale > 0)[:, None, None], found, torch.zeros_like(found))
+        strength = max(strength, 1e-12) * 100.0
+    return torch.zeros_like(missing)
