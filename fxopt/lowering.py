@@ -18,7 +18,7 @@ from torch import fx
 
 from fxopt._lowering.bits import BitTable
 from fxopt._lowering.build import Builder
-from fxopt._lowering.choices import OperatorTable, OperatorWorkload, lower_choices
+from fxopt._lowering.choices import OperatorTable, OperatorWorkload, lower_choices, no_blocks
 from fxopt._lowering.forms import Forms, Size
 from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import PolicyError
@@ -36,6 +36,7 @@ __all__ = [
     "RowInfo",
     "lower",
     "lower_operators",
+    "no_blocks",
 ]
 
 Ints = npt.NDArray[np.int64]

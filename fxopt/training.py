@@ -31,7 +31,7 @@ from fxopt.data import (
 from fxopt.errors import DataError, FxoptError, UnknownNameError
 from fxopt.graph import eval_mode
 
-__all__ = ["History", "fit", "rehearse"]
+__all__ = ["History", "fit", "make_optimizer", "read_tensors", "rehearse", "rising_cosine", "write_tensors"]
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """``loss(output, label)``, a tensor of one element."""
@@ -76,10 +76,14 @@ class _Settings:
     seed: int = 0
 
     def learning_rate_at(self, step: int) -> float:
-        """A linear rise over the first twentieth of all steps, times half a cosine from 1 to 0."""
-        total = self.steps * self.epochs
-        rise = min(1.0, (step + 1) / max(1.0, total * _WARM_UP_SHARE))
-        return self.learning_rate * rise * 0.5 * (1.0 + math.cos(math.pi * step / total))
+        """The learning rate of a step."""
+        return self.learning_rate * rising_cosine(step, self.steps * self.epochs)
+
+
+def rising_cosine(step: int, total: int) -> float:
+    """A linear rise over the first twentieth of all steps, times half a cosine from 1 to 0."""
+    rise = min(1.0, (step + 1) / max(1.0, total * _WARM_UP_SHARE))
+    return rise * 0.5 * (1.0 + math.cos(math.pi * step / total))
 
 
 def fit(
@@ -197,7 +201,13 @@ class _Training:
     ) -> None:
         self.model = model
         self.settings = settings
-        self.optimizer = _make_optimizer(model, settings)
+        self.optimizer = make_optimizer(
+            model,
+            settings.learning_rate,
+            optimizer=settings.optimizer,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
         self._train = train
         self._loss = loss if loss is not None else _cross_entropy
         self._teacher = teacher
@@ -299,21 +309,32 @@ def _distance(output: Any, wanted: Any, temperature: float) -> torch.Tensor:
     return temperature**2 * divergence.sum(1).mean()
 
 
-def _make_optimizer(model: nn.Module, settings: _Settings) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module,
+    learning_rate: float,
+    *,
+    optimizer: str = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+) -> torch.optim.Optimizer:
+    """An optimizer of all trainable parameters, of which those of one dimension do not decay; see :func:`fit`.
+
+    Raises:
+        DataError: If there is nothing to train.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise DataError(
             "The model has no parameter to train; set requires_grad on what shall be trained, or ask for no epochs."
         )
     groups: list[dict[str, Any]] = [
-        {"params": [one for one in parameters if one.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [one for one in parameters if one.dim() > 1], "weight_decay": weight_decay},
         {"params": [one for one in parameters if one.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.momentum, 0.999))
-    nesterov = settings.momentum > 0.0
-    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=nesterov)
+    if optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999))
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0.0)
 
 
 def _check_options(epochs: int, learning_rate: float, optimizer: str, temperature: float) -> None:
@@ -337,31 +358,53 @@ def _described(value: object) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
 
 
-def _save(training: _Training, stem: Path, history: History) -> None:
+def write_tensors(stem: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write ``<stem>.safetensors`` whole or not at all.
+
+    Raises:
+        FxoptError: If it cannot be written; what stood there is untouched.
+    """
     path = _file(stem)
+    own = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as scratch:
+        try:
+            save_file(own, scratch, metadata=dict(metadata or {}))
+        except SafetensorError as failure:
+            raise FxoptError(f"Cannot write {path}: {failure}. Choose a folder that has space.") from failure
+
+
+def read_tensors(stem: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]] | None:
+    """Path, tensors and metadata of ``<stem>.safetensors``; None if there is no such file.
+
+    Raises:
+        FxoptError: If it cannot be read.
+    """
+    path = _file(stem)
+    if not path.exists():
+        return None
+    with _reading(path):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return path, load_file(path), metadata
+
+
+def _save(training: _Training, stem: Path, history: History) -> None:
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in training.model.state_dict().items()}
     for index, state in training.optimizer.state_dict()["state"].items():
         found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in found.items()}
     metadata = {"history": json.dumps(asdict(history)), "settings": json.dumps(asdict(training.settings))}
-    own = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    with replacing(path) as scratch:
-        try:
-            save_file(own, scratch, metadata=metadata)
-        except SafetensorError as failure:
-            raise FxoptError(f"Cannot write {path}: {failure}. Choose a folder that has space.") from failure
+    write_tensors(stem, tensors, metadata)
 
 
 def _resume(training: _Training, stem: Path | None) -> History:
     """Put the training at the state that was saved, if there is one."""
-    if stem is None or not _file(stem).exists():
+    found = None if stem is None else read_tensors(stem)
+    if found is None:
         return History()
-    path = _file(stem)
+    path, tensors, metadata = found
     with _reading(path):
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
         saved, settings = json.loads(metadata["history"]), json.loads(metadata["settings"])
-        tensors = load_file(path)
     _check_settings(path, settings, asdict(training.settings))
     with _reading(path):
         parts = {prefix: _with_prefix(tensors, prefix) for prefix in (_MODEL, _OPTIMIZER)}

@@ -21,13 +21,16 @@ from fxopt.passes._operators import IDENTITY, ZERO, Shape, Style, known, registe
 from fxopt.passes.base import PassResult, Refusal, TunablePass
 
 __all__ = [
+    "IDENTITY",
     "SITE_META",
+    "ZERO",
     "Block",
     "FoundBlock",
     "Pattern",
     "SelectOperators",
     "Shape",
     "Style",
+    "initialize",
     "register_candidate",
     "register_pattern",
 ]

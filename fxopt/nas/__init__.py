@@ -1,0 +1,24 @@
+"""Search of operators by a supernet: train all candidates at once, and derive the best network for a target."""
+
+from __future__ import annotations
+
+from fxopt.nas._architecture import BinaryGates, Reinforce, Relaxed
+from fxopt.nas._objective import Cost, CostTerm, ExpectedCost
+from fxopt.nas._supernet import MixedOperator, Supernet
+from fxopt.nas._train import Epoch, SupernetResult, SupernetSettings, split, train_supernet
+
+__all__ = [
+    "BinaryGates",
+    "Cost",
+    "CostTerm",
+    "Epoch",
+    "ExpectedCost",
+    "MixedOperator",
+    "Reinforce",
+    "Relaxed",
+    "Supernet",
+    "SupernetResult",
+    "SupernetSettings",
+    "split",
+    "train_supernet",
+]

@@ -1,0 +1,102 @@
+"""A supernet's training on disk: one file of tensors, no pickle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxopt.errors import FxoptError
+from fxopt.nas._architecture import Reinforce
+from fxopt.training import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from fxopt.nas._train import _Run
+
+__all__ = ["restore", "store"]
+
+_NET, _ALPHA = "net.", "alpha"
+_OPTIMIZERS = {"weights.": "optimizer", "architecture.": "alpha_optimizer"}
+
+
+def store(run: _Run, stem: Path, step: int) -> None:
+    """Write everything that decides what the training does next, whole or not at all."""
+    tensors = {f"{_NET}{name}": tensor for name, tensor in run.supernet.net.state_dict().items()}
+    tensors[_ALPHA] = run.supernet.alpha
+    for prefix, attribute in _OPTIMIZERS.items():
+        for index, state in getattr(run, attribute).state_dict()["state"].items():
+            tensors |= {f"{prefix}{index}.{key}": one for key, one in state.items() if isinstance(one, torch.Tensor)}
+    baseline = run.method.baseline if isinstance(run.method, Reinforce) else None
+    told = {
+        "step": step,
+        "history": [asdict(epoch) for epoch in run.history],
+        "sums": run.sums,
+        "duals": run.cost.duals,
+        "baseline": baseline,
+        "identity": _identity(run),
+    }
+    write_tensors(stem, tensors, {"supernet": json.dumps(told)})
+
+
+def restore(run: _Run, stem: Path | None) -> int:
+    """Put a training at the state that was written, if there is one; the number of steps that were done.
+
+    Raises:
+        FxoptError: If the file is damaged or of another training.
+    """
+    from fxopt.nas._train import Epoch
+
+    found = None if stem is None else read_tensors(stem)
+    if found is None:
+        return 0
+    path, tensors, metadata = found
+    try:
+        told: dict[str, Any] = json.loads(metadata["supernet"])
+        for name, value in _identity(run).items():
+            if told["identity"].get(name) != value:
+                raise FxoptError(
+                    f"{path} is a checkpoint of a supernet with {name} {told['identity'].get(name)}, this one has "
+                    f"{value}. Give the same options to resume, or remove the file to start afresh."
+                )
+        net = {name.removeprefix(_NET): one for name, one in tensors.items() if name.startswith(_NET)}
+        run.supernet.net.load_state_dict(net)
+        with torch.no_grad():
+            run.supernet.alpha.copy_(tensors[_ALPHA])
+        for prefix, attribute in _OPTIMIZERS.items():
+            _load_optimizer(getattr(run, attribute), prefix, tensors)
+        run.history = [Epoch(**one) for one in told["history"]]
+        run.sums, run.cost.duals = list(told["sums"]), list(told["duals"])
+        if isinstance(run.method, Reinforce):
+            run.method.baseline = told["baseline"]
+        return int(told["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as failure:
+        reason = (str(failure).splitlines() or [""])[0]
+        raise FxoptError(f"{path} is no checkpoint of this supernet: {reason} Remove it to start afresh.") from failure
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
+    state = optimizer.state_dict()
+    state["state"] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            index, _, key = name.removeprefix(prefix).partition(".")
+            state["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(state)
+
+
+def _identity(run: _Run) -> dict[str, Any]:
+    """What has to be the same for training to be resumed, as JSON gives it back."""
+    plain: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "settings": asdict(run.settings),
+                "space": run.supernet.space.fingerprint,
+                "steps": run.steps,
+                "terms": [asdict(term) for term in run.cost.terms],
+            }
+        )
+    )
+    return plain

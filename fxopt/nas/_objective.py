@@ -1,0 +1,146 @@
+"""What architectures are trained for: the loss of the task, and what the target says they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fxopt.errors import BudgetError, InfeasibleError, UnknownNameError
+from fxopt.lowering import OperatorTable
+
+__all__ = ["Cost", "CostTerm", "ExpectedCost"]
+
+_FORMS = ("multiplicative", "additive", "budget")
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """How a cost enters the loss.
+
+    With the expected cost E, the reference R, and L the cheapest policy's cost:
+
+    - ``multiplicative``: loss x ((1 + ln(E / L)) / (1 + ln(R / L))) ^ weight. This is the product of Cai et al. (2019)
+      and of Han et al. (equation 3) with its logarithm made free of units: it is 1 at the reference, rises with E, and
+      is defined for every E.
+    - ``additive``: loss + weight x (E - R) / R.
+    - ``budget``: loss + m x (E / R - 1), where m >= 0 rises by ``weight`` x (E / R - 1) with every step: a hard limit
+      by its dual variable, which weighs the cost as much as it takes to meet R.
+
+    Attributes:
+        metric: latency, energy, size, macs or memory.
+        reference: R, in SI units.
+        form: One of the above.
+        weight: The exponent, the factor, or the rate at which the dual variable rises.
+
+    Raises:
+        BudgetError: If reference or weight are not above zero and finite.
+        UnknownNameError: If there is no such form.
+    """
+
+    metric: str
+    reference: float
+    form: Literal["multiplicative", "additive", "budget"] = "budget"
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check form and numbers."""
+        if self.form not in _FORMS:
+            raise UnknownNameError("form of a cost term", self.form, _FORMS)
+        for name, value in (("reference", self.reference), ("weight", self.weight)):
+            if not (math.isfinite(value) and value > 0.0):
+                raise BudgetError(f"The {name} of a cost term has to be above zero and finite, got {value}.")
+
+
+class ExpectedCost:
+    """The expected cost of architectures, as a function of their probabilities (Han et al., equation 2).
+
+    Args:
+        table: Costs of all candidates on a target.
+        metric: The metric. The expectation of memory, which is a maximum, is taken block by block; it is no more than
+            the expectation of the maximum.
+    """
+
+    def __init__(self, table: OperatorTable, metric: str) -> None:
+        costs, self.fixed = table.of(metric)
+        self.costs = torch.from_numpy(costs)
+        self.metric = metric
+        self._sizes = table.space.sizes
+
+    def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """Expected cost in SI units, from the probability of every candidate of every block."""
+        return self.total((probabilities.double() * self.costs.to(probabilities.device)).sum(1))
+
+    def of_pairs(self, pairs: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+        """Expected cost where only some candidates of every block are looked at.
+
+        Args:
+            pairs: Their indices, shape (blocks, some).
+            probabilities: Their probabilities, of the same shape, which sum to one.
+        """
+        costs = self.costs.to(pairs.device).gather(1, pairs)
+        return self.total((probabilities.double() * costs).sum(1))
+
+    def total(self, blocks: torch.Tensor) -> torch.Tensor:
+        """The cost of a network from that of its blocks."""
+        if self.metric == "memory":
+            return torch.clamp(blocks.max(), min=self.fixed)
+        return blocks.sum() + self.fixed
+
+    @property
+    def least(self) -> float:
+        """Cost of the cheapest policy."""
+        rows = [row[:size].min() for row, size in zip(self.costs, self._sizes, strict=True)]
+        return float(self.total(torch.stack(rows)))
+
+
+class Cost:
+    """Terms that a loss is combined with, and their dual variables.
+
+    Attributes:
+        terms: The terms.
+        expected: The expected cost of every term.
+        duals: The dual variable of every term; zero where there is none.
+
+    Raises:
+        InfeasibleError: If the cheapest policy costs more than the reference of a budget.
+    """
+
+    def __init__(self, table: OperatorTable, terms: Sequence[CostTerm]) -> None:
+        self.terms = tuple(terms)
+        self.expected = tuple(ExpectedCost(table, term.metric) for term in self.terms)
+        self.duals = [0.0] * len(self.terms)
+        for term, expected in zip(self.terms, self.expected, strict=True):
+            if term.form == "budget" and expected.least > term.reference:
+                raise InfeasibleError(
+                    f"The cheapest architecture has a {term.metric} of {expected.least:g}, over the {term.reference:g} "
+                    "asked for. Raise the budget, or offer cheaper candidates.",
+                    metric=term.metric,
+                    limit=term.reference,
+                    least=expected.least,
+                )
+
+    def combined(self, loss: torch.Tensor, costs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The loss with all terms, from the expected cost of each."""
+        total = loss.double()
+        for term, expected, cost in zip(self.terms, self.expected, costs, strict=True):
+            if term.form == "multiplicative":
+                least = expected.least
+                whole = 1.0 + math.log(max(term.reference / least, 1.0))
+                total = total * ((1.0 + torch.log(cost / least)) / whole) ** term.weight
+        for term, cost, dual in zip(self.terms, costs, self.duals, strict=True):
+            excess = cost / term.reference - 1.0
+            if term.form == "additive":
+                total = total + term.weight * excess
+            elif term.form == "budget":
+                total = total + dual * excess
+        return total
+
+    def raise_duals(self, costs: Sequence[float]) -> None:
+        """One step of dual ascent."""
+        for index, (term, cost) in enumerate(zip(self.terms, costs, strict=True)):
+            if term.form == "budget":
+                self.duals[index] = max(0.0, self.duals[index] + term.weight * (cost / term.reference - 1.0))

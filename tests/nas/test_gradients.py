@@ -1,0 +1,249 @@
+"""Architecture gradients against finite differences and the enumeration of every path (Han et al., equations 1-3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fxopt.errors import BudgetError, InfeasibleError, UnknownNameError
+from fxopt.nas import BinaryGates, Cost, CostTerm, ExpectedCost, Reinforce, Relaxed, Supernet
+from fxopt.nas._architecture import gate_gradient, path_matrix, sample
+from tests.nas.toys import CLASSES, paths, table, toy
+
+BATCH = (
+    torch.randn(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+    torch.arange(6) % CLASSES,
+)
+
+
+def cross_entropy(supernet: Supernet) -> Callable[[Any], torch.Tensor]:
+    return lambda batch: torch.nn.functional.cross_entropy(supernet.net(batch[0]), batch[1])
+
+
+def differences(function: Callable[[], float], alpha: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The gradient by central differences."""
+    found = torch.zeros(alpha.shape, dtype=torch.float64)
+    for place in mask.nonzero().tolist():
+        values = []
+        for move in (1e-3, -1e-3):
+            with torch.no_grad():
+                alpha[tuple(place)] += move
+                values.append(function())
+                alpha[tuple(place)] -= move
+        found[tuple(place)] = (values[0] - values[1]) / 2e-3
+    return found
+
+
+def path_losses(supernet: Supernet, loss: Callable[[Any], torch.Tensor]) -> dict[tuple[int, ...], float]:
+    found = {}
+    for path in paths(supernet):
+        supernet.choose(path)
+        with torch.no_grad():
+            found[tuple(path.tolist())] = float(loss(BATCH))
+    return found
+
+
+def probability(supernet: Supernet, path: Any) -> float:
+    shares = supernet.alpha.detach().double().softmax(1).numpy()
+    return float(np.prod([shares[row, index] for row, index in enumerate(path)]))
+
+
+def test_gates_have_the_gradient_of_their_paths() -> None:
+    """dL/dg_j at a binary gate vector, against differences of the network with gates between 0 and 1."""
+    supernet = toy()
+    loss = cross_entropy(supernet)
+    active, others = [1, 0], [[0, 2], [1]]
+    gates = supernet.open_gates(active, others)
+    torch.autograd.backward(loss(BATCH), inputs=gates)
+    for block, mixed in enumerate(supernet.mixed.values()):
+        for place, candidate in enumerate([active[block], *others[block]]):
+            values = []
+            for move in (1e-5, -1e-5):
+                supernet.choose(active)
+                weights = torch.zeros(len(mixed.candidates), dtype=torch.float64)
+                weights[active[block]] = 1.0
+                weights[candidate] += move
+                mixed.mixture = weights
+                with torch.no_grad():
+                    values.append(float(loss(BATCH)))
+            assert float(gates[block].grad[place]) == pytest.approx((values[0] - values[1]) / 2e-5, abs=1e-6)
+
+
+def test_all_gates_of_a_linear_loss_give_the_exact_gradient() -> None:
+    """Where the loss is linear in a block's output, the expected estimate is the gradient of the expected loss."""
+    supernet = toy(1)
+    weights = torch.randn(6, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss(batch: Any) -> torch.Tensor:
+        return (supernet.net(batch[0]) * weights).sum()
+
+    losses = path_losses(supernet, loss)
+    exact = differences(
+        lambda: sum(probability(supernet, path) * value for path, value in losses.items()),
+        supernet.alpha,
+        supernet.mask,
+    )
+    cost, shares = Cost(table(supernet), []), supernet.probabilities().detach()
+    estimate = torch.zeros_like(exact)
+    for path in losses:
+        gates = supernet.open_gates(path, [[one for one in range(3) if one != path[0]]])
+        torch.autograd.backward(loss(BATCH), inputs=gates)
+        order = [path[0], *(one for one in range(3) if one != path[0])]
+        row = torch.zeros(3, dtype=torch.float64)
+        row[order] = gates[0].grad.double()
+        estimate += probability(supernet, path) * gate_gradient(shares.double(), row[None])
+    assert torch.allclose(estimate, exact, atol=1e-6)
+    step = BinaryGates(None)(supernet, cost, loss, BATCH, np.random.default_rng(0))
+    assert torch.allclose(step.gradient.double(), exact, atol=1e-6)
+
+
+def test_a_pair_is_renormalized_and_keeps_its_sum() -> None:
+    supernet = toy()
+    loss = cross_entropy(supernet)
+    cost = Cost(table(supernet), [])
+    alpha = supernet.alpha.detach().double()
+    for seed in range(5):
+        step = BinaryGates(2)(supernet, cost, loss, BATCH, np.random.default_rng(seed))
+        assert step.touched is not None
+        assert step.touched.sum(1).tolist() == [2, 2]
+        assert torch.allclose(step.gradient.sum(1), torch.zeros(2), atol=1e-9)
+        assert not step.gradient[~step.touched].any()
+        for row, mixed in enumerate(supernet.mixed.values()):
+            one, other = mixed.active, mixed.others[0]
+            share = torch.softmax(alpha[row, [one, other]], 0)
+            by_gates = mixed.gates.grad.double()
+            wanted = share[0] * share[1] * (by_gates[0] - by_gates[1])
+            assert float(step.gradient[row, one]) == pytest.approx(float(wanted), abs=1e-8)
+
+
+def test_pairs_are_drawn_in_proportion() -> None:
+    """Among two candidates of a block, each is computed as often as its renormalized probability says."""
+    supernet = toy(1, ("conv-k3", "identity"))
+    with torch.no_grad():
+        supernet.alpha.copy_(torch.tensor([[np.log(3.0), 0.0]]))
+    method, rng = BinaryGates(2), np.random.default_rng(0)
+    drawn = [
+        method._active(np.array([0.75, 0.25]), method._drawn(np.array([0.75, 0.25]), rng), rng) for _ in range(4000)
+    ]
+    assert np.mean(drawn) == pytest.approx(0.25, abs=0.03)
+    assert np.mean(sample(np.array([[0.75, 0.25]] * 4000), rng)) == pytest.approx(0.25, abs=0.03)
+
+
+def test_expected_cost_is_that_of_all_paths() -> None:
+    supernet = toy()
+    costs = table(supernet)
+    for metric in ("latency", "size", "macs"):
+        expected = ExpectedCost(costs, metric)
+        every = np.array(list(paths(supernet)))
+        scores = costs.score(every, metric)
+        wanted = sum(probability(supernet, path) * score for path, score in zip(every, scores, strict=True))
+        assert float(expected(supernet.probabilities()).detach()) == pytest.approx(wanted, rel=1e-6)
+        assert expected.least == pytest.approx(scores.min(), rel=1e-12)
+    memory = ExpectedCost(costs, "memory")
+    assert float(memory(path_matrix(every[3], supernet.alpha.detach()))) == costs.score(every[3:4], "memory")[0]
+
+
+@pytest.mark.parametrize("form", ["multiplicative", "additive", "budget"])
+def test_relaxed_gradients_are_those_of_differences(form: Any) -> None:
+    supernet = toy()
+    costs = table(supernet)
+    reference = float(costs.score(np.array([[0, 0]]))[0])
+    cost = Cost(costs, [CostTerm("latency", reference, form, 0.5), CostTerm("macs", 1e4, "additive", 0.1)])
+    cost.duals[0] = 0.7
+    loss = cross_entropy(supernet)
+
+    def whole() -> float:
+        supernet.alpha.data = supernet.alpha.data.double()
+        supernet.mix()
+        with torch.no_grad():
+            return float(cost.combined(loss(BATCH), [one(supernet.probabilities()) for one in cost.expected]))
+
+    supernet.alpha.data = supernet.alpha.data.double()
+    step = Relaxed()(supernet, cost, loss, BATCH, np.random.default_rng(0))
+    assert torch.allclose(step.gradient.double(), differences(whole, supernet.alpha.data, supernet.mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["multiplicative", "additive", "budget"])
+def test_binary_gradients_of_the_cost_are_those_of_differences(form: Any) -> None:
+    """With every gate open and a loss that no path changes, what is left is the gradient of the cost."""
+    supernet = toy()
+    supernet.alpha.data = supernet.alpha.data.double()
+    costs = table(supernet)
+    cost = Cost(costs, [CostTerm("latency", float(costs.score(np.array([[0, 0]]))[0]), form, 0.5)])
+    cost.duals[0] = 0.7
+
+    def loss(batch: Any) -> torch.Tensor:
+        return 1.5 + 0.0 * supernet.net(batch[0]).sum()
+
+    def whole() -> float:
+        shares = supernet.probabilities().detach()
+        return float(cost.combined(torch.tensor(1.5), [one(shares) for one in cost.expected]))
+
+    step = BinaryGates(None)(supernet, cost, loss, BATCH, np.random.default_rng(0))
+    assert torch.allclose(step.gradient.double(), differences(whole, supernet.alpha.data, supernet.mask), atol=1e-6)
+
+
+def test_reinforce_is_the_gradient_of_the_expected_loss() -> None:
+    supernet = toy()
+    losses = path_losses(supernet, cross_entropy(supernet))
+    exact = differences(
+        lambda: sum(probability(supernet, path) * value for path, value in losses.items()),
+        supernet.alpha,
+        supernet.mask,
+    )
+    shares = supernet.probabilities().detach().double()
+    enumerated = sum(
+        probability(supernet, path) * value * (path_matrix(np.array(path), shares) - shares)
+        for path, value in losses.items()
+    )
+    assert torch.allclose(enumerated, exact, atol=1e-6)
+
+    def known(batch: Any) -> torch.Tensor:
+        return torch.tensor(losses[tuple(mixed.active for mixed in supernet.mixed.values())])
+
+    method = Reinforce(samples=20_000)
+    step = method(supernet, Cost(table(supernet), []), known, BATCH, np.random.default_rng(0))
+    spread = np.std(list(losses.values()))
+    assert torch.allclose(step.gradient.double(), exact, atol=4 * spread / np.sqrt(20_000))
+    assert method.baseline == pytest.approx(np.average(list(losses.values())), abs=spread)
+
+
+def test_the_product_form_is_free_of_units_and_one_at_the_reference() -> None:
+    supernet = toy()
+    costs = table(supernet)
+    reference = float(costs.score(np.array([[0, 0]]))[0])
+    shares = supernet.probabilities().detach()
+
+    def value(scale: float, factor: float) -> float:
+        cost = Cost(costs, [CostTerm("latency", reference * scale, "multiplicative", 0.6)])
+        cost.expected[0].costs *= scale
+        cost.expected[0].fixed *= scale
+        at = torch.tensor(reference * scale * factor) if factor else cost.expected[0](shares)
+        return float(cost.combined(torch.tensor(2.0), [at]))
+
+    assert value(1.0, 1.0) == pytest.approx(2.0)
+    assert value(1.0, 0.0) == pytest.approx(value(1e6, 0.0))
+    assert value(1.0, 0.9) < 2.0 < value(1.0, 1.1)
+
+
+def test_the_dual_variable_rises_above_the_budget_and_falls_below() -> None:
+    costs = table(toy())
+    reference = float(costs.score(np.array([[0, 0]]))[0])
+    cost = Cost(costs, [CostTerm("latency", reference, "budget", 0.5), CostTerm("macs", 1.0, "additive")])
+    cost.raise_duals([reference * 1.2, 3.0])
+    assert cost.duals == pytest.approx([0.1, 0.0])
+    cost.raise_duals([reference * 0.5, 3.0])
+    assert cost.duals == [0.0, 0.0]
+    with pytest.raises(InfeasibleError, match="cheapest architecture"):
+        Cost(costs, [CostTerm("latency", 1e-9)])
+
+
+def test_terms_out_of_range() -> None:
+    with pytest.raises(BudgetError, match="reference"):
+        CostTerm("latency", 0.0)
+    with pytest.raises(UnknownNameError, match="additive"):
+        CostTerm("latency", 1.0, "addition")
