@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxopt.nas._architecture import BinaryGates, Reinforce, Relaxed
+from fxopt.nas._choose import PathScore, check_budget, fine_tune, policy_within
 from fxopt.nas._objective import Cost, CostTerm, ExpectedCost
 from fxopt.nas._supernet import MixedOperator, Supernet
 from fxopt.nas._train import Epoch, SupernetResult, SupernetSettings, split, train_supernet
@@ -14,11 +15,15 @@ __all__ = [
     "Epoch",
     "ExpectedCost",
     "MixedOperator",
+    "PathScore",
     "Reinforce",
     "Relaxed",
     "Supernet",
     "SupernetResult",
     "SupernetSettings",
+    "check_budget",
+    "fine_tune",
+    "policy_within",
     "split",
     "train_supernet",
 ]
