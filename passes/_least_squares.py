@@ -133,53 +133,80 @@ class Moments:
         xy = None if self.xy is None or other.xy is None else self.xy + other.xy
         return Moments(self.count + other.count, self.x + other.x, self.xx + other.xx, y, xy)
 
-    def covariance(self, offset: bool) -> torch.Tensor:
-        """Mean outer product of inputs, about their means if there is an offset."""
-        second = self.xx / self.count
-        if not offset:
-            return second
-        mean = self.x / self.count
-        return second - mean[:, :, None] * mean[:, None, :]
-
-    def missing(self, weight: torch.Tensor, offset: bool) -> torch.Tensor:
-        """Covariance of the inputs with what some weights leave of the outputs, shape of ``xy``.
+    def with_outputs(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Moments:
+        """The same moments with those of the outputs that weights make of the rows.
 
         Args:
             weight: Shape (groups, outputs of a group, unknowns), float64.
-            offset: Whether a constant may be added to the outputs.
+            bias: Shape (groups * outputs of a group), or None.
+        """
+        y = (weight @ self.x[:, :, None]).squeeze(2)
+        xy = self.xx @ weight.transpose(1, 2)
+        if bias is not None:
+            offset = bias.double().reshape(y.shape)
+            y = y + self.count * offset
+            xy = xy + self.x[:, :, None] * offset[:, None, :]
+        return Moments(self.count, self.x, self.xx, y, xy)
+
+    def part(self, unknowns: torch.Tensor, outputs: torch.Tensor) -> Moments:
+        """The moments of some unknowns, the same ones in each group, and of some outputs, numbered over all groups."""
+        groups = len(self.x)
+        y = None if self.y is None else self.y.flatten()[outputs].reshape(groups, -1)
+        xy = None
+        if self.xy is not None:
+            flat = self.xy.index_select(1, unknowns)
+            xy = flat.transpose(1, 2).flatten(0, 1)[outputs].reshape(groups, -1, len(unknowns)).transpose(1, 2)
+        xx = self.xx.index_select(1, unknowns).index_select(2, unknowns)
+        return Moments(self.count, self.x[:, unknowns], xx, y, xy)
+
+    def fit(self, weight: torch.Tensor, ridge: float, offset: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights of the least squares, and the constant to add to their outputs.
+
+        Args:
+            weight: The weights to stay near to, shape (groups, outputs of a group, unknowns), float64.
+            ridge: Penalty on the distance from them, as a part of the mean of the diagonal.
+            offset: Whether outputs may have a constant; the moments are about the means then.
+
+        Returns:
+            Weights of the same shape, and constants of shape (groups, outputs of a group).
 
         Raises:
             ValueError: If the outputs were not summed.
         """
         if self.y is None or self.xy is None:
             raise ValueError("These are moments of inputs alone.")
-        cross = self.xy / self.count
+        second, cross = self.xx / self.count, self.xy / self.count
+        mean_x, mean_y = self.x / self.count, self.y / self.count
         if offset:
-            cross = cross - (self.x / self.count)[:, :, None] * (self.y / self.count)[:, None, :]
-        return cross - self.covariance(offset) @ weight.transpose(1, 2)
+            second = torch.baddbmm(second, mean_x[:, :, None], mean_x[:, None, :], alpha=-1)
+            cross = torch.baddbmm(cross, mean_x[:, :, None], mean_y[:, None, :], alpha=-1)
+        found = solve(second, cross, weight, ridge)
+        return found, mean_y - (found @ mean_x[:, :, None]).squeeze(2)
 
 
-def solve(covariance: torch.Tensor, missing: torch.Tensor, ridge: float) -> torch.Tensor:
-    """What to add to weights so that they make up for what is missing.
+def solve(covariance: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The weights that minimize the error and, by the ridge, the distance from weights that are given.
 
     Args:
         covariance: Second moments of the inputs, shape (groups, unknowns, unknowns).
-        missing: Covariance of the inputs with what the weights as they are leave of the wanted outputs, shape (groups,
-            unknowns, outputs of a group).
+        cross: Second moments of inputs and wanted outputs, shape (groups, unknowns, outputs of a group).
+        weight: The weights to stay near to, shape (groups, outputs of a group, unknowns).
         ridge: Penalty, as a part of the mean of the diagonal.
 
     Returns:
-        Shape of ``missing``; zeros for a group whose inputs are all zero, or whose moments are beyond repair.
+        Shape of ``weight``: the given ones for a group whose inputs are all zero, or whose moments are beyond repair.
     """
-    scale = covariance.diagonal(dim1=1, dim2=2).mean(1)
+    scale = covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     unit = torch.where(scale > 0, scale, torch.ones_like(scale))
+    start = weight.transpose(1, 2)
     strength = ridge
     for _ in range(_RAISES):
         matrix = covariance.clone()
-        matrix.diagonal(dim1=1, dim2=2).add_((strength * unit)[:, None])
+        matrix.diagonal(dim1=1, dim2=2).add_((strength * unit).squeeze(2))
         factor, info = torch.linalg.cholesky_ex(matrix)
         if not bool(info.any()):
-            found = torch.cholesky_solve(missing, factor)
-            return torch.where((scale > 0)[:, None, None], found, torch.zeros_like(found))
+            wanted = torch.add(cross, unit * start, alpha=strength) if strength else cross
+            found = torch.cholesky_solve(wanted, factor)
+            return torch.where(scale > 0, found, start).transpose(1, 2)
         strength = max(strength, 1e-12) * 100.0
-    return torch.zeros_like(missing)
+    return weight

@@ -21,7 +21,7 @@ from fxopt.graph.shapes import TRACE_META
 from fxopt.passes._calibrate import batches as batches_of
 from fxopt.passes._calibrate import feed
 from fxopt.passes._fork import fork
-from fxopt.passes._least_squares import Moments, groups_of, input_rows, is_linear, output_rows, positions_of, solve
+from fxopt.passes._least_squares import Moments, groups_of, input_rows, is_linear, output_rows, positions_of
 
 __all__ = ["Kept", "Reconstruction", "Reconstructor"]
 
@@ -151,7 +151,7 @@ class Reconstructor:
             else:
                 source = node.all_input_nodes[0]
                 moments = _total(Moments.of(input_rows(module, one[source], at)) for one, at in pairs)
-                found[path] = _Wanted((), (), moments)
+                found[path] = _Wanted((), (), moments.with_outputs(_by_group(module, module.weight), module.bias))
 
         _walk(self._gm, self._batches, after=look)
         return found
@@ -199,14 +199,7 @@ class Reconstructor:
             Moments.of(input_rows(module, one[source], at), y[:, outputs])
             for one, at, y in zip(values, wanted.positions, wanted.outputs, strict=True)
         )
-        norm = _norm_behind(gm, node)
-        offset = module.bias is not None or norm is not None
-        weight = _by_group(module, module.weight)
-        change = solve(moments.covariance(offset), moments.missing(weight, offset), self.options.ridge)
-        weight = weight + change.transpose(1, 2)
-        constant = (moments.y - (weight @ moments.x[:, :, None]).squeeze(2)).flatten() / moments.count  # type: ignore[operator]
-        old = 0.0 if module.bias is None else module.bias.double()
-        _write(module, norm, weight, constant - old if offset else None)
+        _fit(gm, node, moments, self.options.ridge)
 
     def _restore_from_moments(self, gm: fx.GraphModule, kept: Kept) -> None:
         for path, node in _layers(gm).items():
@@ -219,19 +212,18 @@ class Reconstructor:
             outputs = _kept_outputs(kept, path, before.weight.shape[0])
             if len(inputs) == before.weight.shape[1] or groups_of(module) != groups_of(before):
                 continue
-            norm = _norm_behind(gm, node)
-            offset = module.bias is not None or norm is not None
-            stay = torch.zeros(before.weight.shape[1:], dtype=torch.bool)
-            stay[torch.as_tensor(inputs)] = True
-            stay = stay.flatten()
-            full = _by_group(before, before.weight, outputs)
-            covariance = moments.covariance(offset)
-            lost = full[:, :, ~stay]
-            missing = covariance[:, stay][:, :, ~stay] @ lost.transpose(1, 2)
-            change = solve(covariance[:, stay][:, :, stay], missing, self.options.ridge).transpose(1, 2)
-            mean = moments.x / moments.count
-            constant = (lost @ mean[:, ~stay, None] - change @ mean[:, stay, None]).flatten()
-            _write(module, norm, full[:, :, stay] + change, constant if offset else None)
+            size = before.weight[0].numel()
+            unknowns = torch.arange(size).reshape(before.weight.shape[1:])[torch.as_tensor(inputs)].flatten()
+            _fit(gm, node, moments.part(unknowns, outputs), self.options.ridge)
+
+
+def _fit(gm: fx.GraphModule, node: fx.Node, moments: Moments, ridge: float) -> None:
+    """Put the weights of the least squares into a layer; the constant is its bias's, or its batch norm's."""
+    module: Any = gm.get_submodule(str(node.target))
+    norm = _norm_behind(gm, node)
+    offset = module.bias is not None or norm is not None
+    weight, constant = moments.fit(_by_group(module, module.weight), ridge, offset)
+    _write(module, norm, weight, constant.flatten() if offset else None)
 
 
 def _layers(gm: fx.GraphModule) -> dict[str, fx.Node]:
@@ -254,10 +246,9 @@ def _layers(gm: fx.GraphModule) -> dict[str, fx.Node]:
     return found
 
 
-def _by_group(module: Any, weight: torch.Tensor, outputs: torch.Tensor | None = None) -> torch.Tensor:
+def _by_group(module: Any, weight: torch.Tensor) -> torch.Tensor:
     """A weight as float64 of shape (groups, outputs of a group, unknowns)."""
-    chosen = weight.detach() if outputs is None else weight.detach()[outputs]
-    flat = chosen.double().flatten(1)
+    flat = weight.detach().double().flatten(1)
     return flat.reshape(groups_of(module), -1, flat.shape[1])
 
 
@@ -286,7 +277,7 @@ def _write(module: Any, norm: _BatchNorm | None, weight: torch.Tensor, constant:
     if constant is None:
         return
     if module.bias is not None:
-        bias = (module.bias.detach().double() + constant).to(module.bias.dtype)
+        bias = constant.to(module.bias.dtype)
         module._parameters["bias"] = nn.Parameter(bias, module.bias.requires_grad)
     elif norm is not None and norm.running_mean is not None:
         norm._buffers["running_mean"] = (norm.running_mean.double() - constant).to(norm.running_mean.dtype)
