@@ -167,6 +167,24 @@ class Constraint:
         state[:, columns] = choices
         return self._allowed_choices([state], [i])[0]
 
+    def reach(self, row: _Indices, start: int = 0) -> int:
+        """How many decisions can be taken as in ``row``, in the order of the space, before the mask forbids one.
+
+        Args:
+            row: Choice indices, shape ``(decisions,)``; those before ``start`` were taken under the mask.
+            start: Where to begin.
+
+        Returns:
+            The index of the first decision whose choice is masked, or the number of decisions.
+        """
+        ahead = np.arange(start, len(self.space))
+        if not len(ahead):
+            return len(self.space)
+        taken = np.arange(len(self.space)) <= ahead[:, np.newaxis, np.newaxis]
+        within = self._within(np.where(taken, row, self._completions).reshape(-1, len(self.space)))
+        stuck = np.flatnonzero(~_any(within.reshape(len(ahead), -1), axis=1))
+        return start + int(stuck[0]) if len(stuck) else len(self.space)
+
     def project(self, policy: Mapping[Key, Choice], order: Sequence[int] | None = None) -> Policy:
         """The feasible policy that a walk over the decisions makes of ``policy``.
 

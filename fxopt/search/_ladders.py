@@ -60,7 +60,7 @@ def ladders(space: SearchSpace, constraint: Constraint | None) -> list[Ladder]:
 def _grid(choices: Sequence[Choice]) -> list[npt.NDArray[np.intp]] | None:
     """The rungs on each axis, if the choices are all combinations of what their components can be."""
     tuples = [choice for choice in choices if isinstance(choice, tuple)]
-    if len(tuples) != len(choices) or len({len(choice) for choice in tuples}) != 1:
+    if len(tuples) != len(choices) or {len(choice) for choice in tuples} != {2}:
         return None
     values = np.array(tuples)
     axes = [np.unique(column, return_inverse=True) for column in values.T]

@@ -17,6 +17,7 @@ __all__ = ["create", "load", "names", "register"]
 
 _ENGINES: dict[str, str | type[Engine]] = {
     "evolution": "fxopt.search._evolution:EvolutionEngine",
+    "ddpg": "fxopt.search._ddpg:DDPGEngine",
     "exact": "fxopt.search._exact:ExactEngine",
     "greedy": "fxopt.search._greedy:GreedyEngine",
     "random": "fxopt.search._random:RandomEngine",
