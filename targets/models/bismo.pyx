@@ -1,14 +1,14 @@
 """Bit-serial overlays (BISMO): arrays of binary dot products that take one bit of weight and activation at a time.
 
 An array of ``rows`` x ``columns`` dot units, each ``depth`` bits wide. A layer is a matrix product of K rows of weights
-and P columns of pixels over a reduction of C * taps, cut into *tiles* of ``rows`` output channels and ``columns``
-pixels, R = ceil(K / rows) and Q = ceil(P / columns) of them, and into b = ceil(C * taps / depth) blocks of the reduction.
+and P columns of pixels over a reduction of C * taps, cut into R = ceil(K / rows) *tiles* of ``rows`` output channels,
+Q = ceil(P / columns) tiles of ``columns`` pixels and b = ceil(C * taps / depth) blocks of the reduction.
 Weights and activations arrive through a port each, one bit plane of one block of one row or column (a *word* of
 ``depth`` bits) in ``depth / port`` cycles, and stay in buffers of ``words`` words for each row and column.
 
-    x = w * a * b                       cycles to multiply one pair of tiles, plane by plane
-    f = depth / port * a * b * pixels   cycles to fetch a tile of activations; g, of weights: w for a, channels for pixels
-    q = ceil(Q / floor(words / (a * b)))  *stripes* of activations, as many tiles as the buffers hold; r, of weights
+    x = w * a * b                          cycles to multiply one pair of tiles, plane by plane
+    f = depth / port * a * b * pixels      cycles to fetch a tile of activations; g, of weights, by w and rows
+    q = ceil(Q / floor(words / (a * b)))   *stripes* of activations: tiles that the buffers hold; r, of weights
 
 Every stripe of weights is multiplied with every stripe of activations, so activations are fetched r times and weights
 q times. Inside a pair of stripes one operand is the outer loop. With weights outside, the tiles of activations stream
