@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from fxopt.data import Loader, first_batch
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
 from fxopt.errors import DataError, InfeasibleError, PassError, SearchError, TargetError
 from fxopt.evaluate import Evaluator, Reconstruction, RelativeLatency, apply_policy
-from fxopt.export import ExportReport, export_onnx, host_fingerprint, measure, onnxruntime_profiler
+from fxopt.export import ExportReport, Format, export_onnx, host_fingerprint, measure, onnxruntime_profiler
 from fxopt.lowering import ParametricWorkload, lower
 from fxopt.passes import Quantize, TunablePass
 from fxopt.passes._fork import own_copy
@@ -62,7 +62,7 @@ class OptimizationResult:
         self,
         path: str | os.PathLike[str],
         *,
-        format: Literal["qdq", "float"] = "qdq",  # noqa: A002
+        format: Format = "qdq",  # noqa: A002
         check: bool = True,
     ) -> ExportReport:
         """Write the model to an ONNX file that was proved in onnxruntime; see :func:`fxopt.export_onnx`.

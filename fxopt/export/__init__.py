@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fxopt.export._export import ExportReport, export_onnx
 from fxopt.export._fastest import FastestBits, fastest_bits
+from fxopt.export._forms import Format
 from fxopt.export._measure import Measurement, Timing, measure
 from fxopt.export._module import OnnxModule
 from fxopt.export._runtime import host_fingerprint
@@ -15,6 +16,7 @@ from fxopt.export.profiler import onnxruntime_profiler
 __all__ = [
     "ExportReport",
     "FastestBits",
+    "Format",
     "Measurement",
     "OnnxModule",
     "Timing",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 from fxopt._files import replacing
 from fxopt.errors import ExportError
+from fxopt.export._forms import IR_VERSIONS, Form, Format, check_opset, form_of, opset_for, prepared
 from fxopt.export._parity import check_integers, compare, random_like
-from fxopt.export._qdq import to_qdq
 from fxopt.export._runtime import CARRIERS, has_integer_instructions, is_integer, optimized_nodes
-from fxopt.export._torch_onnx import export_marked, without_quantizers
+from fxopt.export._torch_onnx import export_marked, with_parameters
 from fxopt.graph import ExampleInputs, normalize, trace
 from fxopt.graph.fake_quantize import QuantizedLayer
 from fxopt.graph.shapes import TRACE_META
@@ -23,12 +24,7 @@ from fxopt.graph.shapes import TRACE_META
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["IR_VERSIONS", "ExportReport", "export_onnx"]
-
-Format = Literal["qdq", "float"]
-
-IR_VERSIONS = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 11}
-"""The opsets on offer, and the ONNX file version that each came with: newer ones are refused by older runtimes."""
+__all__ = ["ExportReport", "export_onnx"]
 
 _MAX_BYTES = 2**31 - 2**20
 """A single ONNX file ends at 2 GiB."""
@@ -43,7 +39,7 @@ class ExportReport:
 
     Attributes:
         path: The file.
-        format: "qdq" or "float".
+        format: "qdq", "qdq-native", "qonnx" or "float".
         opset: ONNX opset.
         file_bytes: Size of the file.
         batches: Batch sizes that file and graph were compared at; empty if not checked.
@@ -81,21 +77,30 @@ def export_onnx(
     example_inputs: object,
     *,
     format: Format = "qdq",  # noqa: A002
-    opset: int = 21,
+    opset: int | None = None,
     check: bool = True,
 ) -> ExportReport:
     """Write a model to an ONNX file, and prove it in onnxruntime before it gets its name.
 
-    Quantized layers become integer initializers with DequantizeLinear, and activations QuantizeLinear and
-    DequantizeLinear pairs, the form that integer kernels are selected by. A model without quantized layers is written
-    in floating point. Initializers keep the names of the model's parameters; the batch dimension is called "batch".
+    A model without quantized layers is written in floating point. Initializers keep the names of the parameters, the
+    batch dimension is called "batch". Quantized layers are written in one of these forms:
+
+    - ``"qdq"``: integer initializers with DequantizeLinear, activations as QuantizeLinear and DequantizeLinear pairs,
+      by which onnxruntime selects integer kernels. Grids of fewer than 8 bits keep their steps in 8-bit integers, but
+      for linear layers whose weights alone are quantized: those of up to 4 bits are packed, for onnxruntime has a
+      kernel.
+    - ``"qdq-native"``: the same in the narrowest integers that ONNX has: 2, 4 or 8 bits, packed. For runtimes that have
+      such types, and as small as it gets. onnxruntime loads it with ``session.disable_quant_qdq=1``, and computes in
+      floats.
+    - ``"qonnx"``: Quant and BipolarQuant nodes, for FPGA flows. Files hold floats.
+    - ``"float"``: weights as the floats that their grids hold, activations in floats.
 
     Args:
         model: A graph from ``fxopt.trace`` or a pass, or any module, which is traced first. On the CPU.
         path: The file; what stands there is replaced only by a file that passed all checks.
         example_inputs: As for ``fxopt.trace``; the file is compared with the graph on them.
-        format: "qdq", or "float" to leave quantization out.
-        opset: ONNX opset, 18 to 24.
+        format: The form; see above.
+        opset: ONNX opset, 18 to 25. None is 21, or 25 if integers of 2 bits are packed.
         check: Whether to load and run the file in onnxruntime and compare it with the graph, on the example and on
             random inputs at another batch size. ``onnx.checker`` runs in any case.
 
@@ -107,32 +112,24 @@ def export_onnx(
         ExportError: If the model cannot be exported, or the file not be written or loaded.
         ParityError: If the file computes something else than the graph; nothing is left under ``path``.
     """
-    _check_options(format, opset)
+    form = form_of(format)
+    check_opset(opset)
     gm = model if isinstance(model, fx.GraphModule) and TRACE_META in model.meta else trace(model, example_inputs)
     inputs = normalize(example_inputs)
     _check_graph(gm, inputs)
-    graph = without_quantizers(gm) if format == "float" else gm
-    quantized = any(isinstance(module, QuantizedLayer) for module in graph.modules())
-    marked = export_marked(graph, _at_traced_batch(gm, inputs), opset)
-    held = to_qdq(marked)
+    graph = prepared(gm, form)
+    version = opset_for(graph, form, opset)
+    marked = export_marked(graph, _at_traced_batch(gm, inputs), version)
+    made = form.rewrite(marked, version)
     proto = marked.model
-    proto.ir_version = IR_VERSIONS[opset]
+    proto.ir_version = IR_VERSIONS[version]
     final = Path(path)
     with replacing(final, ExportError) as scratch:
         _write(proto, scratch)
         file_bytes = scratch.stat().st_size
-        checked: dict[str, Any] = {}
-        if check:
-            differing = check_integers(graph, proto, held, _at_traced_batch(gm, inputs)) if held else None
-            checked = _checked(graph, scratch, inputs, quantized) | {"integers_differing": differing}
-    return ExportReport(final, format, opset, file_bytes, notes=_notes(gm, quantized), **checked)
-
-
-def _check_options(form: str, opset: int) -> None:
-    if form not in ("qdq", "float"):
-        raise ExportError(f"Unknown format {form!r}; choose 'qdq' or 'float'.")
-    if opset not in IR_VERSIONS:
-        raise ExportError(f"Opset {opset!r} is not on offer; choose one of {', '.join(map(str, IR_VERSIONS))}.")
+        checked = _checked(with_parameters(graph, made.rounded), proto, form, made.held, inputs) if check else {}
+    quantized = any(isinstance(module, QuantizedLayer) for module in gm.modules())
+    return ExportReport(final, format, version, file_bytes, notes=_notes(gm, form, quantized), **checked)
 
 
 def _check_graph(gm: fx.GraphModule, inputs: ExampleInputs) -> None:
@@ -170,15 +167,22 @@ def _write(proto: onnx.ModelProto, scratch: Path) -> None:
         raise ExportError(f"The exported model cannot be stored in one file: {failure}") from failure
 
 
-def _checked(gm: fx.GraphModule, file: Path, inputs: ExampleInputs, quantized: bool) -> dict[str, Any]:
+def _checked(
+    gm: fx.GraphModule, proto: onnx.ModelProto, form: Form, held: Mapping[str, str], inputs: ExampleInputs
+) -> dict[str, Any]:
+    """Run the file beside its graph; what the report tells of it."""
     example = _at_traced_batch(gm, inputs)
     trials = [example]
     if gm.meta.get(TRACE_META, {}).get("dynamic_batch"):
         trials.append(random_like(inputs, _OTHER_BATCH if example.batch != _OTHER_BATCH else _OTHER_BATCH + 1))
     else:
         trials.append(random_like(example, example.batch))
-    difference = compare(gm, str(file), trials, quantized=quantized)
-    operators = optimized_nodes(file)
+    quantized = any(isinstance(module, QuantizedLayer) for module in gm.modules())
+    runnable = form.runnable(proto)
+    stepped = check_integers(gm, runnable, held, example, form.settings) if held else None
+    packed = runnable.SerializeToString()
+    difference = compare(gm, packed, trials, quantized=quantized, settings=form.settings)
+    operators = optimized_nodes(packed, form.settings if form.native else None)
     integer = sum(count for name, count in operators.items() if is_integer(name))
     floats = sum(count for name, count in operators.items() if not is_integer(name) and name not in CARRIERS)
     return {
@@ -187,18 +191,21 @@ def _checked(gm: fx.GraphModule, file: Path, inputs: ExampleInputs, quantized: b
         "mean_abs_diff": difference.mean_abs,
         "relative": difference.relative,
         "top1_agreement": difference.top1_agreement,
+        "integers_differing": stepped,
         "integer_nodes": integer,
         "float_nodes": floats,
         "operators": tuple(sorted(operators.items())),
     }
 
 
-def _notes(gm: fx.GraphModule, quantized: bool) -> tuple[str, ...]:
+def _notes(gm: fx.GraphModule, form: Form, quantized: bool) -> tuple[str, ...]:
     notes = []
+    if quantized and form.native:
+        notes.append("onnxruntime runs this file in floats, with the session setting session.disable_quant_qdq=1.")
     source = gm.meta.get(_CALIBRATION_META, {}).get("source", "")
     if quantized and source.startswith("synthetic"):
         notes.append(f"Calibrated on synthetic data ({source}): judge speed and size by this file, not accuracy.")
-    if quantized and not has_integer_instructions():
+    if quantized and not (form.native or form.baked) and not has_integer_instructions():
         notes.append(
             "This CPU has no 8-bit dot product instructions; integer kernels may be no faster than float ones."
         )

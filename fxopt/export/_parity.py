@@ -92,20 +92,28 @@ def run_graph(gm: fx.GraphModule, inputs: ExampleInputs, interpreter: fx.Interpr
     return [leaf.detach().numpy() for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
-def compare(gm: fx.GraphModule, path: str, trials: Sequence[ExampleInputs], *, quantized: bool) -> Difference:
+def compare(
+    gm: fx.GraphModule,
+    model: str | bytes,
+    trials: Sequence[ExampleInputs],
+    *,
+    quantized: bool,
+    settings: Mapping[str, str] | None = None,
+) -> Difference:
     """Run a file and its graph on the same inputs, from end to end.
 
     Args:
         gm: The graph that the file was made from.
-        path: The file.
+        model: The file, or a serialized model.
         trials: Inputs to compare on.
         quantized: Which tolerance holds.
+        settings: Session settings.
 
     Raises:
         ParityError: If they differ by more than the tolerance; says where and by how much.
         ExportError: If onnxruntime cannot load or run the file.
     """
-    session = make_session(path, settings=exact_integers())
+    session = make_session(model, settings=exact_integers() | dict(settings or {}))
     names = [value.name for value in session.get_outputs()]
     found = []
     for trial in trials:
@@ -124,14 +132,21 @@ def compare(gm: fx.GraphModule, path: str, trials: Sequence[ExampleInputs], *, q
     )
 
 
-def check_integers(gm: fx.GraphModule, model: onnx.ModelProto, held: Mapping[str, str], trial: ExampleInputs) -> float:
+def check_integers(
+    gm: fx.GraphModule,
+    model: onnx.ModelProto,
+    held: Mapping[str, str],
+    trial: ExampleInputs,
+    settings: Mapping[str, str] | None = None,
+) -> float:
     """Compare the integers behind every quantizer, each on the same integers before it.
 
     Args:
         gm: The graph that the model was made from.
-        model: The model, in Q / DQ form.
-        held: The tensor of each quantizer's integers, by the quantizer's path.
+        model: The model.
+        held: The value behind each quantizer, floats on its grid, by the quantizer's path.
         trial: Inputs to compare on.
+        settings: Session settings.
 
     Returns:
         The part of all integers that differ (by one step).
@@ -147,9 +162,11 @@ def check_integers(gm: fx.GraphModule, model: onnx.ModelProto, held: Mapping[str
     shown.CopyFrom(model)
     calls = [str(node.target) for node in gm.graph.find_nodes(op="call_module")]
     once = {path: name for path, name in held.items() if calls.count(path) == 1}
-    extra = [helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in once.values()]
+    extra = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in once.values() if name not in outputs
+    ]
     shown.graph.output.extend(extra)
-    session = make_session(shown.SerializeToString(), settings=exact_integers())
+    session = make_session(shown.SerializeToString(), settings=exact_integers() | dict(settings or {}))
     values = dict(zip([value.name for value in session.get_outputs()], _run_session(session, trial), strict=True))
     forced = _Forced(gm, {path: values[name] for path, name in once.items()})
     expected = run_graph(gm, trial, forced)
@@ -174,20 +191,21 @@ class _Nudged(fx.Interpreter):
 
 
 class _Forced(fx.Interpreter):
-    """Goes on from the file's integers after each quantizer, once they were compared with its own."""
+    """Goes on from the file's values behind each quantizer, once their integers were compared with its own."""
 
-    def __init__(self, gm: fx.GraphModule, integers: Mapping[str, Array]) -> None:
+    def __init__(self, gm: fx.GraphModule, values: Mapping[str, Array]) -> None:
         super().__init__(gm)
         # What differs is said in full here; the interpreter would add the node's source code to it.
         self.extra_traceback = False
-        self._integers = integers
+        self._values = values
         self.stepped = self.compared = 0
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         quantizer = self.fetch_attr(str(target))
-        if target not in self._integers or not isinstance(quantizer, ActivationQuantizer):
+        if target not in self._values or not isinstance(quantizer, ActivationQuantizer):
             return super().call_module(target, args, kwargs)
-        theirs = torch.from_numpy(self._integers[str(target)]).to(torch.int32)
+        steps = torch.from_numpy(self._values[str(target)]).to(torch.float64) / quantizer.scale.double()
+        theirs = (steps.round() + quantizer.zero_point).to(torch.int32)
         ours = quantizer.integers(args[0]).to(torch.int32)
         if theirs.shape != ours.shape:
             raise ParityError(f"The file has shape {tuple(theirs.shape)} at {target!r}, the graph {tuple(ours.shape)}.")

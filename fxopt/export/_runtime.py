@@ -44,6 +44,7 @@ _INTEGER = frozenset(
         "QGemm",
         "MatMulInteger",
         "MatMulIntegerToFloat",
+        "MatMulNBits",
         "ConvInteger",
         "DynamicQuantizeMatMul",
         "QAttention",
@@ -95,13 +96,13 @@ def make_session(
         raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load {what}: {failure}") from failure
 
 
-def optimized_nodes(model: str | os.PathLike[str] | bytes) -> Counter[str]:
+def optimized_nodes(model: str | os.PathLike[str] | bytes, settings: Mapping[str, str] | None = None) -> Counter[str]:
     """How often each operator stands in the graph that onnxruntime really runs."""
     import onnx
 
     with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
         path = str(Path(folder, "optimized.onnx"))
-        make_session(model, optimized_path=path)
+        make_session(model, optimized_path=path, settings=settings)
         return count_nodes(onnx.load(path, load_external_data=False))
 
 

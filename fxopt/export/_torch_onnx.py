@@ -12,11 +12,12 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from numpy.typing import NDArray
 from torch import fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -29,10 +30,22 @@ from fxopt.graph.shapes import TRACE_META
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["MARKER", "MARKER_DOMAIN", "Marked", "export_marked", "input_names", "output_names", "without_quantizers"]
+__all__ = [
+    "MARKER",
+    "MARKER_DOMAIN",
+    "Marked",
+    "export_marked",
+    "input_names",
+    "output_names",
+    "with_baked_weights",
+    "with_parameters",
+]
 
 MARKER, MARKER_DOMAIN = "Marker", "fxopt"
 BATCH_NAME = "batch"
+
+_NEWEST_EXPORTED = 23
+"""The newest opset that torch.onnx writes. Later ones have added types to the operators that it uses, nothing else."""
 
 Quantizers = dict[str, ActivationQuantizer | WeightQuantizer]
 
@@ -91,7 +104,7 @@ def export_marked(gm: fx.GraphModule, inputs: ExampleInputs, opset: int) -> Mark
                 kwargs=inputs.kwargs or None,
                 dynamo=True,
                 verbose=False,
-                opset_version=opset,
+                opset_version=min(opset, _NEWEST_EXPORTED),
                 dynamic_shapes=spec,
             )
         except Exception as failure:
@@ -99,13 +112,19 @@ def export_marked(gm: fx.GraphModule, inputs: ExampleInputs, opset: int) -> Mark
     if program is None:
         raise ExportError("torch.onnx gave no model; use torch >= 2.9.")
     model = program.model_proto
+    for entry in model.opset_import:
+        if not entry.domain:
+            entry.version = opset
     _name_ends(model, input_names(gm, leaves), output_names(gm))
     _name_batch(model, dynamic)
     return Marked(model, quantizers)
 
 
-def without_quantizers(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph in floating point, sharing parameters; the graph itself if it has no quantizers."""
+def with_baked_weights(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph in floats: weights as their grids hold them, activations as they come.
+
+    The graph itself if it has no quantizers; else other parameters are shared with it.
+    """
     if not any(isinstance(module, (ActivationQuantizer, QuantizedLayer)) for module in gm.modules()):
         return gm
     plain = _copy(gm)
@@ -113,13 +132,27 @@ def without_quantizers(gm: fx.GraphModule) -> fx.GraphModule:
         if isinstance(module, ActivationQuantizer):
             edit.replace_module(plain, path, nn.Identity())
         elif isinstance(module, QuantizedLayer):
-            edit.replace_module(plain, path, module.to_float())
+            layer = module.to_float()
+            with torch.no_grad():
+                layer._parameters["weight"] = nn.Parameter(module.weight_quantizer(module.weight))
+            edit.replace_module(plain, path, layer)
     for node in plain.graph.find_nodes(op="call_module"):
         if isinstance(plain.get_submodule(str(node.target)), nn.Identity):
             node.replace_all_uses_with(node.args[0])
     plain.graph.eliminate_dead_code()
     plain.recompile()
     return plain
+
+
+def with_parameters(gm: fx.GraphModule, values: Mapping[str, NDArray[Any]]) -> fx.GraphModule:
+    """The same graph with other values of some parameters; the others are shared with it."""
+    twin = _copy(gm)
+    for name, array in values.items():
+        path, _, own = name.rpartition(".")
+        module = edit.clone_module(twin.get_submodule(path))
+        module._parameters[own] = nn.Parameter(torch.from_numpy(array), requires_grad=False)
+        edit.replace_module(twin, path, module)
+    return twin
 
 
 def input_names(gm: fx.GraphModule, leaves: list[Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections import Counter
@@ -128,14 +129,17 @@ def test_weights_shrink_to_a_quarter(tmp_path: Path) -> None:
     assert packed.batches == ()
 
 
-def test_the_float_format_is_the_graph_without_quantizers(tmp_path: Path) -> None:
+def test_the_float_format_holds_the_weights_of_the_grid(tmp_path: Path) -> None:
     gm, example = small_network()
     report = export_onnx(gm, tmp_path / "m.onnx", example, format="float")
     assert report.integer_nodes == 0
     assert report.relative is not None
     assert report.relative < 1e-5
     assert not {"QuantizeLinear", "DequantizeLinear"} & set(operators(tmp_path / "m.onnx"))
-    np.testing.assert_array_equal(initializers(tmp_path / "m.onnx")["a.weight"], gm.get_submodule("a").weight.detach())
+    layer: Any = gm.get_submodule("a")
+    held = layer.quantized_weight().detach()
+    np.testing.assert_array_equal(initializers(tmp_path / "m.onnx")["a.weight"], held)
+    assert not torch.equal(held, layer.weight)
     assert isinstance(gm.get_submodule("quantizers.x"), ActivationQuantizer)
 
 
@@ -349,13 +353,24 @@ def corrupted(model: onnx.ModelProto, name: str, change: Callable[[np.ndarray], 
     tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), name))
 
 
+def damage(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    honest = _export.form_of("qdq")
+
+    def damaging(marked: Any, opset: int) -> Any:
+        made = honest.rewrite(marked, opset)
+        corrupted(marked.model, name, change)
+        return made
+
+    monkeypatch.setattr(_export, "form_of", lambda _: dataclasses.replace(honest, rewrite=damaging))
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
         ("a.weight", lambda a: -a),
         ("a.weight_scale", lambda a: a * np.float32(1.1)),
         ("quantizers.act.scale", lambda a: a * np.float32(0.97)),
-        ("quantizers.x.zero_point", lambda a: (a + 2).astype(np.uint8)),
+        ("quantizers.x.zero_point", lambda a: (a // 2).astype(np.uint8)),
         ("f.bias", lambda a: a + 500),
     ],
 )
@@ -363,14 +378,7 @@ def test_a_damaged_file_is_caught_and_leaves_nothing(
     name: str, change: Callable[[np.ndarray], np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gm, example = small_network()
-    honest = _export.to_qdq
-
-    def damaging(marked: Any) -> dict[str, str]:
-        held = honest(marked)
-        corrupted(marked.model, name, change)
-        return held
-
-    monkeypatch.setattr(_export, "to_qdq", damaging)
+    damage(monkeypatch, name, change)
     (tmp_path / "m.onnx").write_text("what stood here before")
     with pytest.raises(ParityError, match="does not compute what its graph computes") as caught:
         export_onnx(gm, tmp_path / "m.onnx", example)
@@ -380,14 +388,7 @@ def test_a_damaged_file_is_caught_and_leaves_nothing(
 
 
 def test_a_damaged_float_file_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = _export.to_qdq
-
-    def damaging(marked: Any) -> dict[str, str]:
-        held = honest(marked)
-        corrupted(marked.model, "0.weight", lambda a: a * np.float32(1.01))
-        return held
-
-    monkeypatch.setattr(_export, "to_qdq", damaging)
+    damage(monkeypatch, "0.weight", lambda a: a * np.float32(1.01))
     with pytest.raises(ParityError):
         export_onnx(nn.Sequential(nn.Linear(3, 2)), tmp_path / "m.onnx", torch.randn(2, 3))
     assert list(tmp_path.iterdir()) == []
