@@ -66,7 +66,7 @@ def export(gm: fx.GraphModule, folder: Path, form: Format, **options: Any) -> Ex
     return export_onnx(gm, folder / f"{form}.onnx", EXAMPLE, format=form, **options)
 
 
-@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (3, 5), (2, 2), (1, 1), (5, 8)])
+@pytest.mark.parametrize("bits", [(4, 4), (3, 5), (1, 1)])
 @pytest.mark.parametrize("form", ["qdq", "qdq-native", "qonnx", "float"])
 def test_every_form_computes_what_the_graph_computes(bits: tuple[int, int], form: Format, tmp_path: Path) -> None:
     report = export(narrow(*bits), tmp_path, form)
@@ -75,7 +75,7 @@ def test_every_form_computes_what_the_graph_computes(bits: tuple[int, int], form
     onnx.checker.check_model(onnx.load(tmp_path / f"{form}.onnx")) if form != "qonnx" else None
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("bits", [2, 6])
 def test_grids_of_any_width_run_on_integer_kernels(bits: int, tmp_path: Path) -> None:
     report = export(narrow(bits, bits), tmp_path, "qdq")
     operators = dict(report.operators)
