@@ -198,6 +198,67 @@ def optimize(
     tell(result, export, Path(options.out), as_json=as_json)
 
 
+@app.command("compare-engines")
+@guarded(resumes=True)
+def compare_engines(
+    model: MaybeModel = None,
+    engine: Annotated[
+        Optional[list[str]],  # noqa: UP045 (read at run time, by typer)
+        typer.Option(help="A search engine; may be repeated; by default all that are installed.", show_default=False),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Under how many seeds each engine runs.")] = 1,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="TOML file with the options of optimize; those given here come first.", show_default=False),
+    ] = None,
+    target: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Name of a target or a TOML file; by default host.", show_default=False),
+    ] = None,
+    budget: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="metric=limit, such as latency=60%; may be repeated."),
+    ] = None,
+    passes: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Passes, separated by commas.", show_default=False),
+    ] = None,
+    trials: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Policies that each engine may try; by default 48.", show_default=False),
+    ] = None,
+    val: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader of (input, label) to judge by."),
+    ] = None,
+    inputs: Inputs = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the journals; by default fxopt-out.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run several search engines on a model and show them side by side. Run again to resume."""
+    from fxopt._cli.recipe import Options, parse_budgets, read_recipe, split_passes
+
+    given: dict[str, Any] = {
+        "model": model,
+        "target": target,
+        "budget": parse_budgets(budget or ()),
+        "passes": split_passes(passes) if passes is not None else None,
+        "trials": trials,
+        "val": val,
+        "input": tuple(inputs or ()),
+        "out": str(out) if out is not None else None,
+    }
+    options = (read_recipe(recipe) if recipe is not None else Options()).changed(given)
+    with only_json(as_json), progress_bars(not as_json) as progress:
+        from fxopt._cli.comparing import compare, comparison_table
+
+        found = compare(options, list(dict.fromkeys(engine or ())), seeds, progress)
+    emit_json({"trials": found.trials, "engines": found.rows}) if as_json else show(comparison_table(found))
+
+
 @app.command()
 @guarded()
 def targets(

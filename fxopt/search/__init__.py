@@ -16,6 +16,7 @@ Example:
 from __future__ import annotations
 
 from fxopt.search import engines
+from fxopt.search._compare import Comparison, EngineRun, compare, fitting_options, installed
 from fxopt.search._engine import FAILED, Engine
 from fxopt.search._journal import JOURNAL_SCHEMA, read_journal
 from fxopt.search._run import SearchProgress, run_search
@@ -24,11 +25,16 @@ from fxopt.search._trial import SearchResult, Trial
 __all__ = [
     "FAILED",
     "JOURNAL_SCHEMA",
+    "Comparison",
     "Engine",
+    "EngineRun",
     "SearchProgress",
     "SearchResult",
     "Trial",
+    "compare",
     "engines",
+    "fitting_options",
+    "installed",
     "read_journal",
     "run_search",
 ]

@@ -6,6 +6,7 @@ Engines are loaded when they are asked for, so that a name costs nothing to know
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from typing import Any
 
@@ -13,21 +14,35 @@ from fxopt.decisions import Constraint, SearchSpace
 from fxopt.errors import SearchError, UnknownNameError
 from fxopt.search._engine import Engine
 
-__all__ = ["create", "load", "names", "register"]
+__all__ = ["available", "create", "load", "names", "register"]
 
 _ENGINES: dict[str, str | type[Engine]] = {
     "evolution": "fxopt.search._evolution:EvolutionEngine",
     "ddpg": "fxopt.search._ddpg:DDPGEngine",
     "exact": "fxopt.search._exact:ExactEngine",
     "greedy": "fxopt.search._greedy:GreedyEngine",
+    "optuna": "fxopt.search._optuna:OptunaEngine",
     "random": "fxopt.search._random:RandomEngine",
+    "reinforce": "fxopt.search._reinforce:ReinforceEngine",
     "uniform": "fxopt.search._uniform:UniformEngine",
 }
+_NEEDS = {"optuna": "optuna"}
 
 
 def names() -> list[str]:
     """The names of all engines, sorted."""
     return sorted(_ENGINES)
+
+
+def available(name: str) -> bool:
+    """Whether the package that an engine needs, if any, is installed.
+
+    Raises:
+        UnknownNameError: If there is no such engine; suggests the nearest name.
+    """
+    if name not in _ENGINES:
+        raise UnknownNameError("search engine", str(name), _ENGINES)
+    return name not in _NEEDS or importlib.util.find_spec(_NEEDS[name]) is not None
 
 
 def load(name: str) -> type[Engine]:

@@ -63,17 +63,13 @@ def agent(name: str, space: SearchSpace, constraint: Constraint | None, seed: in
     return engine
 
 
-AGENTS = ["ddpg"]
-
-
-@pytest.mark.parametrize("name", AGENTS)
-def test_an_agent_starts_on_another_network(name: str) -> None:
+def test_an_agent_starts_on_another_network() -> None:
     """What it learnt on eight layers makes a better first policy for twelve others than the best of many drawn."""
     space, constraint, score = problem(8, 0)
-    first = agent(name, space, constraint, updates=4, batch=64, decay=0.97)
+    first = agent("ddpg", space, constraint, updates=4, batch=64, decay=0.97)
     run_search(first, score, 70)
     other, limits, judge = problem(12, 1)
-    moved = agent(name, other, limits, warm_start=first.agent())
+    moved = agent("ddpg", other, limits, warm_start=first.agent())
     random = run_search(engines.create("random", other, limits), judge, 60)
     assert judge(moved.ask(1)[0]) > random.score
 
@@ -128,6 +124,12 @@ def test_features_meet_by_name() -> None:
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(SearchError, match=f"{next(iter(options)).split('_')[-1]}|enforce"):
         engines.create("ddpg", problem(2, 0)[0], **options)
+
+
+@pytest.mark.parametrize("options", [{"batch": 0}, {"baseline": 1.0}, {"rate": -1.0}])
+def test_wrong_options_of_reinforce_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(SearchError, match=next(iter(options))):
+        engines.create("reinforce", problem(2, 0)[0], **options)
 
 
 # The process.
@@ -237,3 +239,10 @@ def test_adam_finds_the_bottom() -> None:
     for _ in range(400):
         adam.step([2.0 * (weights[0] - np.array([1.0, 2.0], dtype=np.float32))])
     np.testing.assert_allclose(weights[0], [1.0, 2.0], atol=1e-2)
+
+
+class TestReinforce(EngineConformance):
+    engine = "reinforce"
+    options = {**SMALL, "noise": 0.3, "rate": 1e-2}
+    trials = 240
+    tolerance = 0.25

@@ -1,0 +1,88 @@
+"""``fxopt compare-engines``: several engines on one model, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fxopt._cli.loading import call, load_function, load_model
+from fxopt._cli.optimizing import check_names
+from fxopt._cli.output import table
+from fxopt.errors import FxoptError, SearchError
+from fxopt.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fxopt._cli.recipe import Options
+    from fxopt.search import Comparison
+
+__all__ = ["compare", "comparison_table"]
+
+
+def compare(options: Options, names: Sequence[str], seeds: int, progress: Progress) -> Comparison:
+    """Compare engines on a model, each with ``options.trials`` trials under each of so many seeds.
+
+    Raises:
+        FxoptError: On bad input; the message says what to do.
+    """
+    if options.model is None:
+        raise FxoptError("There is no model to search; give MODULE:FUNCTION, or model = ... in the recipe.")
+    check_names(options)
+    from fxopt import api, search
+    from fxopt.decisions import Budget
+    from fxopt.evaluate import Evaluator
+
+    for name in names:
+        search.engines.load(name)
+    model, example = load_model(options.model, options.input)
+    folder = Path(options.out)
+    passes = api._resolve_passes(options.passes)
+    target = api._load_target(options.target, progress)
+    job = api._Job(model, example, target, passes, Budget.parse_all(options.budget), folder, progress)
+    if not len(job.space):
+        raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
+    judge = Evaluator(
+        job.graph,
+        passes,
+        train=None if options.train is None else call(options.train),
+        val=None if options.val is None else call(options.val),
+        evaluate=None if options.evaluate is None else load_function(options.evaluate),
+        seed=options.seed,
+    )
+    judge.rehearse()
+    chosen = list(names) or search.installed()
+    task = "comparing"
+    progress.start(task, len(chosen) * seeds * options.trials)
+    found = search.compare(
+        job.space,
+        judge,
+        options.trials,
+        constraint=job.constraint,
+        names=chosen,
+        seeds=range(options.seed, options.seed + seeds),
+        folder=folder,
+        context={"model": job.digest, "target": target.name, "judge": judge.score_name},
+        progress=lambda name, seed, _: progress.advance(task, 1, f"{name}, seed {seed}"),
+    )
+    progress.finish(task)
+    return found
+
+
+def comparison_table(found: Comparison) -> Table:
+    """The engines side by side, the best first."""
+    rows = [
+        [
+            row["engine"],
+            f"{row['score']:.5g}",
+            f"{row['spread']:.2g}",
+            "yes" if row["feasible"] else "no",
+            f"{row['evaluations']:.0f}",
+            f"{row['engine_cpu_s']:.2f}",
+        ]
+        for row in found.rows
+    ]
+    columns = ["engine", "best score", "spread", "within budget", "evaluations", "engine CPU s"]
+    seeds = len({run.seed for run in found.runs})
+    return table(f"{found.trials} trials each, mean of {seeds} seed{'s' if seeds > 1 else ''}", columns, rows)

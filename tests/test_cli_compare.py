@@ -1,0 +1,63 @@
+"""``fxopt compare-engines``: engines side by side, resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fxopt.cli import app
+
+MODEL = """
+import torch
+from torch import nn
+
+def small():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3)
+    return nn.Sequential(*layers), torch.randn(2, 3, 12, 12)
+"""
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    (tmp_path / "model.py").write_text(MODEL, encoding="utf-8")
+    options = ["--target", "pixel1", "--budget", "macs=50%", "--passes", "prune-channels", "--trials", "4"]
+    return ["compare-engines", f"{tmp_path / 'model.py'}:small", *options, "--out", str(tmp_path / "out")]
+
+
+def test_engines_are_shown_side_by_side_and_resume(words: list[str], tmp_path: Path) -> None:
+    chosen = [*words, "--engine", "uniform", "--engine", "random", "--seeds", "2"]
+    first = CliRunner().invoke(app, [*chosen, "--json"])
+    assert first.exit_code == 0, first.output
+    found = json.loads(first.stdout)
+    assert found["trials"] == 4
+    assert {row["engine"] for row in found["engines"]} == {"uniform", "random"}
+    assert all(row["feasible"] and len(row["scores"]) == 2 for row in found["engines"])
+    journals = sorted((tmp_path / "out").glob("*.jsonl"))
+    assert [journal.name for journal in journals] == [
+        "random-0.jsonl",
+        "random-1.jsonl",
+        "uniform-0.jsonl",
+        "uniform-1.jsonl",
+    ]
+    written = [journal.read_bytes() for journal in journals]
+    again = CliRunner().invoke(app, chosen)
+    assert again.exit_code == 0
+    assert [journal.read_bytes() for journal in journals] == written
+    assert "best score" in again.stdout
+    assert "4 trials each, mean of 2 seeds" in again.stdout
+
+
+def test_a_wrong_engine_is_named_before_the_model_is_loaded(words: list[str]) -> None:
+    result = CliRunner().invoke(app, [*words, "--engine", "randon"])
+    assert result.exit_code == 1
+    assert "Did you mean 'random'" in result.stderr
+
+
+def test_a_model_is_needed() -> None:
+    result = CliRunner().invoke(app, ["compare-engines"])
+    assert result.exit_code == 1
+    assert "MODULE:FUNCTION" in result.stderr
