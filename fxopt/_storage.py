@@ -235,6 +235,8 @@ def _options(one: TunablePass) -> dict[str, Any]:
         value = getattr(one, field.name)
         if field.name in ("policy", "calibration") or value == field.default:
             continue
+        if not field.metadata.get("saved", True) and not isinstance(value, str):
+            continue
         options[field.name] = list(value) if isinstance(value, tuple) else value
     return options
 

@@ -107,6 +107,25 @@ def profile(
 
 
 @app.command()
+@guarded()
+def explain(
+    model: Model,
+    keep: Annotated[float, typer.Option(help="Fraction of the channels of every group to keep.")] = 1.0,
+    residual_stream: Annotated[
+        bool, typer.Option("--residual-stream", help="Let the width of a transformer be cut.")
+    ] = False,
+    inputs: Inputs = None,
+    as_json: Json = False,
+) -> None:
+    """Show which channels of a model can be cut, and what keeps the others from it."""
+    with only_json(as_json):
+        from fxopt._cli.pruning import explain as tell_groups
+
+        found, tables = tell_groups(model, keep, residual_stream, inputs or ())
+    emit_json(found) if as_json else show(*tables)
+
+
+@app.command()
 @guarded(resumes=True)
 def optimize(
     model: MaybeModel = None,

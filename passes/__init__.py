@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Any
 from fxopt.errors import PassError, UnknownNameError
 
 if TYPE_CHECKING:
+    from fxopt.passes._importance import BatchNormScale as BatchNormScale
+    from fxopt.passes._importance import Fisher as Fisher
+    from fxopt.passes._importance import GeometricMedian as GeometricMedian
+    from fxopt.passes._importance import Importance as Importance
+    from fxopt.passes._importance import Magnitude as Magnitude
+    from fxopt.passes._importance import Random as Random
+    from fxopt.passes._importance import Taylor as Taylor
     from fxopt.passes.base import Pass as Pass
     from fxopt.passes.base import PassResult as PassResult
     from fxopt.passes.base import Pipeline as Pipeline
@@ -33,6 +40,13 @@ _PASSES: dict[str, str | type[Pass]] = {
 }
 
 _LAZY = {
+    "BatchNormScale": "fxopt.passes._importance",
+    "Fisher": "fxopt.passes._importance",
+    "GeometricMedian": "fxopt.passes._importance",
+    "Importance": "fxopt.passes._importance",
+    "Magnitude": "fxopt.passes._importance",
+    "Random": "fxopt.passes._importance",
+    "Taylor": "fxopt.passes._importance",
     "Canonicalize": "fxopt.passes.canonicalize",
     "FoldBatchNorm": "fxopt.passes.fold_batch_norm",
     "Pass": "fxopt.passes.base",
@@ -46,15 +60,22 @@ _LAZY = {
 }
 
 __all__ = [
+    "BatchNormScale",
     "Canonicalize",
+    "Fisher",
     "FoldBatchNorm",
+    "GeometricMedian",
+    "Importance",
+    "Magnitude",
     "Pass",
     "PassResult",
     "Pipeline",
     "PruneChannels",
     "Quantize",
+    "Random",
     "Refusal",
     "SelectOperators",
+    "Taylor",
     "TunablePass",
     "create",
     "load",

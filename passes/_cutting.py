@@ -14,43 +14,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxopt.errors import PassError
-from fxopt.graph import edit
-from fxopt.graph.channels import ChannelGraph, ChannelGroup, ParameterUse
+from fxopt.graph import edit, ops
+from fxopt.graph.channels import ChannelGraph, ChannelGroup, Constant, Mixing, ParameterUse
+from fxopt.passes._masked_norms import MaskedNorm, masked_norm
 
-__all__ = ["choose_removed", "cut", "kept_indices", "l1_importance", "mask", "saved_elements"]
+__all__ = ["choose_removed", "cut", "kept_indices", "mask", "parameter_share", "saved_elements"]
 
 Units = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float64]
 Gone = npt.NDArray[np.bool_]
-
-
-def l1_importance(gm: fx.GraphModule, group: ChannelGroup) -> Scores:
-    """The L1 norm of the weights that read each unit, shape (units,).
-
-    This is AMC's magnitude: a channel matters as much as the layers behind it weigh it, summed over all of them. A
-    group that no layer's weights read is ranked by the weights that make it.
-
-    Raises:
-        PassError: If a weight is not finite; names the layer.
-    """
-    readers = [use for use in group.members if use.role == "in"]
-    makers = [use for use in group.members if use.role == "out"]
-    scores = np.zeros(group.size)
-    seen: set[tuple[int, int]] = set()
-    for use in readers or makers or group.members:
-        tensor = _tensor(gm, use)
-        if (id(tensor), use.dim) in seen:
-            continue
-        seen.add((id(tensor), use.dim))
-        values = tensor.detach().double().abs().movedim(use.dim, 0).flatten(1).sum(1).cpu().numpy()
-        if not np.isfinite(values).all():
-            raise PassError(
-                f"{use.name!r} of {use.path!r} holds NaN or infinite values, so that its channels cannot be ranked; "
-                "repair the weights, or leave the layer out with ignore."
-            )
-        inside = np.isin(use.atoms, group.units)
-        np.add.at(scores, np.searchsorted(group.units, use.atoms[inside]), values[inside])
-    return scores
 
 
 def choose_removed(group: ChannelGroup, scores: Scores, kept: int) -> Units:
@@ -70,6 +42,13 @@ def saved_elements(gm: fx.GraphModule, group: ChannelGroup, removed: Units) -> i
             size[use.dim] = _kept(use.atoms, gone)
         saved[id(tensor)] = tensor.numel() - math.prod(size)
     return sum(saved.values())
+
+
+def parameter_share(gm: fx.GraphModule, group: ChannelGroup) -> float:
+    """Part of the graph's parameters that a group's channels run through."""
+    held = {id(tensor): tensor for tensor in (_tensor(gm, use) for use in group.members)}
+    mine = sum(tensor.numel() for tensor in held.values() if isinstance(tensor, nn.Parameter))
+    return mine / max(1, sum(parameter.numel() for parameter in gm.parameters()))
 
 
 def cut(gm: fx.GraphModule, channels: ChannelGraph, removed: Units) -> None:
@@ -92,15 +71,11 @@ def cut(gm: fx.GraphModule, channels: ChannelGraph, removed: Units) -> None:
         if str(node.target) not in done:
             done.add(str(node.target))
             _resize(gm, node, sizes)
+    for node in gm.graph.nodes:
+        if ops.semantics(gm, node).flow == "attention":
+            _keep_scale(node, sizes)
     for constant in channels.constants:
-        count = _kept(constant.atoms, gone)
-        if count == len(constant.atoms):
-            continue
-        value: Any = count
-        if constant.position is not None:
-            value = list(constant.node.args[constant.argument])  # type: ignore[arg-type]
-            value[constant.position] = count
-        edit.set_argument(constant.node, constant.argument, value)
+        _count_anew(constant, _kept(constant.atoms, gone))
     edit.finish(gm)
     after = _output_shapes(gm)
     if after != before:
@@ -118,11 +93,69 @@ def kept_indices(channels: ChannelGraph, removed: Units) -> dict[tuple[str, str]
     return found
 
 
+def _keep_scale(node: fx.Node, sizes: Mapping[fx.Node, tuple[int, ...]]) -> None:
+    """Attention divides by the root of the width of a head: where that is cut, say what it was."""
+    query: Any = node.args[0]
+    width = edit.shape(query)[-1]
+    if sizes[query][-1] != width and node.kwargs.get("scale") is None:
+        node.update_kwarg("scale", width**-0.5)
+
+
+def _count_anew(constant: Constant, count: int) -> None:
+    """Write a number that counts channels anew; one that was computed is left to the view to infer."""
+    if count == len(constant.atoms):
+        return
+    value: Any = count
+    if constant.position is not None:
+        value = list(constant.node.args[constant.argument])  # type: ignore[arg-type]
+        value[constant.position] = count if isinstance(value[constant.position], int) else -1
+    edit.set_argument(constant.node, constant.argument, value)
+
+
 def mask(gm: fx.GraphModule, channels: ChannelGraph, removed: Units) -> None:
-    """Zero the weights that make and that read ``removed`` units; everything keeps its size."""
+    """Zero the weights that make and that read ``removed`` units; everything keeps its size.
+
+    Norms that average over channels are replaced by such that average over those that stay, and operands that are
+    summed over without weights are multiplied by zeros and ones.
+    """
     gone = _table(removed)
     weights = [use for use in channels.parameters if use.role in ("out", "in")]
     _replace_tensors(gm, weights, lambda tensor, uses: _zero(tensor, uses, gone))
+    for node in list(gm.graph.find_nodes(op="call_module")):
+        _mask_norm(gm, channels, node, gone)
+    masks: dict[bytes, fx.Node] = {}
+    for mixing in channels.mixings:
+        _mask_operand(gm, mixing, gone, masks)
+    if masks:
+        edit.finish(gm)
+
+
+def _mask_norm(gm: fx.GraphModule, channels: ChannelGraph, node: fx.Node, gone: Gone) -> None:
+    """Let a layer, RMS or group norm average over the channels that stay."""
+    path, module = str(node.target), gm.get_submodule(str(node.target))
+    if not isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) or isinstance(module, MaskedNorm):
+        return
+    atoms = channels.labels(node, 1 if isinstance(module, nn.GroupNorm) else len(edit.shape(node)) - 1)
+    if atoms is None or not _gone(atoms, gone).any():
+        return
+    edit.replace_module(gm, path, masked_norm(module, torch.as_tensor(~_gone(atoms, gone))))
+
+
+def _mask_operand(gm: fx.GraphModule, mixing: Mixing, gone: Gone, masks: dict[bytes, fx.Node]) -> None:
+    """Multiply an operand by zeros where its channels are cut."""
+    dropped = _gone(mixing.atoms, gone)
+    if not dropped.any():
+        return
+    operand: Any = mixing.node.args[mixing.argument]
+    value: torch.Tensor = operand.meta["val"]
+    shape = [1] * value.dim()
+    shape[mixing.dim] = len(dropped)
+    kept = torch.as_tensor(~dropped).to(value.dtype).to(value.device).reshape(shape)
+    key = kept.cpu().double().numpy().tobytes() + str((shape, value.dtype, value.device)).encode()
+    if key not in masks:
+        masks[key] = edit.insert_get_attr(gm, edit.free_path(gm, "channel_mask"), kept)
+    product = edit.insert_function(gm, torch.ops.aten.mul.Tensor, operand, (operand, masks[key]))
+    edit.set_argument(mixing.node, mixing.argument, product)
 
 
 def _table(removed: Units) -> Gone:
@@ -246,7 +279,8 @@ def _attributes(module: nn.Module, source: tuple[int, ...], result: tuple[int, .
     if isinstance(module, _NormBase):
         return {"num_features": source[1]}
     if isinstance(module, nn.GroupNorm):
-        return {"num_channels": source[1]}
+        follows = module.num_groups > 1 and module.num_groups == module.num_channels
+        return {"num_channels": source[1], "num_groups": source[1] if follows else module.num_groups}
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return {"normalized_shape": source[-len(module.normalized_shape) :]}
     if isinstance(module, nn.PReLU) and module.num_parameters > 1:

@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import fx
 
-from fxopt.decisions import Capabilities, Decision, SearchSpace
-from fxopt.errors import PassError, PolicyError, UnknownNameError
-from fxopt.graph import ops, verify
-from fxopt.graph.channels import ChannelGraph, ChannelGroup, analyze
+from fxopt.decisions import Capabilities, Decision, Policy, SearchSpace
+from fxopt.errors import PassError
+from fxopt.graph import verify
+from fxopt.graph.channels import ChannelGraph, analyze
 from fxopt.passes._calibrate import refuse_quantized
-from fxopt.passes._cutting import Scores, Units, choose_removed, cut, kept_indices, l1_importance, mask, saved_elements
+from fxopt.passes._channel_sites import allowed, as_bounds, checked, choices, matched, operator_at
+from fxopt.passes._cutting import Units, choose_removed, cut, kept_indices, mask, parameter_share, saved_elements
+from fxopt.passes._explain import COLUMNS, ChannelCut, Explanation
+from fxopt.passes._features import LayerFeatures
 from fxopt.passes._fork import fork
+from fxopt.passes._importance import as_importance, checked_scores
 from fxopt.passes.base import PassResult, TunablePass
 
-__all__ = ["ChannelCut", "PruneChannels"]
+__all__ = ["COLUMNS", "ChannelCut", "Explanation", "PruneChannels"]
 
-_IMPORTANCES: dict[str, Callable[[fx.GraphModule, ChannelGroup], Scores]] = {"l1": l1_importance}
-
-
-@dataclass(frozen=True)
-class ChannelCut:
-    """What is cut from one channel group.
-
-    Attributes:
-        site: The group's site, as the policy names it.
-        operator: Kind of the layer there: ``conv``, ``linear`` or ``embedding``.
-        size: Number of units before.
-        kept: Number of units after.
-        layers: Module paths whose parameters or buffers shrink, in graph order.
-        saved_elements: Elements of parameters and buffers that go if this group alone is cut.
-        reason: Why the group cannot be cut, or None if it can.
-    """
-
-    site: str
-    operator: str
-    size: int
-    kept: int
-    layers: tuple[str, ...]
-    saved_elements: int
-    reason: str | None = None
+_OPTIONAL = {"saved": False}
+"""Marks a field that a saved result does without."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +41,29 @@ class PruneChannels(TunablePass):
         policy: How many units each site keeps; what is left out keeps all.
         ignore: Patterns (``fnmatch``) of module paths. The channels that a matching module makes, or one inside it,
             are not cut.
+        bounds: By pattern of module paths, the least and the largest fraction of a group's units to keep, such as
+            ``{"stem*": (0.5, 1.0)}``. Where several patterns match, all hold.
         round_to: Kept channel counts are offered in multiples of this, and of the target's tile.
-        importance: ``"l1"``: the summed magnitude of the weights that read the unit, in all layers behind it (AMC,
-            He et al. 2018, section 3.2). Scores are compared within a group only.
+        residual_stream: Whether the residual stream of a transformer may be cut: channels that additions make and a
+            layer or RMS norm averages over. They are the width of the whole network.
+        importance: What ranks the units of a group: ``"l1"`` (AMC's), ``"l2"``, ``"batch-norm"``,
+            ``"geometric-median"``, ``"random"``, an :class:`~fxopt.passes.Importance` such as ``Taylor(loader)``, or a
+            function of a graph and a group. Scores are compared within a group only.
     """
 
     name: ClassVar[str] = "prune-channels"
     kinds: ClassVar[tuple[str, ...]] = ("channels",)
     ignore: tuple[str, ...] = ()
+    bounds: Any = ()
     round_to: int = 1
-    importance: str = "l1"
+    importance: Any = field(default="l1", metadata=_OPTIONAL)
+    residual_stream: bool = False
 
     def __post_init__(self) -> None:
         """Check the options.
 
         Raises:
-            PassError: If ``round_to`` is below 1 or ``ignore`` holds no patterns.
+            PassError: If ``round_to`` is below 1, ``ignore`` holds no patterns, or bounds are no fractions.
             UnknownNameError: If there is no such importance.
         """
         super().__post_init__()
@@ -88,31 +74,64 @@ class PruneChannels(TunablePass):
         object.__setattr__(self, "ignore", patterns)
         if self.round_to < 1:
             raise PassError(f"round_to has to be at least 1, got {self.round_to}.")
-        if self.importance not in _IMPORTANCES:
-            raise UnknownNameError("importance", self.importance, _IMPORTANCES)
+        object.__setattr__(self, "bounds", as_bounds(self.bounds))
+        as_importance(self.importance)
 
     def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
         """One decision for every group that can be cut and is large enough for more than one choice.
 
-        The choices are the kept counts for which the channels of the site's layer are a multiple of ``round_to`` and
-        of the target's tile, and the full size, which is the default.
+        The choices are the kept counts within the bounds for which the channels of the site's layer are a multiple of
+        ``round_to`` and of the target's tile, and the full size, which is the default where the bounds allow it; else
+        the largest choice is. The features are those of AMC; see :class:`fxopt.passes._features.LayerFeatures`.
 
         Raises:
-            PassError: If a pattern of ``ignore`` matches no module, or layers are quantized already.
+            PassError: If a pattern matches no module, bounds contradict each other, or layers are quantized already.
         """
         refuse_quantized(graph_module, self.name)
         tile = math.lcm(self.round_to, capabilities.channel_tile if capabilities else 1)
         verify(graph_module)
         channels = analyze(graph_module)
-        ignored = self._ignored(graph_module, channels)
+        kept_out, limits = self._kept_out(graph_module, channels), self._limits(graph_module, channels)
+        features = LayerFeatures(graph_module)
         decisions = []
         for group in channels.groups:
-            choices = _choices(group, tile)
-            if group.site not in ignored and len(choices) > 1:
-                features = {"channels": float(group.size), "weights": float(_weights(graph_module, group))}
-                operator = _operator(graph_module, group.site)
-                decisions.append(Decision("channels", group.site, choices, group.size, features, operator))
+            counts = choices(group, tile, *limits.get(group.site, (1, group.size)))
+            if group.site not in kept_out and (len(counts) > 1 or counts[-1] < group.size):
+                operator = operator_at(graph_module, group)
+                decisions.append(Decision("channels", group.site, counts, counts[-1], features.of(group), operator))
         return SearchSpace(decisions)
+
+    def ranked(self, graph_module: fx.GraphModule, fraction: float, capabilities: Capabilities | None = None) -> Policy:
+        """A policy under which groups compete: the most important part of all units stays, wherever it is.
+
+        Each group's scores are divided by their mean first, for layers differ in scale; a group then loses many units
+        if its importance is uneven. Counts move to the nearest choice.
+
+        Args:
+            graph_module: A graph from ``fxopt.trace``.
+            fraction: The part of all units to keep, in (0, 1].
+            capabilities: What the target can run; None for no restriction.
+
+        Raises:
+            PassError: If the fraction is out of range, or the importance gives no finite numbers.
+        """
+        if not 0.0 < fraction <= 1.0:
+            raise PassError(f"A fraction of the channels lies in (0, 1], got {fraction!r}.")
+        space = self.search_space(graph_module, capabilities)
+        groups = analyze(graph_module).by_site()
+        importance = as_importance(self.importance)
+        found = {}
+        for decision in space:
+            scores = checked_scores(importance, graph_module, groups[decision.site])
+            found[decision] = scores / max(float(np.abs(scores).mean()), 1e-300)
+        every = np.sort(np.concatenate(list(found.values()) or [np.zeros(1)]))[::-1]
+        threshold = every[min(len(every), max(1, round(fraction * len(every)))) - 1]
+        policy = {}
+        for decision, scores in found.items():
+            wanted = int((scores >= threshold).sum())
+            counts = [count for count in decision.choices if isinstance(count, int)]
+            policy[decision.key] = min(counts, key=lambda count: abs(count - wanted))
+        return Policy(policy)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Nothing is quantized yet.
@@ -127,7 +146,7 @@ class PruneChannels(TunablePass):
 
         Raises:
             PolicyError: If the policy does not fit the graph.
-            PassError: If weights are not finite, or a pattern of ``ignore`` matches no module.
+            PassError: If weights are not finite, or a pattern matches no module.
         """
         channels = analyze(graph_module)
         removed = self._removed(graph_module, channels)
@@ -139,14 +158,16 @@ class PruneChannels(TunablePass):
     def masked(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         """The same policy by masks: weights that make or read what would be cut are zero, all sizes stay.
 
-        What the masked graph computes equals, up to rounding, what the pruned graph computes.
+        What the masked graph computes equals, up to rounding, what the pruned graph computes: norms over channels
+        average over those that stay, and where channels are summed without weights, as in attention, they are
+        multiplied by zero.
 
         Returns:
             A new graph; tensors that are not masked are shared with the given one.
 
         Raises:
             PolicyError: If the policy does not fit the graph.
-            PassError: If weights are not finite, or a pattern of ``ignore`` matches no module.
+            PassError: If weights are not finite, or a pattern matches no module.
         """
         verify(graph_module)
         twin = fork(graph_module)
@@ -168,111 +189,61 @@ class PruneChannels(TunablePass):
         channels = analyze(graph_module)
         return kept_indices(channels, self._removed(graph_module, channels))
 
-    def explain(self, graph_module: fx.GraphModule) -> list[ChannelCut]:
+    def explain(self, graph_module: fx.GraphModule) -> Explanation:
         """What would be cut: one entry for every group, those that cannot be cut at the end with the reason.
 
         Raises:
             PolicyError: If the policy does not fit the graph.
-            PassError: If weights are not finite, or a pattern of ``ignore`` matches no module.
+            PassError: If weights are not finite, or a pattern matches no module.
         """
         verify(graph_module)
         channels = analyze(graph_module)
         removed = self._removed(graph_module, channels)
-        ignored = self._ignored(graph_module, channels)
+        kept_out = self._kept_out(graph_module, channels)
         cuts = []
         for group in (*channels.groups, *channels.frozen):
             gone = np.intersect1d(group.units, removed)
-            reason = ignored.get(group.site) or (f"frozen by {group.frozen_by}" if group.frozen_by else None)
-            layers = tuple(dict.fromkeys(use.path for use in group.members)) if gone.size else ()
-            saved = saved_elements(graph_module, group, gone) if gone.size else 0
-            operator = _operator(graph_module, group.site)
-            kept = group.size - len(gone)
-            cuts.append(ChannelCut(group.site, operator, group.size, kept, layers, saved, reason))
-        return cuts
+            reason = kept_out.get(group.site) or (f"frozen by {group.frozen_by}" if group.frozen_by else None)
+            cuts.append(
+                ChannelCut(
+                    site=group.site,
+                    operator=operator_at(graph_module, group),
+                    size=group.size,
+                    kept=group.size - len(gone),
+                    layers=tuple(dict.fromkeys(use.path for use in group.members)) if gone.size else (),
+                    saved_elements=saved_elements(graph_module, group, gone) if gone.size else 0,
+                    share=parameter_share(graph_module, group),
+                    reason=reason,
+                )
+            )
+        return Explanation(sorted(cuts, key=lambda cut: cut.reason is not None))
 
-    def _ignored(self, gm: fx.GraphModule, channels: ChannelGraph) -> dict[str, str]:
-        """Sites that are not to be cut, with the reason."""
-        paths = [path for path, _ in gm.named_modules() if path]
-        for pattern in self.ignore:
-            if not fnmatch.filter(paths, pattern):
-                nearest = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.5)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-                raise PassError(f"The pattern {pattern!r} of ignore matches no module.{hint}")
-        found: dict[str, str] = {}
+    def _kept_out(self, gm: fx.GraphModule, channels: ChannelGraph) -> dict[str, str]:
+        """Sites that could be cut and are not to be, with the reason."""
+        found = {}
+        for site, patterns in matched(gm, channels, self.ignore, "ignore").items():
+            found[site] = f"ignored by {patterns[0]!r}"
         for group in channels.groups:
-            makers = {use.path for use in group.members if use.role != "in"}
-            for pattern in self.ignore:
-                if any(fnmatch.fnmatchcase(path, pattern) for maker in makers for path in _ancestry(maker)):
-                    found.setdefault(group.site, f"ignored by {pattern!r}")
+            if group.residual is not None and not self.residual_stream:
+                reason = f"of the residual stream that {group.residual} normalizes; residual_stream=True lets it be cut"
+                found.setdefault(group.site, reason)
         return found
+
+    def _limits(self, gm: fx.GraphModule, channels: ChannelGraph) -> dict[str, tuple[int, int]]:
+        """The least and largest counts of the sites that bounds are about."""
+        by_pattern = dict(self.bounds)
+        sizes = {group.site: group.size for group in channels.groups}
+        about = matched(gm, channels, by_pattern, "bounds")
+        return {site: allowed(sizes[site], [by_pattern[one] for one in hits]) for site, hits in about.items()}
 
     def _removed(self, gm: fx.GraphModule, channels: ChannelGraph) -> Units:
         """Ids of the units that go."""
-        ignored = self._ignored(gm, channels)
-        groups = channels.by_site()
+        kept_out, limits = self._kept_out(gm, channels), self._limits(gm, channels)
+        groups, importance = channels.by_site(), as_importance(self.importance)
         removed: list[Units] = []
         for (_, site), choice in self.own_choices.items():
-            kept = _checked(site, choice, groups, channels, ignored)
+            kept = checked(site, choice, channels, kept_out, limits.get(site))
             group = groups.get(site)
             if group is not None and kept < group.size:
-                removed.append(choose_removed(group, _IMPORTANCES[self.importance](gm, group), kept))
+                removed.append(choose_removed(group, checked_scores(importance, gm, group), kept))
         return np.concatenate(removed) if removed else np.zeros(0, dtype=np.int64)
-
-
-def _checked(
-    site: str, choice: Any, groups: dict[str, ChannelGroup], channels: ChannelGraph, ignored: dict[str, str]
-) -> int:
-    """The count that a policy keeps at a site.
-
-    Raises:
-        PolicyError: If the site is unknown or frozen, or the count out of range.
-    """
-    frozen = {group.site: group for group in channels.frozen}
-    group = groups.get(site) or frozen.get(site)
-    if group is None:
-        nearest = difflib.get_close_matches(site, groups, n=1, cutoff=0.5)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else " The policy may be of another model."
-        raise PolicyError(f"The graph has no channels to cut at {site!r}.{hint}")
-    if isinstance(choice, bool) or not isinstance(choice, int) or not 1 <= choice <= group.size:
-        raise PolicyError(f"Cannot keep {choice!r} channels at {site!r}; it has {group.size}, keep 1 to {group.size}.")
-    if choice == group.size:
-        return choice
-    if group.frozen_by is not None:
-        raise PolicyError(f"The channels at {site!r} cannot be cut: {group.frozen_by} freezes them.")
-    if site in ignored:
-        raise PolicyError(f"The policy cuts channels at {site!r}, which is {ignored[site]}; change one of them.")
-    return choice
-
-
-def _ancestry(path: str) -> list[str]:
-    """A module path and those of the modules around it."""
-    parts = path.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-
-def _layer_path(site: str) -> str:
-    """The module path of a site; a layer with several groups has sites ``path``, ``path#2``, ..."""
-    return site.partition("#")[0]
-
-
-def _choices(group: ChannelGroup, tile: int) -> tuple[int, ...]:
-    """Kept counts of units with a multiple of ``tile`` channels in the site's layer, and the full size."""
-    per_unit = 1
-    for use in group.members:
-        if use.role == "out" and use.path == _layer_path(group.site):
-            per_unit = max(1, int((use.atoms == group.units[0]).sum()))
-            break
-    step = tile // math.gcd(tile, per_unit)
-    return tuple(sorted({*range(step, group.size + 1, step), group.size}))
-
-
-def _operator(gm: fx.GraphModule, site: str) -> str:
-    for node in gm.graph.find_nodes(op="call_module", target=_layer_path(site)):
-        return ops.semantics(gm, node).kind
-    return ""
-
-
-def _weights(gm: fx.GraphModule, group: ChannelGroup) -> int:
-    """Elements of the parameters that the group's channels run through."""
-    tensors = {(use.path, use.name) for use in group.members}
-    return sum(getattr(gm.get_submodule(path), name).numel() for path, name in tensors)

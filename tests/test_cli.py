@@ -190,6 +190,16 @@ def test_profile_gives_only_json_when_asked() -> None:
     assert result.stderr == "noise of an import\n"
 
 
+def test_explain_tells_what_can_be_cut() -> None:
+    result = run("explain", "my_models:small", "--keep", "0.5")
+    assert result.exit_code == 0, result.output
+    assert "16 -> 8" in result.stdout
+    assert "frozen by output" in result.stdout
+    data = json.loads(run("explain", "my_models:small", "--keep", "0.5", "--json").stdout)
+    assert [(one["size"], one["kept"]) for one in data["groups"] if one["reason"] is None] == [(16, 8)]
+    assert data["parameters_left"] < data["parameters"]
+
+
 def test_a_shape_replaces_the_example() -> None:
     found = json.loads(run("profile", "my_models:bare", "--target", "pixel1", "--input", "1,3,5,5", "--json").stdout)
     assert found["layers"][0]["macs"] == 16 * 3 * 9 * 9

@@ -77,7 +77,11 @@ class Forms:
         if (groups != groups[0]).any():
             found, counts = np.unique(groups, return_counts=True)
             counted = list(zip(found.tolist(), counts.tolist(), strict=True))
-        form = _Form(size - len(loose), tuple((group, count // self._sizes[group]) for group, count in counted))
+        # Heads folded into the batch: as many indices as there are at the batch lowered for.
+        fixed, scaled = len(units) - len(loose), (size, len(units)) if size != len(units) else (1, 1)
+        counted = [(group, count * scaled[0] // scaled[1]) for group, count in counted]
+        fixed = fixed * scaled[0] // scaled[1]
+        form = _Form(fixed, tuple((group, count // self._sizes[group]) for group, count in counted))
         return Size(1, (self._known.setdefault(form, len(self._known)),), size)
 
     def evaluate(self, kept: Ints) -> Ints:

@@ -21,12 +21,16 @@ __all__ = [
     "Constant",
     "Flow",
     "Labels",
+    "Mixing",
     "ParameterUse",
+    "Product",
     "barrier",
     "first",
     "frozen_output",
+    "replaced",
     "size_of",
     "tensor_inputs",
+    "tie_rows",
 ]
 
 FROZEN = -1
@@ -70,15 +74,70 @@ class Constant:
     atoms: Atoms
 
 
+@dataclass(frozen=True)
+class Product:
+    """A dimension that stands for several: a view splits channels into heads, or merges heads into channels.
+
+    Atom ``whole[i, j, ...]`` is cut if index ``i`` of the first factor is, or ``j`` of the second, and so on. To stay a
+    box, the whole can shrink along one of its factors alone; :mod:`fxopt.graph._products` chooses it.
+
+    Attributes:
+        whole: The atoms of the large dimension in the shape of the factors.
+        factors: The atoms of each factor; None for one that cannot be cut.
+        reason: The operator, for people.
+    """
+
+    whole: Atoms
+    factors: tuple[Atoms | None, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """A place without weights where channels are summed, so that masking has to zero them: an operand's dimension.
+
+    Attributes:
+        node: The call.
+        argument: Index of the operand among its arguments.
+        dim: The operand's dimension that is summed over.
+        atoms: What stands there.
+    """
+
+    node: fx.Node
+    argument: int
+    dim: int
+    atoms: Atoms
+
+
 @dataclass
 class Flow:
-    """What the walk over the graph found."""
+    """What the walk over the graph found.
+
+    Attributes:
+        labels: Atoms of every dimension of every node's tensor.
+        uses: Parameter dimensions that hold atoms.
+        constants: Numbers that count atoms.
+        links: Pairs of arrays of atoms that can only be cut together.
+        frozen: Atoms that nothing may cut, and why.
+        products: Dimensions that stand for several.
+        mixings: Sums over atoms without weights.
+        heads: Atoms that are attention heads.
+        normalized: Atoms that a norm averages over, and by which operator.
+        added: Atoms where activations are added.
+        atoms: How many there are.
+        outs: Atoms that a layer makes, by its path.
+    """
 
     labels: dict[fx.Node, Any] = field(default_factory=dict)
     uses: list[ParameterUse] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
     links: list[tuple[Atoms, Atoms]] = field(default_factory=list)
     frozen: list[tuple[Atoms, str]] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    mixings: list[Mixing] = field(default_factory=list)
+    heads: list[Atoms] = field(default_factory=list)
+    normalized: list[tuple[Atoms, str]] = field(default_factory=list)
+    added: list[Atoms] = field(default_factory=list)
     atoms: int = 0
     outs: dict[str, Atoms] = field(default_factory=dict)
 
@@ -91,6 +150,8 @@ class Flow:
         """Cut ``one[i]`` and ``other[i]`` only together."""
         if one is None or other is None:
             self.freeze(one if other is None else other, reason)
+            return
+        if one is other:
             return
         loose = (one != FROZEN) & (other != FROZEN)
         self.links.append((one[loose], other[loose]))
@@ -133,6 +194,19 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 def first(node: fx.Node) -> fx.Node | None:
     source = node.args[0] if node.args else None
     return source if isinstance(source, fx.Node) else None
+
+
+def tie_rows(flow: Flow, rows: Atoms, reason: str) -> None:
+    """Cut the same columns of every row."""
+    if len(rows) > 1:
+        flow.link(np.tile(rows[0], len(rows) - 1), rows[1:].reshape(-1), reason)
+
+
+def replaced(labels: Labels, dim: int, atoms: Atoms | None) -> Labels:
+    """The labels with those of one dimension replaced."""
+    result = list(labels)
+    result[dim] = atoms
+    return result
 
 
 def barrier(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:

@@ -11,6 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import fx, nn
 
+from fxopt.graph import _copy_rules as copies
+from fxopt.graph import _norm_rules as norms
+from fxopt.graph import _product_rules as products
 from fxopt.graph import _view_rules as views
 from fxopt.graph import ops
 from fxopt.graph._flow import (
@@ -19,15 +22,17 @@ from fxopt.graph._flow import (
     Constant,
     Flow,
     Labels,
+    Mixing,
     ParameterUse,
     barrier,
     first,
     frozen_output,
     size_of,
     tensor_inputs,
+    tie_rows,
 )
 
-__all__ = ["FROZEN", "Constant", "Flow", "Labels", "ParameterUse", "flow_labels"]
+__all__ = ["FROZEN", "Constant", "Flow", "Labels", "Mixing", "ParameterUse", "flow_labels"]
 
 
 def flow_labels(gm: fx.GraphModule) -> Flow:
@@ -76,6 +81,7 @@ def _broadcast(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> An
     size = size_of(node)
     result: Labels = [None] * len(size)
     sources = tensor_inputs(node)
+    sums = len(sources) > 1 and ops.semantics(gm, node).name == "add" and all(s.op != "get_attr" for s in sources)
     for dim in range(-len(size), 0):
         found: list[Atoms | None] = []
         for source in sources:
@@ -83,12 +89,14 @@ def _broadcast(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> An
             if len(extent) < -dim:
                 continue
             atoms = flow.labels[source][dim]
-            if extent[dim] == size[dim] and size[dim] != 1:
+            if extent[dim] == size[dim] and (size[dim] != 1 or atoms is not None):
                 found.append(atoms)
             else:
                 flow.freeze(atoms, reason)
         for atoms in found[1:]:
             flow.link(found[0], atoms, reason)
+            if sums and atoms is not None:
+                flow.added.append(atoms)
         if found and all(atoms is not None for atoms in found):
             result[dim] = found[0]
     return result
@@ -125,9 +133,9 @@ def _conv(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
         uses = [("weight", 0, "along", inputs if transposed else out)]
     else:
         out = _layer_out(flow, path, module.out_channels)
-        _tie_rows(flow, out.reshape(groups, -1), reason)
+        tie_rows(flow, out.reshape(groups, -1), reason)
         if inputs is not None:
-            _tie_rows(flow, inputs.reshape(groups, -1), reason)
+            tie_rows(flow, inputs.reshape(groups, -1), reason)
         per_group = None if inputs is None else inputs[: module.in_channels // groups]
         if transposed:
             uses = [("weight", 0, "in", inputs), ("weight", 1, "out", out[: module.out_channels // groups])]
@@ -135,11 +143,6 @@ def _conv(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
             uses = [("weight", 0, "out", out), ("weight", 1, "in", per_group)]
     _hold(flow, module, path, [*uses, ("bias", 0, "along", out)])
     return [labels[0], out, *[None] * (len(size_of(node)) - 2)]
-
-
-def _tie_rows(flow: Flow, rows: Atoms, reason: str) -> None:
-    for row in rows[1:]:
-        flow.link(rows[0], row, reason)
 
 
 def _linear(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
@@ -175,15 +178,6 @@ def _norm_channels(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -
     return list(labels)
 
 
-def _across(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
-    """Norms and softmax over channels: cutting some changes all others, so they are frozen."""
-    source = first(node)
-    if source is None:
-        return barrier(flow, gm, node, reason)
-    flow.freeze_all(flow.labels[source], reason)
-    return frozen_output(node)
-
-
 def _softmax(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     source = first(node)
     dim = getattr(gm.get_submodule(str(node.target)), "dim", None) if node.op == "call_module" else node.args[1]
@@ -196,12 +190,30 @@ def _softmax(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
 
 def _spatial(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     source = first(node)
-    size = size_of(node)
+    values = node.meta.get("val")
+    if isinstance(values, (tuple, list)):
+        # Max-pooling with indices: those are of the same channels.
+        one = _pooled(flow, node, source, tuple(values[0].shape), reason)
+        return barrier(flow, gm, node, reason) if one is None else [list(one) for _ in values]
+    found = _pooled(flow, node, source, size_of(node), reason)
+    return barrier(flow, gm, node, reason) if found is None else found
+
+
+def _pooled(flow: Flow, node: fx.Node, source: fx.Node | None, size: Sequence[int], reason: str) -> Labels | None:
     if source is None or not size or len(size_of(source)) != len(size) or len(size) < 3:
-        return barrier(flow, gm, node, reason)
-    labels = flow.labels[source]
+        return None
+    labels: Labels = flow.labels[source]
     flow.freeze_all(labels[2:], reason)
     return [*labels[:2], *[None] * (len(size) - 2)]
+
+
+def _unpool(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Max-unpooling reads indices that another pooling made: they are of the same channels."""
+    sources = [source for source in node.args[:2] if isinstance(source, fx.Node)]
+    if len(sources) != 2 or len(size_of(sources[0])) != len(size_of(sources[1])):
+        return barrier(flow, gm, node, reason)
+    flow.link(flow.labels[sources[0]][1], flow.labels[sources[1]][1], reason)
+    return _spatial(flow, gm, node, reason)
 
 
 _Rule: TypeAlias = Callable[[Flow, fx.GraphModule, fx.Node, str], Any]
@@ -219,9 +231,12 @@ _RULES: dict[str, _Rule] = {
     "linear": _linear,
     "embedding": _embedding,
     "norm_channels": _norm_channels,
-    "norm_across": _across,
+    "norm_across": norms.norm_across,
+    "norm_groups": norms.norm_groups,
     "softmax": _softmax,
     "spatial": _spatial,
+    "unpool": _unpool,
+    "unfold": copies.unfold,
     "permute": views.permute,
     "cat": views.cat,
     "split": views.split,
@@ -232,4 +247,22 @@ _RULES: dict[str, _Rule] = {
     "reduce": views.reduce,
     "expand": views.expand,
     "reshape": views.reshape,
+    "reshape_as": views.reshape_as,
+    "index": copies.index,
+    "narrow": views.narrow,
+    "repeat": copies.repeat,
+    "roll": copies.roll,
+    "stack": copies.stack,
+    "unbind": views.unbind,
+    "along": views.along,
+    "pixel_shuffle": copies.pixel_shuffle,
+    "pixel_unshuffle": copies.pixel_unshuffle,
+    "channel_shuffle": copies.channel_shuffle,
+    "matmul": products.matmul,
+    "addmm": products.addmm,
+    "attention": products.attention,
+    "functional_linear": products.linear,
+    "functional_conv": products.conv,
+    "functional_embedding": products.embedding,
+    "functional_norm": norms.functional_norm,
 }

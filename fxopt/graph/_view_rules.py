@@ -10,12 +10,42 @@ import numpy as np
 import torch
 from torch import fx
 
-from fxopt.graph._flow import FROZEN, Atoms, Constant, Flow, Labels, barrier, first, frozen_output, size_of
+from fxopt.graph import ops
+from fxopt.graph._flow import (
+    FROZEN,
+    Atoms,
+    Constant,
+    Flow,
+    Labels,
+    Product,
+    barrier,
+    first,
+    frozen_output,
+    replaced,
+    size_of,
+)
 
-__all__ = ["cat", "expand", "getitem", "pad", "permute", "reduce", "reshape", "select", "slice_", "split"]
+__all__ = [
+    "along",
+    "cat",
+    "expand",
+    "getitem",
+    "narrow",
+    "pad",
+    "permute",
+    "reduce",
+    "reshape",
+    "reshape_as",
+    "select",
+    "slice_",
+    "split",
+    "unbind",
+]
 
 _aten = torch.ops.aten
 _SIZED_VIEWS = (_aten.view, _aten.reshape, _aten._unsafe_view)
+_LARGEST = 1 << 20
+"""Dimensions of more indices that a view merges are frozen: images flattened to rows, not channels."""
 
 
 def permute(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
@@ -99,7 +129,7 @@ def slice_(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     begin, stop, stride = slice(start, end, step).indices(size)
     if stride != 1:
         flow.freeze(atoms, reason)
-        return frozen_output(node)
+        return replaced(labels, dim, None)
     if begin > 0:
         flow.constants.append(Constant(node, 2, None, atoms[:begin]))
     if stop < size:
@@ -129,15 +159,54 @@ def select(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     return labels
 
 
-def pad(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+def unbind(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Slices of one index each: that dimension is frozen, the others pass."""
     source = first(node)
-    widths = node.args[1] if len(node.args) > 1 else None
+    values = node.meta.get("val")
+    if source is None or not isinstance(values, (list, tuple)):
+        return barrier(flow, gm, node, reason)
+    labels = list(flow.labels[source])
+    flow.freeze(labels.pop(int(ops.arguments(node)["dim"])), reason)
+    return [list(labels) for _ in values]
+
+
+def narrow(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """A slice given by its start and length."""
+    source = first(node)
+    if source is None or not all(isinstance(value, int) for value in node.args[1:4]) or len(node.args) < 4:
+        return barrier(flow, gm, node, reason)
+    dim, start, length = cast("tuple[int, int, int]", tuple(node.args[1:4]))
+    labels = list(flow.labels[source])
+    atoms = labels[dim]
+    if atoms is None:
+        return labels
+    start %= len(atoms)
+    flow.constants += [
+        Constant(node, 2, None, atoms[:start]),
+        Constant(node, 3, None, atoms[start : start + length]),
+    ]
+    return replaced(labels, dim, atoms[start : start + length])
+
+
+def pad(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Zeros beside channels stay; every other way to pad freezes the dimensions that it changes."""
+    source = first(node)
+    given = ops.arguments(node)
+    widths = given.get("pad")
     if source is None or not isinstance(widths, (list, tuple)):
         return barrier(flow, gm, node, reason)
     labels = list(flow.labels[source])
+    constant = given.get("mode", "constant") == "constant"
     for offset in range(len(widths) // 2):
         dim = len(labels) - 1 - offset
-        flow.freeze(labels[dim], reason)
+        left, right = widths[2 * offset], widths[2 * offset + 1]
+        atoms = labels[dim]
+        if atoms is None or (left, right) == (0, 0):
+            continue
+        if constant and isinstance(left, int) and isinstance(right, int) and min(left, right) >= 0:
+            labels[dim] = np.concatenate([np.full(left, FROZEN), atoms, np.full(right, FROZEN)])
+            continue
+        flow.freeze(atoms, reason)
         labels[dim] = None
     return labels
 
@@ -146,20 +215,34 @@ def reduce(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     """A mean or a sum over some dimensions; what is summed over is frozen."""
     source = first(node)
     rank = len(size_of(source)) if source is not None else 0
-    dims = node.args[1] if len(node.args) > 1 else None
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    dims = [dims] if isinstance(dims, int) else dims
     if source is None or not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
         return barrier(flow, gm, node, reason)
     gone = {int(dim) % rank for dim in dims} or set(range(rank))
-    kept = len(size_of(node)) == rank
+    value = node.meta.get("val")
+    several = isinstance(value, (list, tuple))
+    shape = value[0].shape if isinstance(value, (list, tuple)) else size_of(node)
     result: Labels = []
     for dim, atoms in enumerate(flow.labels[source]):
         if dim not in gone:
             result.append(atoms)
             continue
         flow.freeze(atoms, reason)
-        if kept:
+        if len(shape) == rank:
             result.append(None)
-    return result
+    return [list(result) for _ in value] if several else result  # type: ignore[union-attr]
+
+
+def along(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """What works along one dimension, such as a running sum: that one is frozen, the others pass."""
+    source = first(node)
+    dim = ops.arguments(node).get("dim")
+    if source is None or not isinstance(dim, int) or size_of(source) != size_of(node):
+        return barrier(flow, gm, node, reason)
+    labels = flow.labels[source]
+    flow.freeze(labels[dim], reason)
+    return replaced(labels, dim, None)
 
 
 def expand(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
@@ -173,38 +256,93 @@ def expand(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     return labels
 
 
-def _count_sizes(flow: Flow, node: fx.Node, labels: Labels, reason: str) -> None:
-    """Remember the sizes in a call's second argument that count atoms; computed ones freeze them."""
-    sizes: Any = node.args[1]
+def _count_sizes(flow: Flow, node: fx.Node, labels: Labels, reason: str, argument: int = 1, ahead: int = 0) -> None:
+    """Remember the sizes in a call that count atoms; one that is computed is left to the view to infer, or freezes.
+
+    Args:
+        flow: Where to remember them.
+        node: The call.
+        labels: Labels of its result.
+        reason: The operator.
+        argument: Which argument holds the sizes.
+        ahead: How many dimensions of the result stand before those of the sizes.
+    """
+    sizes: Any = node.args[argument]
     for dim, atoms in enumerate(labels):
-        if atoms is None or sizes[dim] == -1:
+        if atoms is None or not 0 <= dim - ahead < len(sizes) or sizes[dim - ahead] == -1:
             continue
-        if isinstance(sizes[dim], int):
-            flow.constants.append(Constant(node, 1, dim, atoms))
+        size = sizes[dim - ahead]
+        infers = getattr(node.target, "overloadpacket", None) in _SIZED_VIEWS
+        if isinstance(size, int) or (infers and -1 not in sizes and sum(isinstance(s, fx.Node) for s in sizes) == 1):
+            flow.constants.append(Constant(node, argument, dim - ahead, atoms))
             continue
         flow.freeze(atoms, reason)
         labels[dim] = None
 
 
 def reshape(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
-    """Views: a labelled dimension may keep its place or be merged with plain ones; anything else is frozen."""
+    """Views: a dimension keeps its place, is split into factors, or is merged from some."""
     source = first(node)
     if source is None:
         return barrier(flow, gm, node, reason)
     labels, old, new = flow.labels[source], size_of(source), size_of(node)
+    if math.prod(old) != math.prod(new) or 0 in old:
+        return barrier(flow, gm, node, reason)
     result: Labels = [None] * len(new)
+    packet = getattr(node.target, "overloadpacket", None)
     for ins, outs in _blocks(old, new):
-        loose = [dim for dim in ins if labels[dim] is not None]
-        wide = [dim for dim in outs if new[dim] != 1]
-        crosses_batch = 0 in ins and len(ins) > 1
-        if len(loose) == 1 and len(wide) == 1 and not crosses_batch:
-            extent = [old[dim] for dim in ins]
-            result[wide[0]] = _merged(labels[loose[0]], extent, list(ins).index(loose[0]))
-        else:
-            flow.freeze_all([labels[dim] for dim in loose], reason)
-    if getattr(node.target, "overloadpacket", None) in _SIZED_VIEWS:
+        whole = _merge(flow, [labels[dim] for dim in ins], [old[dim] for dim in ins], reason)
+        if whole is None:
+            continue
+        single = len(new) > 3 and packet in (*_SIZED_VIEWS, _aten.unflatten)
+        for dim, atoms in zip(outs, _split(flow, whole, [new[dim] for dim in outs], reason, single), strict=True):
+            result[dim] = atoms
+    if packet in _SIZED_VIEWS:
         _count_sizes(flow, node, result, reason)
+    elif packet is _aten.unflatten:
+        _count_sizes(flow, node, result, reason, 2, int(node.args[1]) % len(old))  # type: ignore[arg-type]
     return result
+
+
+def reshape_as(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """A view that takes the sizes of another tensor: the two shrink together."""
+    result = reshape(flow, gm, node, reason)
+    like = node.args[1] if len(node.args) > 1 else None
+    if not isinstance(like, fx.Node):
+        return barrier(flow, gm, node, reason)
+    for atoms, others in zip(result, flow.labels[like], strict=True):
+        flow.link(atoms, others, reason)
+    return [None if others is None else atoms for atoms, others in zip(result, flow.labels[like], strict=True)]
+
+
+def _merge(flow: Flow, labels: Labels, extent: list[int], reason: str) -> Atoms | None:
+    """Labels of one dimension made of several."""
+    loose = [axis for axis, atoms in enumerate(labels) if atoms is not None]
+    if not loose:
+        return None
+    if math.prod(extent) > _LARGEST:
+        flow.freeze_all(labels, reason)
+        return None
+    if len(loose) == 1:
+        return _merged(labels[loose[0]], extent, loose[0])
+    whole = flow.fresh(math.prod(extent))
+    flow.products.append(Product(whole.reshape(extent), tuple(labels), reason))
+    return whole
+
+
+def _split(flow: Flow, whole: Atoms, extent: list[int], reason: str, single: bool) -> Labels:
+    """Labels of several dimensions that one is split into; with ``single``, a head that is left alone is one, too."""
+    wide = [axis for axis, size in enumerate(extent) if size != 1]
+    if single and len(wide) == 1:
+        wide = list(range(wide[0] + 1))
+    if len(wide) == 1:
+        return [whole if axis == wide[0] else None for axis in range(len(extent))]
+    if not wide:
+        flow.freeze(whole, reason)
+        return [None] * len(extent)
+    factors = [flow.fresh(size) if axis in wide else None for axis, size in enumerate(extent)]
+    flow.products.append(Product(whole.reshape(extent), tuple(factors), reason))
+    return list(factors)
 
 
 def _merged(atoms: Any, extent: list[int], axis: int) -> Atoms:

@@ -13,13 +13,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import fx
 
-from fxopt.graph._labels import FROZEN, Constant, Flow, ParameterUse, flow_labels
+from fxopt.graph._labels import FROZEN, Constant, Flow, Mixing, ParameterUse, flow_labels
+from fxopt.graph._products import resolve
 
-__all__ = ["ChannelGraph", "ChannelGroup", "Constant", "ParameterUse", "analyze"]
+__all__ = ["ChannelGraph", "ChannelGroup", "Constant", "Mixing", "ParameterUse", "analyze"]
 
 Units: TypeAlias = npt.NDArray[np.int64]
 
@@ -33,12 +32,15 @@ class ChannelGroup:
         units: Ids of the group's units, in the order of that layer's channels.
         members: Every parameter dimension that follows the group, with the unit of every index.
         frozen_by: The operator that froze the group, or None if it can be cut.
+        residual: The norm that averages over a residual stream, if these channels are one: additions make it, and
+            a layer or RMS norm runs over it; None for all other groups.
     """
 
     site: str
     units: Units
     members: tuple[ParameterUse, ...]
     frozen_by: str | None
+    residual: str | None = None
 
     @property
     def size(self) -> int:
@@ -54,12 +56,14 @@ class ChannelGraph:
         groups: Groups that can be cut, in graph order; their sites are unique.
         frozen: Groups that cannot, with the operator that froze them.
         constants: Numbers in the graph that count channels.
+        mixings: Sums over channels without weights; their atoms are unit ids here.
         parameters: Every labelled parameter dimension; its atoms are unit ids here.
     """
 
     groups: tuple[ChannelGroup, ...]
     frozen: tuple[ChannelGroup, ...]
     constants: tuple[Constant, ...]
+    mixings: tuple[Mixing, ...]
     parameters: tuple[ParameterUse, ...]
     _labels: Mapping[fx.Node, Any]
 
@@ -85,11 +89,11 @@ def analyze(gm: fx.GraphModule) -> ChannelGraph:
     """
     flow = flow_labels(gm)
     _link_shared_parameters(gm, flow)
-    component = _components(flow)
+    component = resolve(flow)
     reasons = _frozen_reasons(flow, component)
     signatures = _signatures(flow, component)
     unit_of = _renumber(flow, component)
-    groups, frozen = _groups(flow, component, unit_of, signatures, reasons)
+    groups, frozen = _groups(flow, component, unit_of, signatures, reasons, _residual_streams(flow, component))
     loose = np.zeros(flow.atoms + 1, dtype=np.int64)
     if groups:
         cuttable = np.concatenate([group.units for group in groups])
@@ -101,6 +105,7 @@ def analyze(gm: fx.GraphModule) -> ChannelGraph:
         groups=groups,
         frozen=frozen,
         constants=tuple(_translate_constants(flow.constants, loose)),
+        mixings=tuple(Mixing(m.node, m.argument, m.dim, _translated(loose, m.atoms)) for m in flow.mixings),
         parameters=tuple(_translate_use(use, loose) for use in flow.uses),
         _labels={node: _translate_labels(labels, translate) for node, labels in flow.labels.items()},
     )
@@ -125,25 +130,30 @@ def _link_shared_parameters(gm: fx.GraphModule, flow: Flow) -> None:
                 flow.freeze(use.atoms, f"shared parameter {path}.{name}")
 
 
-def _components(flow: Flow) -> Units:
-    """Component of every atom under the links."""
-    pairs = [pair for pair in flow.links if pair[0].size]
-    rows = np.concatenate([one for one, _ in pairs]) if pairs else np.zeros(0, np.int64)
-    columns = np.concatenate([other for _, other in pairs]) if pairs else np.zeros(0, np.int64)
-    ones = np.ones(len(rows), np.int8)
-    matrix = coo_array((ones, (rows, columns)), shape=(flow.atoms, flow.atoms)).tocsr()
-    if not flow.atoms:
-        return np.zeros(0, np.int64)
-    _, component = connected_components(matrix, directed=False)
-    return component.astype(np.int64)
-
-
 def _frozen_reasons(flow: Flow, component: Units) -> dict[int, str]:
     reasons: dict[int, str] = {}
     for atoms, reason in flow.frozen:
         for index in np.unique(component[atoms]):
             reasons.setdefault(int(index), reason)
     return reasons
+
+
+def _residual_streams(flow: Flow, component: Units) -> dict[int, str]:
+    """Components that additions make and that a layer or RMS norm averages over, with the norm."""
+    added = np.zeros(int(component.max(initial=-1)) + 1, dtype=bool)
+    for atoms in flow.added:
+        added[component[atoms[atoms != FROZEN]]] = True
+    found: dict[int, str] = {}
+    for atoms, reason in flow.normalized:
+        for index in np.unique(component[atoms[atoms != FROZEN]]):
+            if added[index]:
+                found.setdefault(int(index), reason)
+    return found
+
+
+def _site(maker: ParameterUse) -> str:
+    """The name of the channels that a parameter makes: its layer's, or its own where no layer holds it as weight."""
+    return maker.path if maker.name == "weight" and maker.path else f"{maker.path}.{maker.name}".removeprefix(".")
 
 
 def _signatures(flow: Flow, component: Units) -> npt.NDArray[np.uint64]:
@@ -189,6 +199,7 @@ def _groups(
     unit_of: Units,
     signatures: npt.NDArray[np.uint64],
     reasons: Mapping[int, str],
+    residual: Mapping[int, str],
 ) -> tuple[tuple[ChannelGroup, ...], tuple[ChannelGroup, ...]]:
     makers = [use for use in flow.uses if use.role == "out"]
     if not makers:
@@ -211,12 +222,13 @@ def _groups(
     found: tuple[list[ChannelGroup], list[ChannelGroup]] = ([], [])
     taken: dict[str, int] = {}
     for piece, first in zip(pieces, chosen.tolist(), strict=True):
-        site = makers[int(maker[position[piece].min()])].path
+        site = _site(makers[int(maker[position[piece].min()])])
         taken[site] = taken.get(site, 0) + 1
         name = site if taken[site] == 1 else f"{site}#{taken[site]}"
         units = np.sort(unit_of_component[components[piece]])
         held = tuple(_translate_use(flow.uses[index], unit_of) for index in members[first])
-        found[first in reasons].append(ChannelGroup(name, units, held, reasons.get(first)))
+        group = ChannelGroup(name, units, held, reasons.get(first), residual.get(first))
+        found[first in reasons].append(group)
     return tuple(found[0]), tuple(found[1])
 
 

@@ -171,7 +171,7 @@ def _fill_modules() -> None:
         (nn.Linear, "linear", "linear"),
         (nn.Embedding, "embedding", "embedding"),
         (nn.LayerNorm, "norm", "norm_across"),
-        (nn.GroupNorm, "norm", "norm_across"),
+        (nn.GroupNorm, "norm", "norm_groups"),
         (nn.RMSNorm, "norm", "norm_across"),
         (nn.Softmax, "softmax", "softmax"),
         (nn.Flatten, "none", "reshape"),
@@ -179,7 +179,18 @@ def _fill_modules() -> None:
         (nn.Dropout, "none", "unary"),
         (nn.AlphaDropout, "none", "unary"),
         (nn.FeatureAlphaDropout, "none", "unary"),
-        (nn.PixelShuffle, "copy", "barrier"),
+        (nn.PixelShuffle, "copy", "pixel_shuffle"),
+        (nn.PixelUnshuffle, "copy", "pixel_unshuffle"),
+        (nn.ChannelShuffle, "copy", "channel_shuffle"),
+        (nn.MaxUnpool2d, "copy", "unpool"),
+        (nn.LogSoftmax, "softmax", "softmax"),
+        (nn.LogSigmoid, "elementwise", "unary"),
+        (nn.Softsign, "elementwise", "unary"),
+        (nn.Threshold, "elementwise", "unary"),
+        (nn.ZeroPad2d, "copy", "spatial"),
+        (nn.ReflectionPad2d, "copy", "spatial"),
+        (nn.ReplicationPad2d, "copy", "spatial"),
+        (nn.Upsample, "resize", "spatial"),
     ):
         register_module(cls, OpSemantics(cls.__name__, kind, flow))
     prelu = OpSemantics("PReLU", "elementwise", "norm_channels", activation=True, fuses=True, clamps=True)
@@ -192,79 +203,93 @@ def _fill_modules() -> None:
 
 _CLAMPS = "relu relu6 hardtanh leaky_relu"
 _ACTIVATIONS = "elu celu selu silu mish gelu hardswish hardsigmoid sigmoid tanh softplus"
-_UNARY = "neg abs exp log sqrt rsqrt reciprocal erf sign floor ceil round sin cos clamp clamp_min clamp_max square"
-_UNARY_FREE = "contiguous clone to alias detach detach_ lift_fresh_copy dropout feature_dropout type_as _to_copy"
-_BINARY = "add sub mul div rsub maximum minimum pow remainder fmod floor_divide atan2 where masked_fill"
+_UNARY = (
+    "neg abs exp log sqrt rsqrt reciprocal erf sign floor ceil round sin cos clamp clamp_min clamp_max square "
+    "tan isnan isfinite logit log1p expm1 softsign log_sigmoid hardshrink softshrink bitwise_not nan_to_num"
+)
+_UNARY_FREE = (
+    "contiguous clone to alias detach detach_ lift_fresh_copy dropout feature_dropout type_as _to_copy "
+    "zeros_like ones_like full_like"
+)
+_BINARY = (
+    "add sub mul div rsub maximum minimum pow remainder fmod floor_divide atan2 where masked_fill lerp addcmul addcdiv"
+)
+_REDUCE = "var std amin min prod logsumexp argmax argmin any all"
 _COMPARE = "eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or __and__ __or__"
 _NARY_RULES = {
     "view": ("none", "reshape"),
     "reshape": ("none", "reshape"),
     "_unsafe_view": ("none", "reshape"),
     "flatten": ("none", "reshape"),
-    "unflatten": ("none", "barrier"),
+    "reshape_as": ("none", "reshape_as"),
+    "view_as": ("none", "reshape_as"),
+    "unflatten": ("none", "reshape"),
     "squeeze": ("none", "reshape"),
     "unsqueeze": ("none", "reshape"),
     "permute": ("copy", "permute"),
     "transpose": ("copy", "permute"),
     "t": ("copy", "permute"),
     "expand": ("none", "expand"),
-    "expand_as": ("none", "expand"),
+    "expand_as": ("none", "broadcast"),
     "cat": ("copy", "cat"),
     "chunk": ("copy", "split"),
     "split": ("copy", "split"),
     "split_with_sizes": ("copy", "split"),
     "slice": ("copy", "slice"),
-    "narrow": ("copy", "barrier"),
+    "narrow": ("copy", "narrow"),
     "select": ("copy", "select"),
-    "stack": ("copy", "barrier"),
-    "unbind": ("copy", "barrier"),
-    "roll": ("copy", "barrier"),
-    "index": ("copy", "barrier"),
+    "stack": ("copy", "stack"),
+    "unbind": ("copy", "unbind"),
+    "roll": ("copy", "roll"),
+    "index": ("copy", "index"),
     "gather": ("copy", "barrier"),
-    "repeat": ("copy", "barrier"),
+    "repeat": ("copy", "repeat"),
     "pad": ("copy", "pad"),
     "constant_pad_nd": ("copy", "pad"),
     "mean": ("pool", "reduce"),
     "sum": ("pool", "reduce"),
     "amax": ("pool", "reduce"),
-    "max": ("pool", "barrier"),
-    "cumsum": ("elementwise", "barrier"),
+    "max": ("pool", "reduce"),
+    "cumsum": ("elementwise", "along"),
     "topk": ("elementwise", "barrier"),
     "softmax": ("softmax", "softmax"),
     "_softmax": ("softmax", "softmax"),
     "log_softmax": ("softmax", "softmax"),
-    "matmul": ("matmul", "barrier"),
-    "bmm": ("matmul", "barrier"),
-    "mm": ("matmul", "barrier"),
-    "addmm": ("matmul", "barrier"),
+    "matmul": ("matmul", "matmul"),
+    "bmm": ("matmul", "matmul"),
+    "mm": ("matmul", "matmul"),
+    "addmm": ("matmul", "addmm"),
     "baddbmm": ("matmul", "barrier"),
-    "scaled_dot_product_attention": ("attention", "barrier"),
-    "linear": ("linear", "barrier"),
-    "conv1d": ("conv", "barrier"),
-    "conv2d": ("conv", "barrier"),
-    "conv3d": ("conv", "barrier"),
-    "conv_transpose1d": ("conv", "barrier"),
-    "conv_transpose2d": ("conv", "barrier"),
-    "conv_transpose3d": ("conv", "barrier"),
+    "scaled_dot_product_attention": ("attention", "attention"),
+    "linear": ("linear", "functional_linear"),
+    "conv1d": ("conv", "functional_conv"),
+    "conv2d": ("conv", "functional_conv"),
+    "conv3d": ("conv", "functional_conv"),
+    "conv_transpose1d": ("conv", "functional_conv"),
+    "conv_transpose2d": ("conv", "functional_conv"),
+    "conv_transpose3d": ("conv", "functional_conv"),
     "layer_norm": ("norm", "norm_across"),
-    "group_norm": ("norm", "norm_across"),
+    "group_norm": ("norm", "norm_groups"),
     "rms_norm": ("norm", "norm_across"),
-    "batch_norm": ("norm", "barrier"),
-    "instance_norm": ("norm", "barrier"),
-    "embedding": ("embedding", "barrier"),
-    "max_pool2d_with_indices": ("pool", "barrier"),
-    "max_unpool2d": ("copy", "barrier"),
-    "pixel_shuffle": ("copy", "barrier"),
+    "batch_norm": ("norm", "functional_norm"),
+    "instance_norm": ("norm", "functional_norm"),
+    "embedding": ("embedding", "functional_embedding"),
+    "max_pool2d_with_indices": ("pool", "spatial"),
+    "max_unpool2d": ("copy", "unpool"),
+    "pixel_shuffle": ("copy", "pixel_shuffle"),
+    "pixel_unshuffle": ("copy", "pixel_unshuffle"),
+    "channel_shuffle": ("copy", "channel_shuffle"),
+    "im2col": ("copy", "unfold"),
 }
 _SPATIAL = (
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d"
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d"
 )
 _RESIZE = (
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d "
-    "upsample_linear1d upsample_trilinear3d"
+    "upsample_linear1d upsample_trilinear3d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
 )
-_MAKERS = "arange zeros ones full zeros_like ones_like full_like new_ones new_zeros new_full empty scalar_tensor"
+_MAKERS = "arange zeros ones full new_ones new_zeros new_full empty scalar_tensor linspace"
 
 
 def _fill_functions() -> None:
@@ -279,6 +304,7 @@ def _fill_functions() -> None:
     fill(_BINARY, "elementwise", "broadcast")
     fill(_COMPARE, "elementwise", "broadcast")
     fill(_SPATIAL, "pool", "spatial")
+    fill(_REDUCE, "pool", "reduce")
     fill(_RESIZE, "resize", "spatial")
     fill(_MAKERS, "none", "constant")
     fill("sym_size size sym_numel", "none", "scalar")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -362,7 +363,10 @@ def test_the_choices_are_the_kept_counts() -> None:
     assert (decision.kind, decision.site, decision.operator) == ("channels", "0", "conv")
     assert decision.choices == tuple(range(1, 11))
     assert decision.default == 10
-    assert decision.features == {"channels": 10.0, "weights": 10 * 3 + 10 + 2 * 10}
+    assert decision.features == {
+        **{"t": 1, "type": 0, "n": 2, "c": 10, "h": 4, "w": 4, "stride": 1, "k": 1},
+        **{"macs": 2 * 10 * 16, "weights": 20, "channels": 10},
+    }
     (decision,) = space_of(network, 3, 4, 4, round_to=4)
     assert decision.choices == (4, 8, 10)
     (decision,) = space_of(network, 3, 4, 4, round_to=2, capabilities=Capabilities(channel_tile=3))
@@ -421,6 +425,47 @@ def test_the_channels_of_ignored_modules_stay(ignore: Any, left: list[str]) -> N
     for site in gone:
         with pytest.raises(PolicyError, match="ignored by"):
             step.with_policy(Policy({("channels", site): 1}))(gm)
+
+
+def test_bounds_limit_what_is_offered_and_what_is_taken() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+    step = PruneChannels(bounds={"0": (0.5, 1.0), "1": (0.2, 0.75)})
+    gm, inputs = prepared(network, 3, 4, 4)
+    first, second = step.search_space(gm)
+    assert (first.choices, first.default) == ((4, 5, 6, 7, 8), 8)
+    assert (second.choices, second.default) == ((2, 3, 4, 5, 6), 6)
+    pruned(gm, inputs, step.search_space(gm).uniform(0.1))
+    with pytest.raises(PolicyError, match="bounds want 4"):
+        step.with_policy(Policy({("channels", "0"): 3}))(gm)
+    assert step == PruneChannels(bounds=[["0", [0.5, 1.0]], ["1", [0.2, 0.75]]])
+    assert PruneChannels(bounds={"1": (0.9, 0.9)}, round_to=4).search_space(gm)[-1].choices == (4, 8)
+
+
+@pytest.mark.parametrize("bounds", [{"0": (0.5, 0.2)}, {"0": (-0.1, 1.0)}, {"0": (0.0, 1.5)}, {"0": 0.5}, ["0"], 3])
+def test_bounds_that_are_no_fractions_are_refused(bounds: Any) -> None:
+    with pytest.raises(PassError, match="bounds"):
+        PruneChannels(bounds=bounds)
+
+
+def test_bounds_that_contradict_each_other_are_refused() -> None:
+    gm, _ = prepared(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), 3, 4, 4)
+    with pytest.raises(PassError, match="leave nothing"):
+        PruneChannels(bounds={"0": (0.0, 0.4), "[0]": (0.6, 1.0)}).search_space(gm)
+    with pytest.raises(PassError, match="of bounds matches no module"):
+        PruneChannels(bounds={"first": (0.0, 0.4)}).search_space(gm)
+
+
+def test_an_explanation_is_a_table_and_json() -> None:
+    gm, _ = prepared(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), 3, 4, 4)
+    found = PruneChannels({("channels", "0"): 4}).explain(gm)
+    lines = str(found).splitlines()
+    assert "8 -> 4" in lines[1]
+    assert "frozen by output" in lines[2]
+    data = json.loads(found.to_json())
+    assert [group["site"] for group in data["groups"]] == ["0", "1"]
+    assert data["frozen"] == pytest.approx(found.frozen)
+    assert sum(found.frozen.values()) == pytest.approx((16 + 2) / (24 + 8 + 16 + 2))
+    assert found[0].share == pytest.approx((24 + 8 + 16) / 50)
 
 
 def test_a_pattern_that_matches_nothing_is_a_mistake() -> None:
@@ -487,6 +532,7 @@ def test_explain_says_what_is_then_cut(network: Cnn) -> None:
 def test_explain_tells_what_froze_a_group() -> None:
     gm, _ = traced(Transformer(2, 4, 6, 1, True, 0), torch.float64)
     entries = {entry.site: entry for entry in PruneChannels().explain(gm)}
+    assert "residual stream" in str(entries["embed"].reason)
     assert "LayerNorm" in str(entries["embed"].reason)
     assert "output" in str(entries["head"].reason)
     assert entries["blocks.0.mlp.0"].reason is None
