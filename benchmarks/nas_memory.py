@@ -2,9 +2,9 @@
 
 Memory is what a step holds when its forward pass ends: weights, gradients of the weights it trains, momentum, and all
 tensors that the backward pass reads, each storage counted once. The network to compare with is the largest path
-(expansion 6 and kernel 7 everywhere). Activations are proportional to the batch, weights are not: ``memory_ratio`` is at
-the batch that was measured, ``memory_ratio_at_256`` at the paper's. Time is processor time of whole steps on one thread,
-of the supernet and of the derived network of the same path in turn; the ratio is the median over rounds.
+(expansion 6 and kernel 7 everywhere). Activations are proportional to the batch, weights are not: ``memory_ratio`` is
+at the batch that was measured, ``memory_ratio_at_256`` at the paper's. Time is processor time of whole steps on one
+thread, of the supernet and of the derived network of the same path in turn; the ratio is the median over rounds.
 
     python benchmarks/nas_memory.py
 """

@@ -19,6 +19,7 @@ from fxopt import _storage, targets
 from fxopt import passes as pass_registry
 from fxopt._precision import without_slow_integers
 from fxopt._reporting import build_report, changes_in, export_data, metrics_of, notes_on
+from fxopt._selecting import Selector, parted
 from fxopt.data import Loader, first_batch
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
 from fxopt.errors import DataError, InfeasibleError, PassError, SearchError, TargetError
@@ -155,7 +156,9 @@ def optimize(
         target: A name from ``fxopt.targets.names()``, a TOML file, or a target.
         budget: Upper limits by metric (latency, energy, size, macs, memory): a fraction of the original (0.6, "60%")
             or an absolute value ("5ms", "2MB", "300M"). None for no limit.
-        passes: Names of passes or configured passes, in order.
+        passes: Names of passes or configured passes, in order. With "select-operators", which comes first, a supernet
+            is trained on ``train`` (``epochs`` of warm-up, twice as many of search); of k passes it takes the k-th root
+            of the reduction that a budget asks for, and the others take the rest.
         engine: Name of a search engine.
         trials: Policies to try.
         train: Loader of (input, label) to fine-tune and calibrate on.
@@ -191,7 +194,12 @@ def optimize(
     _check_data(train, val, evaluate)
     _check_executor(executor)
     folder = Path(workdir) if workdir is not None else None
-    job = _Job(model, example_inputs, device, chosen, budgets, folder, show)
+    everything = chosen
+    selecting, chosen = parted(everything)
+    selector = None
+    if selecting is not None:
+        selector = Selector(selecting, train, epochs, learning_rate, seed, 1.0 / len(everything))
+    job = _Job(model, example_inputs, device, chosen, budgets, folder, show, selector)
     tuning = _Tuning(train, epochs, loss, learning_rate, seed, folder)
     judge = Evaluator(
         job.graph,
@@ -202,14 +210,18 @@ def optimize(
         preference=RelativeLatency(device, job.workload, float(job.original.latency_s[0])),
         weight=_CHEAPNESS,
         seed=seed,
-        source=(model, example_inputs),
+        source=(model, example_inputs) if selector is None else None,
         reconstruct=reconstruct,
     )
-    before = job.metrics(job.graph, judge.rehearse())
+    after_selection = job.metrics(job.graph, judge.rehearse())
+    before = after_selection if selector is None else job.metrics(job.source, judge.judge(job.source))
     tuning.rehearse(job.graph)
     found = job.search(judge, engine, trials, seed, folder, executor, parallel, show)
     policy = found.policy if found is not None else job.space.default()
     steps: list[PassLine] = []
+    if selecting is not None:
+        detail = f"operators: {len(job.selected)} blocks"
+        steps.append(PassLine(selecting.name, detail, after_selection.accuracy, after_selection))
 
     def between(graph: fx.GraphModule) -> None:
         cut = [one.name for one in chosen if not isinstance(one, Quantize)]
@@ -225,7 +237,7 @@ def optimize(
     if source is not None and CALIBRATION_META not in job.graph.meta:
         steps.append(job.step("quantize", f"calibrated on: {source}", final, judge))
     after = job.metrics(final, steps[-1].accuracy if steps else judge.judge(final))
-    timed = _measured(job.graph, final, example_inputs) if verify_on_host else (None, None)
+    timed = _measured(job.source, final, example_inputs) if verify_on_host else (None, None)
     report = build_report(
         title=f"{type(model).__name__} for {device.name}",
         target=device,
@@ -239,11 +251,12 @@ def optimize(
         graph=job.graph,
         search=found,
         score_name=judge.score_name,
-        notes=notes_on(train, val, evaluate, found),
+        notes=(*notes_on(train, val, evaluate, found), *job.notes),
         seed=seed,
     )
     _storage.explain_other_weights(final)
-    return OptimizationResult(final, policy, report, found, chosen, example_inputs, job.state)
+    whole = job.selected.merged(policy)
+    return OptimizationResult(final, whole, report, found, everything, example_inputs, job.state)
 
 
 @dataclass(frozen=True)
@@ -284,7 +297,7 @@ class _Tuning:
             epochs=self.epochs,
             loss=self.loss,
             learning_rate=self.learning_rate,
-            teacher=self._teacher(job.graph),
+            teacher=self._teacher(job.source),
             checkpoint=None if self.folder is None else self.folder / f"fine-tune-{job.digest_with(policy)}",
             seed=self.seed,
             progress=lambda epoch, _, value: show.advance("fine-tuning", 1, f"loss {value:.4f}"),
@@ -308,6 +321,7 @@ class _Job:
         budgets: tuple[Budget, ...],
         folder: Path | None,
         show: Progress,
+        selector: Selector | None = None,
     ) -> None:
         self.target = target
         self.budgets = budgets
@@ -315,6 +329,11 @@ class _Job:
         self.graph: fx.GraphModule = own_copy(_storage.traced(model, example_inputs)).eval()
         self.state = _storage.shapes_of(model)
         _check_weights(self.graph)
+        self.source, self.selected = self.graph, Policy({})
+        self.notes: tuple[str, ...] = ()
+        self.original, self.limits = self._costs_of_original()
+        if selector is not None:
+            self._select(selector, folder, show)
         self.digest = _storage.digest_of(self.graph)
         self.workload: ParametricWorkload = lower(self.graph, batch=target.capabilities.batch)
         decisions = [d for one in passes for d in one.search_space(self.graph, target.capabilities)]
@@ -325,9 +344,23 @@ class _Job:
                 if isinstance(one, Quantize):
                     self.space = without_slow_integers(self.space, self.graph, example_inputs, one, record, show)
         self._prepare()
-        self.original = target.estimate(self.workload.bind())
-        self.limits = np.array([budget.absolute(float(self.original.metric(budget.metric)[0])) for budget in budgets])
         self.constraint = self._constraint()
+
+    def _costs_of_original(self) -> tuple[targets.Estimate, npt.NDArray[np.float64]]:
+        """What the original costs, and the limits of the budgets that this gives."""
+        workload = lower(self.source, batch=self.target.capabilities.batch).bind()
+        self.target.prepare(workload)
+        found = self.target.estimate(workload)
+        limits = [budget.absolute(float(found.metric(budget.metric)[0])) for budget in self.budgets]
+        return found, np.array(limits)
+
+    def _select(self, selector: Selector, folder: Path | None, show: Progress) -> None:
+        """Choose operators first: all that follows starts from the network they make."""
+        metrics = [budget.metric for budget in self.budgets]
+        limits = dict(zip(metrics, self.limits.tolist(), strict=True))
+        before = {metric: float(self.original.metric(metric)[0]) for metric in metrics}
+        found = selector.select(self.source, self.target, limits, before, folder, show)
+        self.graph, self.selected, self.notes = found.graph, found.policy, found.notes
 
     def _prepare(self) -> None:
         """Let a measured target see the operators at full and half width, in every bit-width on offer."""
@@ -352,9 +385,9 @@ class _Job:
         return Constraint(self.space, self.costs, self.limits, [budget.metric for budget in self.budgets])
 
     def _check_nothing_to_decide(self) -> None:
-        for budget, limit in zip(self.budgets, self.limits, strict=True):
-            least = float(self.original.metric(budget.metric)[0])
-            if least > limit:
+        for budget, limit, cost in zip(self.budgets, self.limits, self.achieved(self.graph), strict=True):
+            least = float(cost)
+            if least > limit * (1 + 1e-9):
                 raise InfeasibleError(
                     f"The passes find nothing to decide in this model, and its {budget.metric} is over the budget "
                     f"{budget}. Add passes, or see fxopt.trace and the report's barriers.",

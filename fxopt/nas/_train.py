@@ -123,32 +123,51 @@ class SupernetResult:
     resumed_at: int = 0
 
 
-def split(loader: TensorLoader, share: float = 0.2, seed: int = 0) -> tuple[TensorLoader, TensorLoader]:
+def split(loader: Loader, share: float = 0.2, seed: int = 0) -> tuple[Loader, Loader]:
     """Part a loader in two: for weights, and for the architecture.
 
     Args:
-        loader: Tensors.
-        share: The part of the samples that the architecture gets.
+        loader: Batches of (input, label). Of a :class:`TensorLoader` samples are parted, of any other loader batches,
+            by their number; it then has to give them in one order.
+        share: The part that the architecture gets.
         seed: Seed of who goes where.
 
     Raises:
         DataError: If a part would have no batch of at least two samples.
     """
-    count = len(loader.inputs)
-    held = round(count * share)
-    if not 0.0 < share < 1.0 or min(held, count - held) < 2:
+    samples = isinstance(loader, TensorLoader)
+    count = len(loader.inputs) if isinstance(loader, TensorLoader) else _count(loader, "train")
+    held, least = round(count * share), 2 if samples else 1
+    if not 0.0 < share < 1.0 or min(held, count - held) < least:
         raise DataError(
-            f"{count} samples cannot be split into {count - held} for weights and {held} for the architecture: each "
-            "needs two or more. Give more samples, another share, or two loaders."
+            f"{count} {'samples' if samples else 'batches'} cannot be split into {count - held} for weights and {held} "
+            f"for the architecture: each needs {least} or more. Give more of them, another share, or two loaders."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     rest, own = order[held:], order[:held]
-    size = loader.batch_size
+    if not isinstance(loader, TensorLoader):
+        return _Batches(loader, frozenset(rest.tolist())), _Batches(loader, frozenset(own.tolist()))
+    source = loader
 
     def part(chosen: torch.Tensor) -> TensorLoader:
-        return TensorLoader(loader.inputs[chosen], loader.labels[chosen], size, shuffle=True, seed=loader.seed)
+        inputs, labels = source.inputs[chosen], source.labels[chosen]
+        return TensorLoader(inputs, labels, source.batch_size, shuffle=True, seed=source.seed)
 
     return part(rest), part(own)
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Those batches of a loader that have certain numbers."""
+
+    loader: Loader
+    numbers: frozenset[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for number, batch in enumerate(self.loader) if number in self.numbers)
 
 
 def train_supernet(

@@ -132,8 +132,13 @@ def test_loaders_are_split_or_refused() -> None:
     assert (len(weights.inputs), len(architecture.inputs)) == (14, 6)
     both = torch.cat([weights.inputs, architecture.inputs]).flatten(1).sum(1).sort().values
     assert torch.equal(both, whole.inputs.flatten(1).sum(1).sort().values)
-    with pytest.raises(DataError, match="cannot be split"):
-        split(loader(3), 0.2)
+    batches = [*loader(20, batch=4)]
+    weights, architecture = split(batches, 0.4)
+    assert (len(weights), len(architecture)) == (3, 2)
+    assert {id(one) for one in (*weights, *architecture)} == {id(one) for one in batches}
+    for few in (loader(3), batches[:2]):
+        with pytest.raises(DataError, match="cannot be split"):
+            split(few, 0.2)
     with pytest.raises(DataError, match="val"):
         train_supernet(Supernet(*mobile()), loader(), [], mobile_table())
 
