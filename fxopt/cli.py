@@ -279,6 +279,30 @@ def compare_engines(
 
 
 @app.command()
+@guarded(resumes=True)
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Target file to write, such as my_board.toml.")],
+    name: Annotated[
+        Optional[str],  # noqa: UP045 (read at run time, by typer)
+        typer.Option(help="Name of the target; by default that of the file.", show_default=False),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads inside an operator.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each operator; more take longer and err less.")] = 100,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure every second operator alone.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine in onnxruntime and write it as a target file. Needs no torch. Run again to resume."""
+    from fxopt._cli.calibrating import calibrate as measure
+
+    with only_json(as_json), progress_bars(not as_json) as progress:
+        made = measure(out, progress, name=name, threads=threads, runs=runs, quick=quick)
+    if as_json:
+        emit_json({"name": made.name, "path": str(out), "status": made.status, "error": made.error})
+        return
+    show(f"Wrote {out}: {made.name} is {made.status}. {made.error}")
+
+
+@app.command()
 @guarded()
 def targets(
     name: Annotated[

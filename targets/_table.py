@@ -18,7 +18,7 @@ from fxopt.targets.rows import ROW_DTYPE, Floats, Rows
 
 __all__ = ["MeasurementTable", "cache_folder", "distinct"]
 
-SCHEMA = 3
+SCHEMA = 4
 _INTEGERS = [name for name in ROW_DTYPE.names or () if ROW_DTYPE[name] == np.int32]
 
 
@@ -30,15 +30,14 @@ def cache_folder() -> Path:
 def distinct(rows: Rows) -> Rows:
     """The different operators among ``rows``, shape (n,), in order of first appearance.
 
-    What does not change a measured time is set to one value: whether the row is fused, which activation it is,
-    densities, live bytes.
+    What does not change a measured time is set to one value: whether the row is fused, densities, live bytes.
     """
     flat = np.ravel(rows)
     # Rows are compared by their bytes, of which those between fields are nobody's: they stay zero here.
     plain = np.zeros(len(flat), ROW_DTYPE)
     for name in ROW_DTYPE.names or ():
         plain[name] = flat[name]
-    plain["fused"] = plain["reused"] = plain["activation"] = 0
+    plain["fused"] = plain["reused"] = 0
     plain["weight_density"] = plain["activation_density"] = 1.0
     plain["held"] = plain["live_bytes"] = 0.0
     _, first = np.unique(plain.view(np.dtype((np.void, ROW_DTYPE.itemsize))), return_index=True)
@@ -70,17 +69,22 @@ class MeasurementTable:
         """Number of operators that were tried."""
         return len(self._seconds)
 
+    def seconds_of(self, row: Any) -> float | None:
+        """The time of one operator, None if it was not tried or cannot be measured."""
+        return self._seconds.get(_signature(row))
+
     def missing(self, rows: Rows) -> Rows:
         """Those of ``rows`` (distinct ones) that were not tried yet."""
         return rows[[_signature(row) not in self._seconds for row in rows]]
 
-    def add(self, row: Any, seconds: float) -> None:
-        """Keep the time of one operator, NaN if it cannot be measured, and write the file.
+    def add(self, rows: Rows, seconds: Floats) -> None:
+        """Keep the times of some operators, NaN for what cannot be measured, and write the file.
 
         Raises:
             TargetError: If the file cannot be written.
         """
-        self._seconds[_signature(row)] = None if math.isnan(seconds) else seconds
+        for row, time in zip(rows, seconds.tolist(), strict=True):
+            self._seconds[_signature(row)] = None if math.isnan(time) else time
         content = {
             "schema": SCHEMA,
             "fingerprint": self.fingerprint,

@@ -1,12 +1,14 @@
 """The machine that fxopt runs on: a target whose figures are measured here.
 
-Operators of a standard sweep, and those of the workload at hand, are timed one by one; a linear model for each kind is
-fitted to the times, with a correction factor for each family of operators that was measured. Times stay on disk, by
-machine and runtime, so this happens once.
+Operators of a standard sweep, and those of the workload at hand, are timed; a linear model for each kind is fitted to
+the times, with a correction factor for each family of operators that was measured. Times stay on disk, by machine and
+runtime, so this happens once.
 """
 
 from __future__ import annotations
 
+import datetime
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -14,16 +16,18 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fxopt import _files
 from fxopt.decisions import Capabilities
 from fxopt.errors import TargetError
+from fxopt.targets._board import board_file, check_board, describe_errors
 from fxopt.targets._core import CostModel
-from fxopt.targets._fit import families_of, fit, held_out_errors
-from fxopt.targets._sweep import calibration_sweep
+from fxopt.targets._fit import families_of, fit
+from fxopt.targets._sweep import calibration_sweep, pace_row
 from fxopt.targets._table import MeasurementTable, cache_folder, distinct
 from fxopt.targets.base import Target, TargetInfo
-from fxopt.targets.rows import FLOAT_BITS, OpKind, Rows, Workload, compute_bits
+from fxopt.targets.rows import FLOAT_BITS, Activation, Floats, OpKind, Rows, Workload, compute_bits
 
-__all__ = ["HostTarget", "Profiler", "Progress"]
+__all__ = ["HostTarget", "Profiler", "Progress", "check_board"]
 
 Profiler: TypeAlias = Callable[[Rows], NDArray[np.float64]]
 """Takes rows, shape (n,), gives seconds for each, shape (n,); NaN for an operator that it cannot run."""
@@ -33,6 +37,7 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 
 CAPABILITIES = Capabilities(bits={"*": ((FLOAT_BITS, FLOAT_BITS), (8, 8))}, channel_tile=8, batch=1)
 _MOST_PER_FAMILY = 4
+_AT_ONCE = 12
 
 
 class HostTarget(Target):
@@ -97,13 +102,47 @@ class HostTarget(Target):
             self._model = fit(rows, seconds)
         return self._model
 
-    def calibrate(self) -> None:
+    def calibrate(self, *, quick: bool = False) -> None:
         """Measure what is missing of the standard sweep.
+
+        Args:
+            quick: Every second operator of it is enough.
 
         Raises:
             TargetError: If something is missing and there is no profiler, or the profiler gives nonsense.
         """
-        self._measure(calibration_sweep(), "the standard sweep")
+        self._measure(calibration_sweep()[:: 2 if quick else 1], "the standard sweep")
+
+    def save(self, path: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Write what was measured as a target file, which loads anywhere: ``fxopt.targets.load(path)``.
+
+        The file predicts operators that were not measured by the fit alone; it has no factors for families.
+
+        Args:
+            path: A ``.toml`` file; written whole or not at all.
+            name: The target's name; by default that of the file.
+
+        Raises:
+            TargetError: If nothing was measured, or the path or name is not sound.
+        """
+        final, known_as = check_board(path, name)
+        rows, seconds = self._measured()
+        fingerprint = self._table.fingerprint if self._table else ""
+        text = board_file(known_as, fingerprint, rows, seconds, datetime.date.today())
+        _files.write_text(final, text, TargetError)
+        return final
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds of the operator that all others were timed beside, when it was first measured.
+
+        Raises:
+            TargetError: If it was not measured yet.
+        """
+        found = self._table.seconds_of(pace_row()[0]) if self._table else None
+        if found is None:
+            raise TargetError("The pace of this machine is not known yet: calibrate it first.")
+        return found
 
     def prepare(self, workload: Workload) -> None:
         """Measure operators of ``workload`` whose families are not in the table, at most four of each family.
@@ -113,7 +152,8 @@ class HostTarget(Target):
         """
         self.calibrate()
         rows = np.ravel(workload.rows)
-        rows = distinct(rows[(rows["kind"] != OpKind.UNKNOWN) & (rows["fused"] == 0)])
+        merged = (rows["fused"] == 1) & (rows["activation"] != Activation.CURVE)
+        rows = distinct(rows[(rows["kind"] != OpKind.UNKNOWN) & ~merged])
         tried, _ = self._measured()
         fresh = rows[~np.isin(families_of(rows), families_of(tried))]
         keys = families_of(fresh)
@@ -138,7 +178,7 @@ class HostTarget(Target):
         return self._table.measured()
 
     def _measure(self, rows: Rows, what: str) -> None:
-        """Time those of ``rows`` that are not in the table, one by one, each kept at once."""
+        """Time those of ``rows`` that are not in the table, some at a time, each kept at once."""
         missing = self._table.missing(rows) if self._table else rows
         if not len(missing):
             return
@@ -147,29 +187,53 @@ class HostTarget(Target):
                 f"The host target has to measure {len(missing)} operators of {what} and has no profiler. "
                 "Call load('host', profiler=..., fingerprint=...), or use fxopt.optimize, which brings its own."
             )
-        for i in range(len(missing)):
-            row = missing[i : i + 1]
-            self._table.add(row[0], _checked(self._profiler(row), row))
+        for start in range(0, len(missing), _AT_ONCE):
+            some = missing[start : start + _AT_ONCE]
+            self._table.add(*_paced(self._profiler, self._table, some))
             self._model = self._error = None
-            if self._progress:
-                self._progress(i + 1, len(missing), _words(row))
+            for i in range(len(some)):
+                if self._progress:
+                    self._progress(start + i + 1, len(missing), _words(some[i : i + 1]))
 
     def _describe_error(self) -> str:
         if self._table is None:
             return "Nothing measured yet."
         if self._error is None:
-            self._error = _summary(*self._table.measured())
+            self._error = describe_errors(*self._table.measured(), by_family=True)
         return self._error
 
 
-def _checked(seconds: NDArray[np.float64], row: Rows) -> float:
-    """The one time in a profiler's answer; NaN stands for an operator that it cannot run."""
+def _paced(profiler: Profiler, table: MeasurementTable, rows: Rows) -> tuple[Rows, Floats]:
+    """What to keep of ``rows``: times at the pace that the machine had when it was first measured.
+
+    A machine is slower while others use it. One operator is timed before, among and after the others; by as much as it
+    takes longer than the first time, by so much are times put right.
+    """
+    pace = pace_row()
+    asked = np.concatenate([pace, rows[::2], pace, rows[1::2], pace])
+    times = _checked(profiler(asked), asked)
+    at = [0, (len(rows) + 1) // 2 + 1, len(asked) - 1]
+    found = np.empty(len(rows), np.float64)
+    found[::2], found[1::2] = times[1 : at[1]], times[at[1] + 1 : -1]
+    now, first = float(times[at].mean()), table.seconds_of(pace[0])
+    if np.isnan(now):
+        return rows, found
+    if first is None:
+        return np.concatenate([rows, pace]), np.append(found, now)
+    return rows, found * (first / now)
+
+
+def _checked(seconds: NDArray[np.float64], rows: Rows) -> Floats:
+    """A profiler's answer; NaN stands for an operator that it cannot run."""
     times = np.asarray(seconds, np.float64)
-    if times.shape != (1,) or not (np.isnan(times[0]) or 0.0 < times[0] < np.inf):
+    if times.shape != rows.shape:
+        raise TargetError(f"The profiler gave {seconds!r} for {len(rows)} rows; one time for each row is wanted.")
+    wrong = np.flatnonzero(~(np.isnan(times) | ((times > 0.0) & (times < np.inf))))
+    if wrong.size:
         raise TargetError(
-            f"The profiler gave {seconds!r} for {_words(row)}; one time above 0, or NaN, is wanted for each row."
+            f"The profiler gave {times[wrong[0]]!r} for {_words(rows[wrong[:1]])}; a time above 0, or NaN, is wanted."
         )
-    return float(times[0])
+    return times
 
 
 def _words(row: Rows) -> str:
@@ -178,13 +242,3 @@ def _words(row: Rows) -> str:
         int(row[name][0]) for name in ("c", "k", "out_h", "out_w", "kernel_h", "stride_h")
     )
     return f"{kind} {c}->{k} at {height}x{width}, kernel {kernel}, stride {stride}, {int(compute_bits(row)[0])} bits"
-
-
-def _summary(rows: Rows, seconds: NDArray[np.float64]) -> str:
-    errors = held_out_errors(rows, seconds) if len(rows) else np.empty(0, np.float64)
-    if not errors.size:
-        return f"{len(rows)} operators measured, too few to hold some out." if len(rows) else "Nothing measured yet."
-    return (
-        f"Of {len(rows)} operators measured, half predict the other half ({errors.size}) within "
-        f"{np.median(errors):.0%} in the median and {np.quantile(errors, 0.9):.0%} for nine in ten."
-    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fxopt import targets
+from fxopt._cli.calibrating import told
 from fxopt._cli.output import table
 from fxopt.decisions import format_quantity
 from fxopt.progress import Progress, reporter
@@ -69,16 +70,7 @@ def load_target(name: str, show: Progress) -> targets.Target:
         return targets.load(name)
     from fxopt.export import host_fingerprint, onnxruntime_profiler
 
-    task = "measuring this machine"
-
-    def measured(done: int, total: int, what: str) -> None:
-        if done == 1:
-            show.start(task, total)
-        show.advance(task, 1, what)
-        if done == total:
-            show.finish(task)
-
-    return targets.load(name, profiler=onnxruntime_profiler, fingerprint=host_fingerprint(), progress=measured)
+    return targets.load(name, profiler=onnxruntime_profiler, fingerprint=host_fingerprint(), progress=told(show))
 
 
 def profile(reference: str, names: Sequence[str], inputs: Sequence[str], show: Progress | None = None) -> Profile:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fxopt.export._runtime import CARRIERS
-from fxopt.targets.rows import FLOAT_BITS, OpKind
+from fxopt.targets.rows import FLOAT_BITS, Activation, OpKind
 
 if TYPE_CHECKING:
     import onnx
@@ -19,6 +20,8 @@ __all__ = ["Micro", "build"]
 
 _OPSET, _IR_VERSION = 21, 10
 _CONVOLUTIONS = frozenset(("Conv", "FusedConv", "QLinearConv", "NhwcFusedConv"))
+_REORDERS = frozenset(("ReorderInput", "ReorderOutput"))
+_WIDE = 64
 
 
 @dataclass(frozen=True)
@@ -187,16 +190,36 @@ def _matmul(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
     return builder.finish(builder.hold(y), CARRIERS)
 
 
+def _layer(builder: _Builder, value: str, channels: int, rank: int) -> str:
+    """A convolution that costs little: whatever stands beside one finds its layout there."""
+    weight = builder.weight((channels, 1, *[1] * rank))
+    return builder.hold(builder.node("Conv", [value, weight], group=channels))
+
+
 def _elementwise(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
-    """A sum, or with one input an activation function that has an integer kernel."""
+    """An activation, a sum, or with one input a product by channel, as squeeze-and-excitation has it."""
+    if int(row["activation"]) == Activation.CURVE:
+        return _curve(builder, row)
     size = (int(row["n"]), int(row["k"]), *_sizes(row, "out"))
     values = [builder.input(*size) for _ in range(int(row["inputs"]))]
     y = values[0]
-    if len(values) == 1:
-        y = builder.hold(builder.node("LeakyRelu", [y], alpha=0.1))
+    if int(row["activation"]) == Activation.CLAMP:
+        y = builder.hold(builder.node("Relu", [y]))
+    elif len(values) == 1:
+        y = builder.hold(builder.node("Mul", [y, builder.input(*size[:2], *[1] * len(size[2:]))]))
     for value in values[1:]:
         y = builder.hold(builder.node("Add", [y, value]))
     return builder.finish(y, CARRIERS)
+
+
+def _curve(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
+    """A SiLU behind a convolution and before another, whose layout it does not share."""
+    channels, sizes = int(row["k"]), _sizes(row, "out")
+    fed = _layer(builder, builder.input(int(row["n"]), channels, *sizes), channels, len(sizes))
+    y = builder.hold(builder.node("Mul", [fed, builder.hold(builder.node("Sigmoid", [fed]))]))
+    # What comes after often shares the way back.
+    ignored = (CARRIERS | _CONVOLUTIONS) - {"ReorderOutput"}
+    return builder.finish(_layer(builder, y, channels, len(sizes)), ignored)
 
 
 def _pool(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
@@ -207,9 +230,15 @@ def _pool(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
         attributes["kernel_shape"] == sizes and not any(attributes["pads"]) and _sizes(row, "out") == [1] * len(sizes)
     )
     x = builder.input(n, c, *sizes)
-    fed = builder.node("Conv", [x, builder.weight((c, 1, *[1] * len(sizes)))], group=c)
-    fed = builder.hold(fed)
-    y = builder.node("GlobalAveragePool", [fed]) if whole else builder.node("MaxPool", [fed], **attributes)
+    fed = _layer(builder, x, c, len(sizes))
+    if whole and builder.quantized:
+        # The form that has an integer kernel.
+        y = builder.node("GlobalAveragePool", [fed])
+    elif whole:
+        axes = builder.constant(np.arange(2, 2 + len(sizes), dtype=np.int64))
+        y = builder.node("ReduceMean", [fed, axes], keepdims=1)
+    else:
+        y = builder.node("MaxPool", [fed], **attributes)
     return builder.finish(builder.hold(y), CARRIERS | _CONVOLUTIONS)
 
 
@@ -243,10 +272,30 @@ def _embedding(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
 
 
 def _copy(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
-    """Two halves joined."""
-    total = int(row["k"]) * int(np.prod(_sizes(row, "out")))
-    halves = [builder.input(int(row["n"]), max(part, 1)) for part in (total // 2, total - total // 2)]
-    return builder.finish(builder.hold(builder.node("Concat", halves, axis=1)), CARRIERS - {"Concat"})
+    """Between convolutions, two halves joined, or elements rearranged."""
+    if int(row["transposed"]):
+        return _shuffle(builder, row)
+    n, channels, sizes = int(row["n"]), int(row["k"]), _sizes(row, "out")
+    parts = [part for part in (channels // 2, channels - channels // 2) if part]
+    halves = [_layer(builder, builder.input(n, part, *sizes), part, len(sizes)) for part in parts]
+    y = builder.hold(builder.node("Concat", halves, axis=1))
+    return builder.finish(_layer(builder, y, channels, len(sizes)), (CARRIERS | _CONVOLUTIONS) - {"Concat"})
+
+
+def _shuffle(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:
+    """Channels in two groups shuffled between convolutions, whose layout is left for it; without such, a transpose."""
+    n, channels, sizes = int(row["n"]), int(row["k"]), _sizes(row, "out")
+    if channels % 2:
+        elements = channels * int(np.prod(sizes))
+        x = builder.input(n, gcd(elements, _WIDE), elements // gcd(elements, _WIDE))
+        return builder.finish(builder.hold(builder.node("Transpose", [x], perm=[0, 2, 1])), CARRIERS - {"Transpose"})
+    apart = builder.constant(np.array([n, 2, channels // 2, int(np.prod(sizes))], np.int64))
+    whole = builder.constant(np.array([n, channels, *sizes], np.int64))
+    fed = _layer(builder, builder.input(n, channels, *sizes), channels, len(sizes))
+    y = builder.node("Transpose", [builder.node("Reshape", [fed, apart])], perm=[0, 2, 1, 3])
+    y = builder.hold(builder.node("Reshape", [y, whole]))
+    counted = _REORDERS | {"Transpose"}
+    return builder.finish(_layer(builder, y, channels, len(sizes)), (CARRIERS | _CONVOLUTIONS) - counted)
 
 
 def _resize(builder: _Builder, row: Mapping[str, Any]) -> Micro | None:

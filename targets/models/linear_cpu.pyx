@@ -83,24 +83,15 @@ def coefficients_of(values, prefix):
     return linear(given) if given else None
 
 
-def group_names(const Row[::1] rows):
-    """The group of coefficients that each row takes, or None for kinds that have none."""
-    cdef Py_ssize_t i
-    groups = [group_of(&rows[i]) for i in range(rows.shape[0])]
-    return [None if group < 0 else GROUP_NAMES[group] for group in groups]
-
-
 cdef class Model(CostModel):
     """The linear model of one core.
 
     Args:
         values: Figures in SI units.
         fuses: Whether fused rows are free.
-        own_class: Use the class of the row's own bits wherever it has coefficients, even if a wider one is faster:
-            for measured coefficients, which tell what the runtime really does.
     """
 
-    def __init__(self, values, bint fuses, bint own_class=False):
+    def __init__(self, values, bint fuses):
         CostModel.__init__(self, fuses)
         self.spill_threshold = values.get("spill_threshold", INFINITY)
         self.channel_tile = values.get("channel_tile", 1.0)
@@ -109,7 +100,7 @@ cdef class Model(CostModel):
             raise ParameterError("spill_threshold", "is missing, but there are spill coefficients.")
         for j, group in enumerate(GROUP_NAMES):
             given = [coefficients_of(values, f"{bits}.{group}") for bits in CLASS_NAMES]
-            self.counts[j] = 1 if own_class else max(1, sum(terms is not None for terms in given))
+            self.counts[j] = max(1, sum(terms is not None for terms in given))
             for i in range(CLASSES):
                 usable = [terms for terms in given[i:] if terms is not None] or [linear({"const": NAN})]
                 # As many candidates for narrow operators as for wide ones: a loop of fixed length needs no guessing.

@@ -12,6 +12,7 @@ from fxopt.errors import ExportError
 from fxopt.export import onnxruntime_profiler
 from fxopt.export._micro import build
 from fxopt.export._runtime import make_session, optimized_nodes
+from fxopt.export.profiler import kernel_seconds
 from fxopt.targets.rows import OpKind, Rows, make_row
 
 INTEGER = {"weight_bits": 8, "activation_bits": 8, "output_bits": 8}
@@ -39,9 +40,10 @@ CASES: dict[str, tuple[Rows, set[str], set[str] | None]] = {
     "linear rows": (make_row(OpKind.LINEAR, c=32, k=10, in_h=7, out_h=7), {"Gemm"}, {"QGemm"}),
     "matmul": (make_row(OpKind.MATMUL, c=8, k=6, in_h=5, out_h=5), {"MatMul"}, {"QLinearMatMul"}),
     "sum": (make_row(OpKind.ELEMENTWISE, c=8, k=8, inputs=2, **SQUARE), {"Add"}, {"QLinearAdd"}),
-    "activation": (make_row(OpKind.ELEMENTWISE, c=8, k=8, **SQUARE), {"LeakyRelu"}, {"QLinearLeakyRelu"}),
+    "scale": (make_row(OpKind.ELEMENTWISE, c=8, k=8, **SQUARE), {"Mul"}, {"QLinearMul"}),
+    "clamp": (make_row(OpKind.ELEMENTWISE, c=8, k=8, activation=1, **SQUARE), {"Relu"}, None),
     "pool": (make_row(OpKind.POOL, c=16, k=16, **HALVED), {"MaxPool"}, {"NhwcMaxPool"}),
-    "global pool": (make_row(OpKind.POOL, c=16, k=16, **WHOLE), {"GlobalAveragePool"}, {"QLinearGlobalAveragePool"}),
+    "global pool": (make_row(OpKind.POOL, c=16, k=16, **WHOLE), {"ReduceMean"}, {"QLinearGlobalAveragePool"}),
     "batch norm": (make_row(OpKind.NORM, c=8, k=8, held=16, **SQUARE), {"BatchNormalization"}, None),
     "layer norm": (make_row(OpKind.NORM, c=8, k=8, held=16, in_h=5, out_h=5), {"LayerNormalization"}, None),
     "softmax": (make_row(OpKind.SOFTMAX, c=8, k=8, in_h=5, out_h=5), {"Softmax"}, None),
@@ -79,6 +81,19 @@ def test_just_the_kernels_of_the_operator_are_timed(name: str) -> None:
     held = timed(with_fields(row, **INTEGER))
     assert set(held) <= (integers or floats)
     assert sum(held.values()) == 1
+
+
+def test_a_curve_pays_for_leaving_the_layout_of_convolutions() -> None:
+    row = make_row(OpKind.ELEMENTWISE, c=16, k=16, activation=2, **SQUARE)
+    assert set(timed(row)) <= {"Sigmoid", "Mul", "QuickGelu", "ReorderOutput"}
+    assert timed(with_fields(row, **INTEGER)) == Counter({"QLinearSigmoid": 1, "QLinearMul": 1})
+
+
+@pytest.mark.parametrize("channels", [1, 7, 16])
+def test_a_shuffle_is_timed_with_what_its_layout_costs(channels: int) -> None:
+    row = make_row(OpKind.COPY, c=channels, k=channels, transposed=1, **SQUARE)
+    assert {*timed(row)} <= {"Transpose", "ReorderInput", "ReorderOutput"}
+    assert np.isfinite(onnxruntime_profiler(with_fields(row, **INTEGER), runs=1)).all()
 
 
 @pytest.mark.parametrize(
@@ -126,6 +141,23 @@ def test_four_bit_weights_are_carried_in_eight_bits() -> None:
 def test_transposed_convolutions_are_timed_in_float() -> None:
     row = make_row(OpKind.CONV, c=4, k=6, transposed=1, **{**HALVED, "in_h": 4, "in_w": 4, "out_h": 8, "out_w": 8})
     assert set(timed(row)) <= {"ConvTranspose"}
+
+
+def test_runs_that_lost_their_processor_do_not_count() -> None:
+    micro = build(CASES["conv"][0][0])
+    assert micro is not None
+    times = [1000.0] * 3 + [10.0, 40.0, 12.0, 30.0, 12.0, 9.0, 14.0, 10.0]
+    events = [
+        {"cat": "Node", "name": f"{name}_kernel_time", "dur": time, "args": {"op_name": name}}
+        for time in times
+        for name in ("Conv", "ReorderInput")
+    ]
+    assert kernel_seconds(events, micro) == pytest.approx(np.mean([9.0, 10.0, 10.0, 12.0]) * 1e-6)
+    shares = [1.0] * 3 + [1.0, 0.3, 1.0, 0.4, 1.0, 0.5, 0.99, 0.2]
+    assert kernel_seconds(events, micro, shares) == pytest.approx(np.mean([10.0, 12.0]) * 1e-6)
+    # Always disturbed: the quarter that was disturbed least.
+    shares = [1.0] * 3 + [0.1, 0.3, 0.1, 0.4, 0.1, 0.1, 0.1, 0.2]
+    assert kernel_seconds(events, micro, shares) == pytest.approx(30e-6)
 
 
 def test_what_is_no_row_is_refused() -> None:

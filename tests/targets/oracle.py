@@ -98,7 +98,7 @@ def group_name(row: np.void) -> str | None:
     return None if row["kind"] == OpKind.UNKNOWN else OpKind(int(row["kind"])).name.lower()
 
 
-def linear_cpu(rows: Rows, values: Values, *, own_class: bool = False) -> Floats:
+def linear_cpu(rows: Rows, values: Values) -> Floats:
     """Latency by the formula in fxopt/targets/models/linear_cpu.pyx; NaN where there is no model."""
     read = r.in_elements(rows)
     spilled = np.maximum(0.0, read * rows["activation_bits"] / 8.0 - values.get("spill_threshold", np.inf)) / 4.0
@@ -125,7 +125,7 @@ def linear_cpu(rows: Rows, values: Values, *, own_class: bool = False) -> Floats
             if width >= bits[i] and given:
                 candidates.append(sum(value * quantities[key][i] for key, value in given.items()))
         if candidates:
-            latency[i] = candidates[0] if own_class else min(candidates)
+            latency[i] = min(candidates)
     return latency
 
 
