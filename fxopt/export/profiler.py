@@ -117,7 +117,8 @@ def _undisturbed(times: NDArray[np.float64], shares: NDArray[np.float64]) -> NDA
     """Times of runs that kept their processor; at least the quarter that kept it best."""
     # Which part of a run the processor was away in is not known: such times cannot be put right, only left out.
     least = np.sort(shares)[::-1][(len(shares) - 1) // 4]
-    return times[shares >= min(least, _UNDISTURBED)]
+    kept: NDArray[np.float64] = times[shares >= min(least, _UNDISTURBED)]
+    return kept
 
 
 def _lower_mean(times: NDArray[np.float64]) -> float:
