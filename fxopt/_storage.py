@@ -237,6 +237,8 @@ def _options(one: TunablePass) -> dict[str, Any]:
             continue
         if not field.metadata.get("saved", True) and not isinstance(value, str):
             continue
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
         options[field.name] = list(value) if isinstance(value, tuple) else value
     return options
 

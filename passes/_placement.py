@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from fxopt.errors import PassError
 from fxopt.graph import ops
-from fxopt.graph.fake_quantize import MAX_BITS
+from fxopt.graph.grids import MAX_BITS
 
 __all__ = ["ROLES", "Point", "Role", "place"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx
@@ -13,6 +13,7 @@ from fxopt.decisions import FLOAT_BITS, Capabilities, Decision, SearchSpace
 from fxopt.errors import DataError, PassError
 from fxopt.graph import edit, eval_mode, ops
 from fxopt.graph.fake_quantize import ActivationQuantizer, observing, quantize_layer
+from fxopt.graph.grids import PLAIN_ACTIVATIONS, PLAIN_WEIGHTS, ActivationScheme, WeightScheme
 from fxopt.passes._calibrate import batches, feed, refuse_quantized, synthetic_batch
 from fxopt.passes._placement import Point, place
 from fxopt.passes._sites import BITS, FLOAT, check_sharing, check_weights, decide, kind_of, layers
@@ -48,6 +49,10 @@ class Quantize(TunablePass):
             measure speed and size, not to judge accuracy. ``gm.meta["fxopt_calibration"]`` says which it was.
         max_batches: Largest number of batches to read, or None for all.
         seed: Seed of the synthetic batch.
+        weights: The grids of weights and how their ranges are chosen; a mapping of its fields will do.
+        activations: The same for activations.
+        ends: Bits of the first and the last layer: their only choice in the search space, and what they get without a
+            policy. None treats them as all others.
 
     Example:
         >>> from fxopt.passes import FoldBatchNorm, Pipeline, Quantize
@@ -60,6 +65,21 @@ class Quantize(TunablePass):
     calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
     max_batches: int | None = None
     seed: int = 0
+    weights: WeightScheme = PLAIN_WEIGHTS
+    activations: ActivationScheme = PLAIN_ACTIVATIONS
+    ends: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        """Take mappings for schemes.
+
+        Raises:
+            PassError: If an option of a scheme is unknown or out of range.
+        """
+        super().__post_init__()
+        object.__setattr__(self, "weights", _scheme(WeightScheme, self.weights, "weights"))
+        object.__setattr__(self, "activations", _scheme(ActivationScheme, self.activations, "activations"))
+        if self.ends is not None:
+            object.__setattr__(self, "ends", tuple(self.ends))
 
     def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
         """One decision of kind "bits" for every layer that has a quantized form and that the target can run so.
@@ -75,8 +95,8 @@ class Quantize(TunablePass):
         decisions = self._decisions(graph_module)
         if decisions:
             refuse_quantized(graph_module, self.name)
-        offered = SearchSpace(decisions).restrict(able)
-        return SearchSpace(decision for decision in offered if decision.choices != (FLOAT,))
+        offered = [decision for decision in SearchSpace(decisions).restrict(able) if decision.choices != (FLOAT,)]
+        return SearchSpace(self._pinned(decision, decisions) for decision in offered)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """The options are in range.
@@ -85,6 +105,8 @@ class Quantize(TunablePass):
             PassError: If one is not.
         """
         del graph_module
+        if self.ends is not None and self.ends not in BITS:
+            raise PassError(f"ends is {self.ends!r}; give 1 to 8 bits of weights and of activations, or (32, 32).")
         if self.max_batches is not None and self.max_batches < 1:
             raise PassError(f"max_batches is {self.max_batches}; give at least 1, or None for all.")
 
@@ -106,11 +128,12 @@ class Quantize(TunablePass):
         inputs = {path: activation for path, (_, activation) in chosen.items() if activation != FLOAT_BITS}
         _split_silu(graph_module, inputs)
         points = place(graph_module, inputs)
-        quantizers = _insert(graph_module, points)
+        quantizers = _insert(graph_module, points, self.activations)
         graph_module.recompile()
         self._calibrate(graph_module, quantizers)
         for path, bits in chosen.items():
-            edit.replace_module(graph_module, path, quantize_layer(graph_module.get_submodule(path), *bits))
+            layer = quantize_layer(graph_module.get_submodule(path), *bits, self.weights)
+            edit.replace_module(graph_module, path, layer)
         edit.finish(graph_module)
         return PassResult(graph_module, True)
 
@@ -118,9 +141,18 @@ class Quantize(TunablePass):
         """Bits of the layers to quantize, by path."""
         if self.policy is None:
             kinds = {str(node.target): kind_of(gm, node) for node in layers(gm)}
-            return {path: DEFAULT_RECIPE[kind] for path, kind in kinds.items() if kind in DEFAULT_RECIPE}
+            found = {path: DEFAULT_RECIPE[kind] for path, kind in kinds.items() if kind in DEFAULT_RECIPE}
+            if self.ends is not None and kinds:
+                found |= dict.fromkeys((next(iter(kinds)), next(reversed(kinds))), self.ends)
+            return {path: bits for path, bits in found.items() if bits != FLOAT}
         SearchSpace(self._decisions(gm)).validate(self.own_choices)
         return {site: bits for (_, site), bits in self.own_choices.items() if bits != FLOAT}  # type: ignore[misc]
+
+    def _pinned(self, decision: Decision, decisions: Sequence[Decision]) -> Decision:
+        """The decision, with one choice left if it is about an end and the target has it."""
+        if decision.site not in (decisions[0].site, decisions[-1].site) or self.ends not in decision.choices:
+            return decision
+        return replace(decision, choices=(self.ends,), default=self.ends)
 
     def _decisions(self, gm: fx.GraphModule) -> list[Decision]:
         return [decide(gm, node, index) for index, node in enumerate(layers(gm))]
@@ -151,6 +183,20 @@ class Quantize(TunablePass):
         gm.meta[CALIBRATION_META] = {"source": source, "batches": count, "samples": samples}
 
 
+S = TypeVar("S", WeightScheme, ActivationScheme)
+
+
+def _scheme(kind: type[S], given: Any, name: str) -> S:
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise PassError(f"{name} is a {type(given).__name__}; give a {kind.__name__} or a mapping of its fields.")
+    try:
+        return kind(**given)
+    except TypeError as failure:
+        raise PassError(f"{name}: {failure}; its options are {', '.join(kind.__dataclass_fields__)}.") from failure
+
+
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
     return int(tensors[0].shape[0]) if tensors else 1
@@ -178,7 +224,9 @@ def _follows(node: fx.Node, chosen: Container[str]) -> bool:
     return isinstance(source, fx.Node) and source.op == "call_module" and str(source.target) in chosen
 
 
-def _insert(gm: fx.GraphModule, points: Iterable[Point]) -> list[tuple[str, ActivationQuantizer]]:
+def _insert(
+    gm: fx.GraphModule, points: Iterable[Point], scheme: ActivationScheme
+) -> list[tuple[str, ActivationQuantizer]]:
     """Insert a quantizer at every point, one module at several paths where a grid is shared; give each and its site."""
     device = next((parameter.device for parameter in gm.parameters()), torch.device("cpu"))
     at: dict[tuple[fx.Node, int], ActivationQuantizer] = {}
@@ -186,7 +234,7 @@ def _insert(gm: fx.GraphModule, points: Iterable[Point]) -> list[tuple[str, Acti
     readers_of: dict[fx.Node, list[tuple[fx.Node, Point]]] = {}
     for point in points:
         shared = at.get((point.grid_of, point.bits)) if point.grid_of is not None else None
-        quantizer = shared or ActivationQuantizer(point.bits).to(device)
+        quantizer = shared or ActivationQuantizer(point.bits, scheme).to(device)
         quantizer.train(gm.training)
         at[point.node, point.bits] = quantizer
         path = edit.free_path(gm, f"{_QUANTIZERS}.{_site(point.node).replace('.', '_')}")

@@ -106,7 +106,7 @@ class _QdqRewriter(Rewriter):
             if found is None:
                 continue
             weight, site, bias = found
-            least = np.abs(self.array(bias)) / (_MAX_BIAS * float(self.activation(site).scale))
+            least = np.abs(self.array(bias)) / (_MAX_BIAS * float(self.activation(site).scale.detach()))
             weight.least_scale = np.maximum(weight.least_scale, least.astype(np.float32))
 
     def permutation_of(self, reader: onnx.NodeProto) -> tuple[int, ...] | None:

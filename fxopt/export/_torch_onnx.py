@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import ExportError
 from fxopt.graph import ExampleInputs, edit, eval_mode
-from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer, WeightQuantizer
+from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, QuantizedLayer, WeightQuantizer
 from fxopt.graph.shapes import TRACE_META
 
 if TYPE_CHECKING:
@@ -218,10 +218,14 @@ def _mark(gm: fx.GraphModule) -> tuple[fx.GraphModule, Quantizers]:
             quantizers[site] = module
             edit.replace_module(marked, path, _Mark(site, path))
         elif isinstance(module, QuantizedLayer):
+            quantizer = module.weight_quantizer
+            if isinstance(quantizer, CodebookQuantizer):
+                edit.replace_module(marked, path, module.baked())
+                continue
             layer = edit.clone_module(module)
             site = f"{path}.weight_quantizer"
             layer._modules["weight_quantizer"] = _Mark(site, site)
-            quantizers[site] = module.weight_quantizer
+            quantizers[site] = quantizer
             edit.replace_module(marked, path, layer)
     return marked, quantizers
 

@@ -17,9 +17,11 @@ from fxopt.graph import ops, trace
 from fxopt.graph.fake_quantize import (
     QUANTIZED_LAYERS,
     ActivationQuantizer,
+    ActivationScheme,
     QuantConv2d,
     QuantLinear,
     WeightQuantizer,
+    learn_scales,
     observing,
     quantize_layer,
 )
@@ -250,3 +252,70 @@ def test_a_quantized_network_traces_and_means_what_the_float_one_means() -> None
     before = ops.semantics(graph, node)
     graph.set_submodule("0", layer)
     assert ops.semantics(graph, node) == before
+
+
+# Scales that training learns.
+
+
+def test_learned_step_sizes_have_the_gradient_of_their_paper() -> None:
+    quantizer = calibrated(np.array([-1.0, 2.0], np.float32), 4)
+    learn_scales(quantizer)
+    x = torch.linspace(-3.0, 4.0, 57)
+    quantizer(x).sum().backward()
+    scale, zero = float(quantizer.scale.detach()), int(quantizer.zero_point)
+    steps = x.numpy() / scale
+    inside = (steps + zero > -0.5) & (steps + zero < 15.5)
+    each = np.where(inside, np.rint(steps) - steps, np.clip(np.rint(steps), -zero, 15 - zero))
+    assert quantizer.scale.grad is not None
+    assert float(quantizer.scale.grad) == pytest.approx(each.sum() / np.sqrt(57 * 15), rel=1e-3)
+
+
+def test_learned_clipping_hears_of_clipped_values_alone() -> None:
+    quantizer = calibrated(np.array([0.0, 2.0], np.float32), 4)
+    learn_scales(quantizer, "pact")
+    x = torch.tensor([-1.0, 0.5, 1.0, 3.0, 9.0], requires_grad=True)
+    quantizer(x).backward(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert quantizer.scale.grad is not None
+    # The bound is 15 steps, and two values lie beyond it.
+    assert float(quantizer.scale.grad) == pytest.approx(15 * 9.0, rel=1e-5)
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 2.0, 3.0, 0.0, 0.0]
+
+
+@given(hnp.arrays(np.float32, (3, 6), elements=FLOATS), st.integers(2, 8))
+def test_learned_weight_scales_are_those_of_each_channel(weight: np.ndarray, bits: int) -> None:
+    whole = WeightQuantizer(bits, 3)
+    whole.calibrate(torch.from_numpy(weight))
+    learn_scales(whole)
+    whole(torch.from_numpy(weight)).sum().backward()
+    for channel in range(3):
+        part = WeightQuantizer(bits, 1)
+        part.calibrate(torch.from_numpy(weight[channel : channel + 1]))
+        learn_scales(part)
+        part(torch.from_numpy(weight[channel : channel + 1])).sum().backward()
+        assert whole.scale.grad is not None
+        assert part.scale.grad is not None
+        torch.testing.assert_close(whole.scale.grad[channel], part.scale.grad[0], rtol=1e-3, atol=1e-3)
+
+
+def test_learned_scales_stay_positive_and_keep_their_names() -> None:
+    network = nn.Sequential(calibrated(np.array([-1.0, 1.0], np.float32), 4), QuantLinear.from_float(nn.Linear(3, 2)))
+    names = set(network.state_dict())
+    learn_scales(network.train())
+    assert set(network.state_dict()) == names
+    assert {name for name, _ in network.named_parameters()} >= {"0.scale", "1.weight_quantizer.scale"}
+    with torch.no_grad():
+        network[0].scale.fill_(-0.25)
+    x = torch.randn(4, 3)
+    before = network(x)
+    network.eval()
+    assert float(network[0].scale.detach()) == 0.25
+    torch.testing.assert_close(network(x), before)
+
+
+def test_scales_that_cannot_be_learned_are_refused() -> None:
+    with pytest.raises(PassError, match="'lsq' or 'pact'"):
+        learn_scales(nn.Identity(), "best")  # type: ignore[arg-type]
+    quantizer = ActivationQuantizer(4, ActivationScheme(power_of_two=True))
+    with pytest.raises(PassError, match="powers of two"):
+        learn_scales(quantizer)

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from fxopt.decisions import Capabilities, Policy
 from fxopt.errors import DataError, PassError, PolicyError
 from fxopt.graph import trace
-from fxopt.graph.fake_quantize import ActivationQuantizer, QuantConv2d, QuantizedLayer
+from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, QuantConv2d, QuantizedLayer
+from fxopt.graph.grids import WeightScheme
 from fxopt.passes import FoldBatchNorm, Quantize
 from fxopt.passes.quantize import CALIBRATION_META
 from fxopt.testing import PassConformance, TunablePassConformance
@@ -277,6 +278,30 @@ def test_fewer_bits_come_less_near() -> None:
         result = quantized(gm, policy=policy_of(a=(width, width), b=(width, width)), calibration=x)
         gaps.append(float((result(x) - gm(x)).detach().norm()))
     assert gaps == sorted(gaps)
+
+
+def test_the_ends_are_pinned() -> None:
+    gm = graph_of(lambda s, x: s.c(s.b(s.a(x))), a=conv(), b=conv(), c=conv())
+    able = Capabilities({"*": ((4, 4), (8, 8))})
+    space = Quantize(ends=(8, 8)).search_space(gm, able)
+    assert [d.choices for d in space] == [((8, 8),), ((4, 4), (8, 8)), ((8, 8),)]
+    assert [d.choices for d in Quantize(ends=(2, 2)).search_space(gm, able)] == [((4, 4), (8, 8))] * 3
+    result = quantized(gm, ends=(4, 4))
+    assert [result.get_submodule(name).weight_quantizer.bits for name in "abc"] == [4, 8, 4]
+    left = quantized(gm, ends=(32, 32))
+    assert [isinstance(left.get_submodule(name), QuantizedLayer) for name in "abc"] == [False, True, False]
+    assert_refused(gm, PassError, "ends is", ends=(9, 9))
+
+
+def test_schemes_reach_the_quantizers() -> None:
+    gm = graph_of(lambda s, x: s.b(s.a(x)), a=conv(), b=conv())
+    activations = {"method": "mse", "power_of_two": True}
+    result = quantized(gm, weights=WeightScheme("kmeans"), activations=activations, calibration=torch.randn(IMAGE))
+    assert isinstance(result.get_submodule("a").weight_quantizer, CodebookQuantizer)
+    assert np.frexp(float(result.get_submodule("quantizers.a").scale))[0] == 0.5
+    for options, match in (({"weights": {"bits": 3}}, "its options are method"), ({"activations": "mse"}, "is a str")):
+        with pytest.raises(PassError, match=match):
+            Quantize(**options)
 
 
 class Tied(nn.Module):

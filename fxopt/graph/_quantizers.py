@@ -1,0 +1,288 @@
+"""The modules that hold values to grids: of activations, and of weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from fxopt.errors import DataError, PassError
+from fxopt.graph._hold import hold, hold_learned, hold_signs
+from fxopt.graph.grids import (
+    MAX_BITS,
+    MIN_SCALE,
+    PLAIN_ACTIVATIONS,
+    PLAIN_WEIGHTS,
+    ActivationScheme,
+    Histogram,
+    WeightScheme,
+    affine,
+    checked_bits,
+    weight_scales,
+)
+from fxopt.graph.ops import OpSemantics, register_module
+
+__all__ = ["ActivationQuantizer", "WeightQuantizer", "learn_scales"]
+
+_SAMPLED = 1 << 16
+"""Values of a tensor that its histogram counts; the extremes are those of all."""
+
+
+class _Quantizer(nn.Module):
+    """What both quantizers share: a scale that may be learned, and stays positive."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned = ""
+
+    def positive_scale(self) -> torch.Tensor:
+        """The scale; a learned one as training uses it."""
+        return self.scale.abs().clamp(min=MIN_SCALE) if self.learned and self.training else self.scale
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; when training ends, a learned scale becomes what training used."""
+        if self.learned and self.training and not mode:
+            with torch.no_grad():
+                self.scale.copy_(self.positive_scale())
+        return super().train(mode)
+
+
+class ActivationQuantizer(_Quantizer):
+    """Holds a tensor to an unsigned grid of one scale and zero point.
+
+    While ``calibrating`` is set, the module passes values on unchanged and widens its observed range; else it
+    quantizes. The grid covers the range chosen from what was observed, and zero.
+
+    Args:
+        bits: Bits of the grid, 1 to 8.
+        scheme: The form of the grid and how its range is chosen.
+
+    Attributes:
+        scale: Size of a step; float32 without dimensions. A buffer, or a parameter once :func:`learn_scales` ran.
+        zero_point: The integer that stands for zero; int32 buffer without dimensions.
+        minimum: Least value observed (infinity before any).
+        maximum: Largest value observed (minus infinity before any).
+        calibrating: Whether the module observes.
+        learned: "" if the scale is fixed, else how it is learned.
+
+    Raises:
+        PassError: If ``bits`` is out of range.
+    """
+
+    zero_point: torch.Tensor
+    minimum: torch.Tensor
+    maximum: torch.Tensor
+
+    def __init__(self, bits: int = MAX_BITS, scheme: ActivationScheme = PLAIN_ACTIVATIONS) -> None:
+        super().__init__()
+        self.bits = checked_bits(bits, "an activation")
+        self.scheme = scheme
+        self.calibrating = False
+        self._histogram: Histogram | None = None
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.register_buffer("zero_point", torch.tensor(0, dtype=torch.int32))
+        self.register_buffer("minimum", torch.tensor(float("inf")))
+        self.register_buffer("maximum", torch.tensor(float("-inf")))
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the largest integer of the grid."""
+        return self.scheme.bounds(self.bits)
+
+    @property
+    def largest(self) -> int:
+        """The largest integer of the grid; the least is 0."""
+        return self.bounds[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` held to the grid, or ``x`` itself while calibrating; same shape and type."""
+        if self.calibrating:
+            self.observe(x)
+            return x
+        if self.learned:
+            rounding = self.learned == "lsq"
+            return hold_learned(x, self.positive_scale(), self.zero_point, self.bounds, rounding=rounding)
+        return hold(x, self.scale, self.zero_point, self.bounds)
+
+    @torch.no_grad()
+    def observe(self, x: torch.Tensor) -> None:
+        """Widen the observed range to hold every value of ``x``; a NaN stays in the range until :meth:`settle`."""
+        values = x.detach().float()
+        low, high = torch.aminmax(values)
+        # torch.minimum and not min(): it keeps a NaN.
+        self.minimum.copy_(torch.minimum(self.minimum, low))
+        self.maximum.copy_(torch.maximum(self.maximum, high))
+        if self.scheme.method != "max":
+            self._histogram = self._histogram or Histogram()
+            values = values.reshape(-1)
+            self._histogram.add(values[:: -(-values.numel() // _SAMPLED)].cpu())
+
+    @torch.no_grad()
+    def settle(self, site: str = "an activation") -> None:
+        """Take scale and zero point from what was observed.
+
+        Args:
+            site: What is quantized, for messages.
+
+        Raises:
+            DataError: If nothing was observed, or a value that is not finite.
+        """
+        low, high = float(self.minimum), float(self.maximum)
+        if low == float("inf") and high == float("-inf"):
+            raise DataError(f"No calibration data reached {site}; give a loader that yields at least one batch.")
+        self._check_range(low, high, site)
+        if self._histogram is not None:
+            low, high = self._histogram.range(self.bits, self.scheme)
+            self._histogram = None
+        self.set_range(low, high, site)
+
+    @torch.no_grad()
+    def set_range(self, low: float, high: float, site: str = "an activation") -> None:
+        """Take scale and zero point from a range, which is widened to hold zero. A range of zeros gets scale 1.
+
+        Raises:
+            DataError: If the range is not finite or is empty.
+        """
+        self._check_range(low, high, site)
+        ends = [torch.tensor(end, dtype=torch.float64) for end in (low, high)]
+        scale, zero = affine(ends[0], ends[1], self.bits, self.scheme)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero)
+
+    def integers(self, x: torch.Tensor) -> torch.Tensor:
+        """The integers that stand for ``x``: uint8, same shape."""
+        steps = torch.div(x.detach(), self.scale.detach()).round_().add_(self.zero_point)
+        return steps.clamp_(*self.bounds).to(torch.uint8)
+
+    def extra_repr(self) -> str:
+        """The bits."""
+        return f"bits={self.bits}"
+
+    def _check_range(self, low: float, high: float, site: str) -> None:
+        if not (abs(low) < float("inf") and abs(high) < float("inf") and low <= high):
+            raise DataError(
+                f"{site[:1].upper()}{site[1:]} ranges from {low} to {high} in calibration; it has to be finite. "
+                "Look for NaN or infinity in the calibration data and in the model's weights."
+            )
+
+
+class WeightQuantizer(_Quantizer):
+    """Holds a weight to a signed grid, one scale an output channel (all equal if the scheme has one grid a tensor).
+
+    Args:
+        bits: Bits of the grid, 1 to 8.
+        channels: Number of scales.
+        axis: The weight's axis that they belong to.
+        scheme: The form of the grid and how its range is chosen.
+
+    Attributes:
+        scale: Sizes of a step; float32 of shape (channels,). A buffer, or a parameter once :func:`learn_scales` ran.
+        zero_point: The integers that stand for zero, an int32 buffer of shape (channels,); None if the grid is
+            symmetric.
+        learned: "" if the scales follow the weight in training, else how they are learned.
+
+    Raises:
+        PassError: If ``bits`` is out of range.
+    """
+
+    zero_point: torch.Tensor | None
+
+    def __init__(self, bits: int, channels: int, axis: int = 0, scheme: WeightScheme = PLAIN_WEIGHTS) -> None:
+        super().__init__()
+        self.bits = checked_bits(bits, "a weight")
+        self.axis = axis
+        self.scheme = scheme
+        self.register_buffer("scale", torch.ones(channels))
+        self.register_buffer("zero_point", None if scheme.symmetric else torch.zeros(channels, dtype=torch.int32))
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the largest integer of the grid."""
+        return self.scheme.bounds(self.bits)
+
+    @property
+    def largest(self) -> int:
+        """The largest integer of the grid."""
+        return self.bounds[1]
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether the grid is -1 and 1, without zero."""
+        return self.bits == 1 and self.scheme.symmetric
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` held to the grid."""
+        scale, zero = self._spread(self.positive_scale(), weight), self._zero(weight)
+        if self.is_binary:
+            return hold_signs(weight, scale)
+        if self.learned:
+            return hold_learned(weight, scale, zero, self.bounds, rounding=True)
+        return hold(weight, scale, zero, self.bounds)
+
+    @torch.no_grad()
+    def calibrate(self, weight: torch.Tensor) -> None:
+        """Take the scales from ``weight``, as the scheme says. A channel of zeros gets scale 1."""
+        rows = weight.detach().float().movedim(self.axis, 0).flatten(1)
+        scale, zero = weight_scales(rows, self.bits, self.scheme)
+        self.scale.copy_(scale)
+        if self.zero_point is not None:
+            self.zero_point.copy_(zero)
+
+    def follow(self, weight: torch.Tensor) -> None:
+        """Take the scales from a weight that training changed, unless they are learned."""
+        if not self.learned:
+            self.calibrate(weight)
+
+    @torch.no_grad()
+    def integers(self, weight: torch.Tensor) -> torch.Tensor:
+        """The integers that stand for ``weight``: int8, same shape."""
+        if self.is_binary:
+            return torch.where(weight >= 0, 1, -1).to(torch.int8)
+        steps = torch.div(weight, self._spread(self.scale, weight)).round_()
+        zero = self._zero(weight)
+        return (steps if zero is None else steps.add_(zero)).clamp_(*self.bounds).to(torch.int8)
+
+    def extra_repr(self) -> str:
+        """The bits and the axis."""
+        return f"bits={self.bits}, axis={self.axis}"
+
+    def _zero(self, weight: torch.Tensor) -> torch.Tensor | None:
+        return None if self.zero_point is None else self._spread(self.zero_point, weight)
+
+    def _spread(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return values.view([-1 if axis == self.axis else 1 for axis in range(weight.dim())])
+
+
+def learn_scales(module: nn.Module, activations: Literal["lsq", "pact"] = "lsq", *, weights: bool = True) -> None:
+    """Let training learn the scales of the quantizers inside a module, from where calibration left them.
+
+    Args:
+        module: A quantized graph; changed in place.
+        activations: "lsq" learns step sizes (Esser et al. 2020), "pact" clipping bounds (Choi et al. 2018).
+        weights: Whether the scales of weights are learned, as step sizes; else they follow the weights.
+
+    Raises:
+        PassError: If ``activations`` is neither, or scales are to be powers of two.
+    """
+    if activations not in ("lsq", "pact"):
+        raise PassError(f"Scales are learned by 'lsq' or 'pact', not by {activations!r}.")
+    for child in module.modules():
+        if isinstance(child, ActivationQuantizer):
+            child.learned = activations
+        elif isinstance(child, WeightQuantizer) and weights and not child.is_binary:
+            child.learned = "lsq"
+        else:
+            continue
+        if child.scheme.power_of_two:
+            raise PassError("Scales that are powers of two cannot be learned; quantize without power_of_two.")
+        if not isinstance(child.scale, nn.Parameter):
+            scale = child.scale
+            del child._buffers["scale"]
+            child.register_parameter("scale", nn.Parameter(scale.clone()))
+
+
+register_module(ActivationQuantizer, OpSemantics("ActivationQuantizer", "none", "unary", fuses=True))
