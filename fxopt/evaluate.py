@@ -415,7 +415,7 @@ def _settle(
     data: Loader | None,
     between: Callable[[fx.GraphModule], object] | None,
 ) -> None:
-    if data is not None and any(kind == "channels" for kind, _ in policy):
+    if data is not None and any(kind in ("channels", "sparsity") for kind, _ in policy):
         recalibrate_batch_norm(gm, data, _SETTLING_BATCHES)
     if between is not None:
         between(gm)

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from torch import fx
 
 from fxopt._lowering.bits import BitTable
-from fxopt._lowering.build import Builder
+from fxopt._lowering.build import Builder, Row
 from fxopt._lowering.choices import OperatorTable, OperatorWorkload, lower_choices, no_blocks
 from fxopt._lowering.forms import Forms, Size
 from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import PolicyError
+from fxopt.graph.sparsity import Pattern, pattern_of
 from fxopt.passes import SelectOperators
 from fxopt.targets import ColumnWorkload, Estimate, Target, Workload
 from fxopt.targets.base import join_estimates
@@ -53,17 +54,25 @@ class Choices:
         kept: Kept channels, shape (channel sites, policies), or (channel sites, 1) where all policies agree.
         bits: Weight and activation bits, shape (bit sites, 2, policies), or (bit sites, 2, 1).
         policies: Number of policies.
+        sparsity: For each layer the index into ``patterns``, or -1 where it stays as the graph has it; shape (bit
+            sites, policies), or (bit sites, 1).
+        patterns: The patterns of zeros that are chosen anywhere.
     """
 
     kept: npt.NDArray[np.int32]
     bits: npt.NDArray[np.int32]
     policies: int
+    sparsity: npt.NDArray[np.int32] | None = None
+    patterns: tuple[Pattern, ...] = ()
 
     def part(self, start: int, stop: int) -> Choices:
         """The policies from ``start`` to ``stop``."""
         kept = self.kept if self.kept.shape[-1] == 1 else self.kept[:, start:stop]
         bits = self.bits if self.bits.shape[-1] == 1 else self.bits[:, :, start:stop]
-        return Choices(kept, bits, min(stop, self.policies) - start)
+        sparsity = self.sparsity
+        if sparsity is not None and sparsity.shape[-1] > 1:
+            sparsity = sparsity[:, start:stop]
+        return Choices(kept, bits, min(stop, self.policies) - start, sparsity, self.patterns)
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ class ParametricWorkload:
                 self._template[index][name] = value.constant
         self.drafts = builder.rows
         self.values = builder.values
+        self._sparse = [builder.sparse.get(site) for site in self.bit_sites]
         self._site_index = {site: index for index, site in enumerate(self.channel_sites)}
         self._layer_index = {site: index for index, site in enumerate(self.bit_sites)}
 
@@ -231,6 +241,8 @@ class ParametricWorkload:
             fields["output_bits"] = demands[row.output]
             held = sum((_evaluated(value, sizes, known) for value in row.held), np.zeros(1, np.int64))
             amounts = {"held": held.astype(np.float64), "live_bytes": live / 8.0}
+            if row.layer is not None:
+                amounts["weight_density"] = self._density(row, fields, choices)
             varying = {}
             for name, column in ({name: column.astype(np.int32) for name, column in fields.items()} | amounts).items():
                 if len(column) == count > 1:
@@ -245,6 +257,8 @@ class ParametricWorkload:
         kept = np.array(list(self.channel_sites.values()), dtype=np.int32).reshape(-1, 1)
         bits = np.array(list(self.bit_sites.values()), dtype=np.int32).reshape(-1, 2, 1)
         kinds = {kind for policy in policies for kind, _ in policy}
+        sparsity = np.full((len(self.bit_sites), len(policies)), -1, np.int32) if "sparsity" in kinds else None
+        patterns: dict[Pattern, int] = {}
         kept = np.repeat(kept, len(policies), axis=1) if "channels" in kinds else kept
         bits = np.repeat(bits, len(policies), axis=2) if "bits" in kinds else bits
         for index, policy in enumerate(policies):
@@ -253,7 +267,10 @@ class ParametricWorkload:
                     kept[self._index(self._site_index, kind, site), index] = choice
                 elif kind == "bits":
                     bits[self._index(self._layer_index, kind, site), :, index] = choice
-        return Choices(kept, bits, len(policies))
+                elif kind == "sparsity" and sparsity is not None:
+                    code = patterns.setdefault(pattern_of(choice), len(patterns))
+                    sparsity[self._index(self._layer_index, kind, site), index] = code
+        return Choices(kept, bits, len(policies), sparsity, tuple(patterns))
 
     def choices(self, space: SearchSpace, indices: npt.NDArray[np.integer]) -> Choices:
         """The choices of policies that are given by choice indices, with no policy made of them.
@@ -272,15 +289,40 @@ class ParametricWorkload:
         kept, bits = np.repeat(one.kept, count, axis=1), one.bits
         if any(decision.kind == "bits" for decision in space):
             bits = np.repeat(one.bits, count, axis=2)
+        sparsity = np.full((len(self.bit_sites), count), -1, np.int32)
+        patterns: dict[Pattern, int] = {}
         for decision, column in zip(space, indices.T, strict=True):
             if column.size and not 0 <= column.min() <= column.max() < len(decision.choices):
                 raise PolicyError(f"A choice of {decision.kind} of {decision.site!r} is out of range.")
+            if decision.kind == "sparsity":
+                found = [pattern_of(choice) for choice in decision.choices]
+                codes = np.array([patterns.setdefault(one, len(patterns)) for one in found], np.int32)
+                sparsity[self._index(self._layer_index, decision.kind, decision.site)] = codes[column]
+                continue
             table = np.array(decision.choices, dtype=np.int32)
             if decision.kind == "channels":
                 kept[self._index(self._site_index, decision.kind, decision.site)] = table[column]
             elif decision.kind == "bits":
                 bits[self._index(self._layer_index, decision.kind, decision.site)] = table[column].T
-        return Choices(kept, bits, count)
+        return Choices(kept, bits, count, sparsity if patterns else None, tuple(patterns))
+
+    def _density(self, row: Row, fields: Mapping[str, Ints], choices: Choices) -> npt.NDArray[np.float64]:
+        """Part of a layer's weights that are not zero, for every policy; (1,) where all agree."""
+        now = self._sparse[row.layer] if row.layer is not None else None
+        codes = None if choices.sparsity is None else choices.sparsity[row.layer]
+        if codes is None and now is None:
+            return np.ones(1)
+        known = {name: np.array([value.constant], np.int64) for name, value in row.fields.items()} | dict(fields)
+        one = np.ones(1, np.int64)
+        depth, height, width = (known.get(f"kernel_{side}", one) for side in "dhw")
+        taps = depth * height * width
+        unknowns, outputs = known["c"] // known.get("groups", one) * taps, known["k"]
+        whole = outputs * unknowns
+        found = np.ones(1) if now is None else now.count(outputs, unknowns, taps) / whole
+        for code, pattern in enumerate(choices.patterns):
+            if codes is not None and (codes == code).any():
+                found = np.where(codes == code, pattern.count(outputs, unknowns, taps) / whole, found)
+        return np.asarray(found, np.float64)
 
     def _blocks(self, policies: Iterable[Policy] | Choices) -> Iterator[Choices]:
         if isinstance(policies, Choices):

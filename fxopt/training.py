@@ -30,6 +30,7 @@ from fxopt.data import (
 )
 from fxopt.errors import DataError, FxoptError, UnknownNameError
 from fxopt.graph import eval_mode
+from fxopt.graph.sparsity import sparse_sites
 
 __all__ = ["History", "fit", "make_optimizer", "read_tensors", "rehearse", "rising_cosine", "write_tensors"]
 
@@ -104,6 +105,8 @@ def fit(
 ) -> History:
     """Train a model in place, under a cosine schedule with a short warm-up.
 
+    Weights that :class:`fxopt.passes.SparsifyWeights` zeroed stay zero.
+
     Args:
         model: The model; left in eval mode.
         train: Batches of (input, label). A :class:`TensorLoader` is given the number of each epoch.
@@ -136,7 +139,8 @@ def fit(
         return History()
     first_batch(train, "train")
     stem = Path(checkpoint) if checkpoint is not None else None
-    with torch.random.fork_rng(), contextlib.nullcontext() if teacher is None else eval_mode(teacher):
+    watched = contextlib.nullcontext() if teacher is None else eval_mode(teacher)
+    with torch.random.fork_rng(), watched, keep_zeros(model):
         torch.manual_seed(seed)
         settings = _Settings(
             epochs=epochs,
@@ -159,6 +163,29 @@ def fit(
                 progress(epoch + 1, epochs, history.loss[-1])
     model.eval()
     return history
+
+
+@contextlib.contextmanager
+def keep_zeros(model: nn.Module) -> Iterator[None]:
+    """Let no gradient reach the zeros in the weights of sparse layers, for a training loop of one's own.
+
+    Under SGD, Adam and AdamW, with or without momentum and weight decay, a weight that is zero and whose gradient is
+    zero stays zero; optimizers are to be made anew after the weights were zeroed.
+
+    Args:
+        model: The graph that ``SparsifyWeights`` gave; any other module is left as it is.
+    """
+    weights: list[Any] = [model.get_submodule(site).weight for site in sparse_sites(model)]
+    handles = []
+    for weight in weights:
+        if weight.requires_grad:
+            mask = weight.detach() != 0
+            handles.append(weight.register_hook(lambda gradient, mask=mask: gradient * mask))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def rehearse(

@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from fxopt.passes.prune_channels import PruneChannels as PruneChannels
     from fxopt.passes.quantize import Quantize as Quantize
     from fxopt.passes.select_operators import SelectOperators as SelectOperators
+    from fxopt.passes.sparsify_weights import SparsifyWeights as SparsifyWeights
 
 _PASSES: dict[str, str | type[Pass]] = {
     "canonicalize": "fxopt.passes.canonicalize:Canonicalize",
     "fold-batch-norm": "fxopt.passes.fold_batch_norm:FoldBatchNorm",
     "prune-channels": "fxopt.passes.prune_channels:PruneChannels",
     "quantize": "fxopt.passes.quantize:Quantize",
+    "sparsify-weights": "fxopt.passes.sparsify_weights:SparsifyWeights",
     "select-operators": "fxopt.passes.select_operators:SelectOperators",
 }
 
@@ -55,6 +57,7 @@ _LAZY = {
     "PruneChannels": "fxopt.passes.prune_channels",
     "Quantize": "fxopt.passes.quantize",
     "Refusal": "fxopt.passes.base",
+    "SparsifyWeights": "fxopt.passes.sparsify_weights",
     "SelectOperators": "fxopt.passes.select_operators",
     "TunablePass": "fxopt.passes.base",
 }
@@ -75,6 +78,7 @@ __all__ = [
     "Random",
     "Refusal",
     "SelectOperators",
+    "SparsifyWeights",
     "Taylor",
     "TunablePass",
     "create",

@@ -14,6 +14,7 @@ from fxopt._lowering.operators import Constant, Drafts, fields_of
 from fxopt.graph import ops, values_at_batch
 from fxopt.graph.channels import analyze
 from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
+from fxopt.graph.sparsity import pattern_of, sparse_sites
 from fxopt.targets.rows import FLOAT_BITS, OpKind
 
 __all__ = ["Builder", "Row", "Value"]
@@ -83,6 +84,7 @@ class Builder(Drafts):
         super().__init__(gm, channels, values_at_batch(gm, batch), Forms(channels.groups))
         self.channel_sites = {group.site: group.size for group in channels.groups}
         self.bit_sites: dict[str, tuple[int, int]] = {}
+        self.sparse = {site: pattern_of(choice) for site, choice in sparse_sites(gm).items()}
         self.rows: list[Row] = []
         self.values: list[Value] = []
         self.barriers: list[str] = []

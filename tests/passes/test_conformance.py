@@ -10,7 +10,16 @@ import torch
 from torch import fx, nn
 
 from fxopt.graph import edit
-from fxopt.passes import Canonicalize, FoldBatchNorm, Pass, PassResult, Pipeline, PruneChannels, SelectOperators
+from fxopt.passes import (
+    Canonicalize,
+    FoldBatchNorm,
+    Pass,
+    PassResult,
+    Pipeline,
+    PruneChannels,
+    SelectOperators,
+    SparsifyWeights,
+)
 from fxopt.testing import PassConformance, TunablePassConformance, assert_equivalent
 
 
@@ -40,6 +49,11 @@ class TestPruneChannels(TunablePassConformance):
 class TestSelectOperators(TunablePassConformance):
     pass_type = SelectOperators
     options: ClassVar = {"kernels": (5, 3)}
+
+
+class TestSparsifyWeights(TunablePassConformance):
+    pass_type = SparsifyWeights
+    options: ClassVar = {"fractions": (0.5,), "patterns": ("2:4", "kernel:3")}
 
 
 class TestPipeline(PassConformance):

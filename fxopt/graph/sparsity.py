@@ -1,0 +1,112 @@
+"""Patterns of zeros in a weight: which stay for a choice, and how many.
+
+A choice is a fraction of zeros (``0.8``: the four fifths of least magnitude); ``"2:4"``: of every four weights in a
+row, in the order of the flattened weight of one output, the two of largest magnitude stay, and those behind the last
+four; or ``"kernel:4"``: of every kernel the four largest stay.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx
+
+from fxopt.errors import PolicyError
+
+__all__ = ["SPARSITY_META", "Pattern", "pattern_of", "sparse_sites"]
+
+SPARSITY_META = "fxopt_sparsity"
+"""Key of ``gm.meta`` under which a graph says which layers are sparse: the choice by module path."""
+
+_TEXT = re.compile(r"(kernel|[1-9][0-9]*):([1-9][0-9]*)")
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What stays of a weight.
+
+    Attributes:
+        fraction: Fraction of zeros in the whole weight.
+        kept: How many stay of each ``block``, or 0 where the fraction decides.
+        block: Consecutive weights that are counted together; 0 for a kernel.
+    """
+
+    fraction: float = 0.0
+    kept: int = 0
+    block: int = 0
+
+    def count(self, outputs: Counts, unknowns: Counts, taps: Counts) -> Counts:
+        """How many weights stay.
+
+        Args:
+            outputs: Outputs of the layer.
+            unknowns: Weights of one output.
+            taps: Weights of one kernel.
+        """
+        if not self.kept:
+            whole = outputs * unknowns
+            left: Counts = whole - np.floor(self.fraction * whole).astype(np.int64)
+            return left
+        block = taps if not self.block else np.full_like(unknowns, self.block)
+        found: Counts = outputs * (unknowns // block * np.minimum(self.kept, block) + unknowns % block)
+        return found
+
+    def mask(self, weight: torch.Tensor) -> torch.Tensor:
+        """Which weights stay, those of largest magnitude; of equal ones the first. Same shape, bool.
+
+        Args:
+            weight: Shape (outputs, channels, ...).
+        """
+        magnitude = weight.detach().abs()
+        if not self.kept:
+            flat = magnitude.flatten()
+            zeros = int(np.floor(self.fraction * flat.numel()))
+            return _largest(flat[None], flat.numel() - zeros).reshape(weight.shape)
+        rows = magnitude.flatten(1)
+        block = self.block or max(1, weight[0, 0].numel())
+        whole = rows.shape[1] // block * block
+        stay = torch.ones_like(rows, dtype=torch.bool)
+        blocks = rows[:, :whole].reshape(-1, block)
+        stay[:, :whole] = _largest(blocks, min(self.kept, block)).reshape(len(rows), whole)
+        return stay.reshape(weight.shape)
+
+
+def pattern_of(choice: Any) -> Pattern:
+    """The pattern that a choice names.
+
+    Raises:
+        PolicyError: If it names none.
+    """
+    if isinstance(choice, (int, float)) and not isinstance(choice, bool) and 0.0 <= choice < 1.0:
+        return Pattern(float(choice))
+    found = _TEXT.fullmatch(choice) if isinstance(choice, str) else None
+    if found is None:
+        raise PolicyError(
+            f"{choice!r} is no sparsity; give a fraction of zeros from 0 to below 1, '2:4' or the like, or 'kernel:4'."
+        )
+    if found[1] == "kernel":
+        return Pattern(kept=int(found[2]))
+    kept, block = int(found[1]), int(found[2])
+    if kept > block:
+        raise PolicyError(
+            f"{choice!r} keeps more weights than a block has; write the smaller number first, as in '2:4'."
+        )
+    return Pattern(kept=kept, block=block)
+
+
+def sparse_sites(module: torch.nn.Module) -> dict[str, Any]:
+    """The choice of every sparse layer of a graph, by module path; empty for what is no graph."""
+    return dict(module.meta.get(SPARSITY_META, {})) if isinstance(module, fx.GraphModule) else {}
+
+
+def _largest(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Whether each value is among the ``count`` largest of its row."""
+    order = rows.argsort(dim=1, descending=True, stable=True)
+    stay = torch.zeros_like(rows, dtype=torch.bool)
+    return stay.scatter_(1, order[:, :count], True)
