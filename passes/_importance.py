@@ -115,7 +115,7 @@ class BatchNormScale(Importance):
             return Magnitude().scores(gm, group)
         total = np.zeros(group.size)
         for use, tensor in _tensors(gm, uses):
-            total += _by_unit(group, use, _finite(use, tensor.abs().reshape(-1)))
+            total += _by_unit(group, use, _finite(use, tensor.double().abs().reshape(-1)))
         return total
 
 
@@ -133,7 +133,7 @@ class GeometricMedian(Importance):
         """See :class:`Importance`."""
         squared: Rows = np.zeros((group.size, group.size))
         for use, tensor in _tensors(gm, [use for use in group.members if use.role == "out"]):
-            rows = _finite(use, tensor.movedim(use.dim, 0).flatten(1))
+            rows = _finite(use, tensor.double().movedim(use.dim, 0).flatten(1))
             inside = np.isin(use.atoms, group.units)
             order = np.argsort(use.atoms[inside], kind="stable")
             rows = rows[inside][order].reshape(group.size, -1)
@@ -340,20 +340,21 @@ def _makes(use: ParameterUse, group: ChannelGroup) -> bool:
 def _tensors(
     gm: fx.GraphModule, uses: Iterable[ParameterUse], detached: bool = True
 ) -> list[tuple[ParameterUse, torch.Tensor]]:
-    """Each tensor of some uses once for each dimension, in double precision unless it is wanted as it is."""
+    """Each tensor of some uses once for each dimension, detached unless it is wanted as it is."""
     found = []
     seen: set[tuple[int, int]] = set()
     for use in uses:
         tensor: torch.Tensor = getattr(gm.get_submodule(use.path), use.name)
         if (id(tensor), use.dim) not in seen:
             seen.add((id(tensor), use.dim))
-            found.append((use, tensor.detach().double() if detached else tensor))
+            found.append((use, tensor.detach() if detached else tensor))
     return found
 
 
 def _sums(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """The sum at each index of a dimension."""
-    return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).sum(1)
+    others = [axis for axis in range(tensor.dim()) if axis != dim]
+    return tensor.sum(others, dtype=torch.float64) if others else tensor.double()
 
 
 def _finite(use: ParameterUse, values: torch.Tensor, what: str = "values") -> Rows:

@@ -28,11 +28,10 @@ PYTORCHCV = {
     "resnext26_32x4d": ("resnext", IMAGE),
     "selecsls42b": ("selecsls", IMAGE),
     "senet16": ("senet", IMAGE),
-    "shufflenet_g2_wd4": ("shufflenet", IMAGE),
+    "shufflenet_g2_w1": ("shufflenet", IMAGE),
     "spnasnet": ("spnasnet", IMAGE),
     "vovnet27s": ("vovnet", IMAGE),
     "xception": ("xception", (3, 299, 299)),
-    "bisenet_resnet18_celebamaskhq": ("bisenet", LARGE),
     "shakedropresnet20_cifar10": ("shakedropresnet_cifar", SMALL),
 }
 TIMM = {

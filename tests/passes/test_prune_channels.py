@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxopt.decisions import Capabilities, Policy, SearchSpace
-from fxopt.errors import PassError, PolicyError, UnknownNameError
+from fxopt.errors import PassError, PolicyError
 from fxopt.graph import trace
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize
 from fxopt.testing import assert_equivalent
@@ -427,47 +426,6 @@ def test_the_channels_of_ignored_modules_stay(ignore: Any, left: list[str]) -> N
             step.with_policy(Policy({("channels", site): 1}))(gm)
 
 
-def test_bounds_limit_what_is_offered_and_what_is_taken() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
-    step = PruneChannels(bounds={"0": (0.5, 1.0), "1": (0.2, 0.75)})
-    gm, inputs = prepared(network, 3, 4, 4)
-    first, second = step.search_space(gm)
-    assert (first.choices, first.default) == ((4, 5, 6, 7, 8), 8)
-    assert (second.choices, second.default) == ((2, 3, 4, 5, 6), 6)
-    pruned(gm, inputs, step.search_space(gm).uniform(0.1))
-    with pytest.raises(PolicyError, match="bounds want 4"):
-        step.with_policy(Policy({("channels", "0"): 3}))(gm)
-    assert step == PruneChannels(bounds=[["0", [0.5, 1.0]], ["1", [0.2, 0.75]]])
-    assert PruneChannels(bounds={"1": (0.9, 0.9)}, round_to=4).search_space(gm)[-1].choices == (4, 8)
-
-
-@pytest.mark.parametrize("bounds", [{"0": (0.5, 0.2)}, {"0": (-0.1, 1.0)}, {"0": (0.0, 1.5)}, {"0": 0.5}, ["0"], 3])
-def test_bounds_that_are_no_fractions_are_refused(bounds: Any) -> None:
-    with pytest.raises(PassError, match="bounds"):
-        PruneChannels(bounds=bounds)
-
-
-def test_bounds_that_contradict_each_other_are_refused() -> None:
-    gm, _ = prepared(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), 3, 4, 4)
-    with pytest.raises(PassError, match="leave nothing"):
-        PruneChannels(bounds={"0": (0.0, 0.4), "[0]": (0.6, 1.0)}).search_space(gm)
-    with pytest.raises(PassError, match="of bounds matches no module"):
-        PruneChannels(bounds={"first": (0.0, 0.4)}).search_space(gm)
-
-
-def test_an_explanation_is_a_table_and_json() -> None:
-    gm, _ = prepared(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), 3, 4, 4)
-    found = PruneChannels({("channels", "0"): 4}).explain(gm)
-    lines = str(found).splitlines()
-    assert "8 -> 4" in lines[1]
-    assert "frozen by output" in lines[2]
-    data = json.loads(found.to_json())
-    assert [group["site"] for group in data["groups"]] == ["0", "1"]
-    assert data["frozen"] == pytest.approx(found.frozen)
-    assert sum(found.frozen.values()) == pytest.approx((16 + 2) / (24 + 8 + 16 + 2))
-    assert found[0].share == pytest.approx((24 + 8 + 16) / 50)
-
-
 def test_a_pattern_that_matches_nothing_is_a_mistake() -> None:
     module = Wired(lambda m, x: m.second(m.first(x)), first=nn.Linear(3, 4), second=nn.Linear(4, 2))
     gm, _ = prepared(module, 3)
@@ -476,36 +434,6 @@ def test_a_pattern_that_matches_nothing_is_a_mistake() -> None:
             use.search_space(gm)
     with pytest.raises(PassError, match="Did you mean 'first'"):
         PruneChannels(ignore=("frist",))(gm)
-
-
-@pytest.mark.parametrize(
-    ("site", "count", "message"),
-    [
-        ("blocks.0.expand.1", 4, r"Did you mean 'blocks\.0\.expand\.0'\?"),
-        ("layer1.0.conv1", 4, "may be of another model"),
-        ("stem.0", 0, "it has 6, keep 1 to 6"),
-        ("stem.0", 7, "it has 6, keep 1 to 6"),
-        ("stem.0", 2.5, "Cannot keep 2.5"),
-        ("classifier", 2, "cannot be cut: output"),
-    ],
-)
-def test_policies_that_do_not_fit_are_refused(site: str, count: Any, message: str) -> None:
-    gm, _ = traced(Cnn(("inverted",), 6, "pool", True, "relu", 0), torch.float64)
-    code = gm.code
-    step = PruneChannels({("channels", site): count, ("bits", "stem.0"): (8, 8)})
-    for run in (step, step.masked, step.explain):
-        with pytest.raises(PolicyError, match=message):
-            run(gm)
-    assert gm.code == code
-
-
-def test_options_are_checked() -> None:
-    with pytest.raises(PassError, match="round_to"):
-        PruneChannels(round_to=0)
-    with pytest.raises(UnknownNameError, match="Unknown importance 'l3'"):
-        PruneChannels(importance="l3")
-    with pytest.raises(PassError, match="patterns"):
-        PruneChannels(ignore=(3,))
 
 
 # What would be cut.
