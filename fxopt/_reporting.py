@@ -16,7 +16,7 @@ from fxopt.decisions import Policy, SearchSpace
 from fxopt.export import ExportReport
 from fxopt.graph.channels import analyze
 from fxopt.lowering import ParametricWorkload
-from fxopt.report import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine
+from fxopt.report import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine, roofline
 from fxopt.search import SearchResult
 from fxopt.targets import Estimate, OpKind, Target
 from fxopt.targets.rows import macs
@@ -80,6 +80,7 @@ def build_report(
         seed=seed,
         versions=_versions(),
         export=None,
+        roofline=roofline(target, workload.bind(), bound),
     )
 
 

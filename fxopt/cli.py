@@ -92,6 +92,10 @@ def profile(
     model: Model,
     target: Annotated[list[str], typer.Option(help="Name of a target or a TOML file; may be repeated.")],
     inputs: Inputs = None,
+    roofline: Annotated[
+        Optional[Path],  # noqa: UP045 (read at run time, by typer)
+        typer.Option(help="Draw a roofline of each target into an .svg or .png file.", show_default=False),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a model costs, layer by layer."""
@@ -99,11 +103,15 @@ def profile(
         from fxopt._cli.costs import profile as cost
 
         found = cost(model, list(dict.fromkeys(target)), inputs or (), progress)
+        if roofline is not None:
+            found.draw(roofline)
     if as_json:
         emit_json(found.to_data())
         return
     show(*found.tables(), *(f"{one['target']} is {one['status']}: {one['error']}" for one in found.totals))
     show(*found.caveats)
+    if roofline is not None:
+        show(f"Drawn: {roofline}")
 
 
 @app.command()

@@ -181,6 +181,16 @@ def test_profile_shows_layers_and_totals_of_every_target() -> None:
         assert wanted in result.stdout, wanted
 
 
+def test_profile_draws_rooflines_beside_each_other(tmp_path: Path) -> None:
+    place = tmp_path / "roofs.svg"
+    result = run("profile", "my_models:small", "--target", "pixel1", "--target", "v100", "--roofline", str(place))
+    assert result.exit_code == 0
+    assert str(place) in result.stdout
+    text = place.read_text(encoding="utf-8")
+    assert "pixel1 (calibrated)" in text
+    assert "v100 (calibrated)" in text
+
+
 def test_profile_gives_only_json_when_asked() -> None:
     result = run("profile", "my_models.py:small", "--target", "pixel1", "--json")
     data = json.loads(result.stdout)

@@ -148,7 +148,8 @@ def test_the_metadata_name_the_version_and_the_command() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     metadata = project()["project"]
-    declared = set(requirements([*metadata["dependencies"], *metadata["optional-dependencies"]["demo"]]))
+    extras = [line for extra in ("demo", "plot") for line in metadata["optional-dependencies"][extra]]
+    declared = set(requirements([*metadata["dependencies"], *extras]))
     names = {"sklearn": "scikit-learn"}
     sources = [PACKAGE / file for file in package_files() if file.endswith(".py")]
     imported = set().union(*(imported_by(source) for source in sources)) - sys.stdlib_module_names - {"fxopt"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxopt import targets
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fxopt.lowering import ParametricWorkload
+    from fxopt.report import Roofline
 
 __all__ = ["Profile", "list_targets", "load_target", "profile", "targets_table"]
 
@@ -29,12 +31,24 @@ class Profile:
         layers: For every operator: name, operator, kind, MACs of one sample, and latency in seconds by target.
         totals: For every target: its batch, status and error, and the model's figures.
         caveats: What deserves caution, by target.
+        rooflines: The operators under the roofs of each target.
     """
 
     model: str
     layers: list[dict[str, Any]]
     totals: list[dict[str, Any]]
     caveats: list[str]
+    rooflines: list[Roofline]
+
+    def draw(self, path: Path) -> None:
+        """Draw the rooflines beside each other.
+
+        Raises:
+            FxoptError: If the suffix is neither .svg nor .png, matplotlib is missing, or the file cannot be written.
+        """
+        from fxopt.report import save_rooflines
+
+        save_rooflines(self.rooflines, path)
 
     def to_data(self) -> dict[str, Any]:
         """As plain data for JSON."""
@@ -46,8 +60,8 @@ class Profile:
         rows = [_layer_row(layer, self.totals) for layer in self.layers if _costs_something(layer)]
         shares = [heading for name in names for heading in (f"{name} latency", "share")]
         layers = table("Operators", ("layer", "operator", "MACs", *shares), rows, left=2)
-        figures = ("latency_s", "energy_j", "macs", "weight_bytes", "peak_activation_bytes")
-        metrics = ("latency", "energy", "macs", "size", "memory")
+        figures = ("latency_s", "fixed_s", "energy_j", "macs", "weight_bytes", "peak_activation_bytes")
+        metrics = ("latency", "latency", "energy", "macs", "size", "memory")
         lines = [
             (
                 total["target"],
@@ -56,11 +70,15 @@ class Profile:
                     "not known" if total[figure] is None else format_quantity(metric, total[figure])
                     for figure, metric in zip(figures, metrics, strict=True)
                 ),
+                f"{total['uncosted_macs_share']:.1%}",
                 total["status"],
             )
             for total in self.totals
         ]
-        heads = ("target", "batch", "latency", "energy", "MACs", "weights", "peak activations", "status")
+        heads = (
+            *("target", "batch", "latency", "of it for a run as such", "energy", "MACs", "weights"),
+            *("peak activations", "MACs without a model", "status"),
+        )
         return layers, table(f"{self.model} in all", heads, lines)
 
 
@@ -83,13 +101,14 @@ def profile(reference: str, names: Sequence[str], inputs: Sequence[str], show: P
     from fxopt.graph import trace
     from fxopt.lowering import lower
     from fxopt.passes import Canonicalize
+    from fxopt.report import roofline
 
     chosen = [load_target(name, show or reporter(None)) for name in names]
     model, example = load_model(reference, inputs)
     graph = Canonicalize()(trace(model.eval(), example)).graph_module
     single = lower(graph, batch=1)
     layers = _operators(single)
-    totals, caveats = [], []
+    totals, caveats, rooflines = [], [], []
     for target in chosen:
         batch = target.capabilities.batch
         workload = (single if batch == 1 else lower(graph, batch=batch)).bind()
@@ -98,11 +117,14 @@ def profile(reference: str, names: Sequence[str], inputs: Sequence[str], show: P
         for layer, latency_s in zip(layers, estimate.rows.latency_s[0], strict=True):
             layer["latency_s"][target.name] = float(latency_s)
         totals.append(_total(target, batch, estimate))
+        rooflines.append(roofline(target, workload))
         caveats += [f"{target.name}: {caveat}" for caveat in target.caveats(workload)]
         if estimate.uncosted:
-            caveats.append(f"{target.name}: no model, so not in the sums: {', '.join(estimate.uncosted)}")
+            share = f"{estimate.uncosted_macs_share:.1%} of the MACs"
+            names_left = ", ".join(estimate.uncosted)
+            caveats.append(f"{target.name}: no model, so not in the sums ({share}): {names_left}")
     caveats += [f"fxopt does not know {name} and leaves it alone" for name in single.barriers]
-    return Profile(reference, layers, totals, caveats)
+    return Profile(reference, layers, totals, caveats, rooflines)
 
 
 def list_targets() -> list[dict[str, Any]]:
@@ -154,7 +176,9 @@ def _total(target: targets.Target, batch: int, estimate: targets.Estimate) -> di
         "macs": float(estimate.macs[0]),
         "weight_bytes": float(estimate.weight_bytes[0]),
         "peak_activation_bytes": float(estimate.peak_activation_bytes[0]),
+        "fixed_s": float(target.model.fixed_s),
         "uncosted": list(estimate.uncosted),
+        "uncosted_macs_share": estimate.uncosted_macs_share,
     }
 
 
@@ -165,6 +189,9 @@ def _costs_something(layer: dict[str, Any]) -> bool:
 def _layer_row(layer: dict[str, Any], totals: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     cells = []
     for total in totals:
+        if layer["name"] in total["uncosted"]:
+            cells += ["no model", ""]
+            continue
         latency_s, whole_s = layer["latency_s"][total["target"]], total["latency_s"]
         cells += [format_quantity("latency", latency_s), f"{latency_s / whole_s:.1%}" if whole_s > 0.0 else ""]
     count = format_quantity("macs", layer["macs"]) if layer["macs"] else ""

@@ -1,7 +1,20 @@
-"""What an optimization reports: data, text, JSON, and one HTML page."""
+"""What an optimization reports: data, text, JSON, one HTML page, and rooflines as pictures."""
 
 from __future__ import annotations
 
 from fxopt.report._data import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine
+from fxopt.report._plot import save_rooflines
+from fxopt.report._roofline import Roofline, RooflinePoint, roofline
 
-__all__ = ["BudgetLine", "LayerLine", "Metrics", "PassLine", "Report", "TargetLine"]
+__all__ = [
+    "BudgetLine",
+    "LayerLine",
+    "Metrics",
+    "PassLine",
+    "Report",
+    "Roofline",
+    "RooflinePoint",
+    "TargetLine",
+    "roofline",
+    "save_rooflines",
+]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fxopt._files import write_text
 from fxopt.errors import FxoptError
+from fxopt.report._roofline import Roofline
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -155,6 +156,7 @@ class Report:
         seed: Seed of everything random.
         versions: Versions of Python and packages.
         export: What was exported and how it was checked, or None.
+        roofline: Layers under the roofs of the target, before and after, or None.
     """
 
     title: str
@@ -175,6 +177,7 @@ class Report:
     seed: int
     versions: Mapping[str, str]
     export: Mapping[str, Any] | None
+    roofline: Roofline | None = None
 
     def __str__(self) -> str:
         """The report as plain text."""

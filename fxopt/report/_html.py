@@ -11,6 +11,7 @@ import jinja2
 from fxopt.decisions import format_quantity
 from fxopt.report._charts import bar_chart, curve
 from fxopt.report._data import Report
+from fxopt.report._roofline_chart import roofline_chart
 from fxopt.report._summary import (
     STEP_COSTS,
     budget_words,
@@ -45,6 +46,7 @@ def to_html(report: Report) -> str:
         layers=report.layers[:MOST_LAYERS],
         layers_left_out=max(len(report.layers) - MOST_LAYERS, 0),
         bars=bar_chart(report.layers),
+        roofline=roofline_chart(report.roofline) if report.roofline is not None else None,
         curve=curve(report.curve),
         most=MOST_LINES,
     )

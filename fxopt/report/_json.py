@@ -60,7 +60,11 @@ def _decode(kind: Any, data: Any) -> Any:
     """``data`` as what the annotation ``kind`` says."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = typing.get_type_hints(kind)
-        return kind(**{field.name: _decode(hints[field.name], data[field.name]) for field in dataclasses.fields(kind)})
+        # What came later has a default: reports written before it can be read.
+        present = [
+            field for field in dataclasses.fields(kind) if field.name in data or field.default is dataclasses.MISSING
+        ]
+        return kind(**{field.name: _decode(hints[field.name], data[field.name]) for field in present})
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         return None if data is None else _decode(next(arg for arg in args if arg is not types.NoneType), data)
