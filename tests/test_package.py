@@ -148,7 +148,7 @@ def test_the_metadata_name_the_version_and_the_command() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     metadata = project()["project"]
-    extras = [line for extra in ("demo", "plot") for line in metadata["optional-dependencies"][extra]]
+    extras = [line for extra in ("demo", "gym", "optuna", "plot") for line in metadata["optional-dependencies"][extra]]
     declared = set(requirements([*metadata["dependencies"], *extras]))
     names = {"sklearn": "scikit-learn"}
     sources = [PACKAGE / file for file in package_files() if file.endswith(".py")]
