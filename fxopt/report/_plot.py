@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["save_rooflines"]
 
 _SUFFIXES = (".png", ".svg")
+_NOTE_WIDTH = 90
 _LOOKS = {"before": ("#8a94a3", "o"), "after": ("#0b6bcb", "D")}
 
 
@@ -60,7 +62,7 @@ def save_rooflines(rooflines: Sequence[Roofline], path: str | os.PathLike[str]) 
 def _draw(axes: Axes, roofline: Roofline) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("MACs for each byte moved")
+    axes.set_xlabel("MACs for each byte moved\n" + textwrap.fill(roofline.note, _NOTE_WIDTH), fontsize=9)
     axes.set_ylabel("MACs in a second")
     axes.set_title(f"{roofline.target} ({roofline.status})")
     axes.grid(visible=True, which="major", alpha=0.3)
@@ -100,4 +102,3 @@ def _draw(axes: Axes, roofline: Roofline) -> None:
     axes.set_xlim(low, high)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="lower right", fontsize=8)
-    axes.text(0.01, 0.01, roofline.note, transform=axes.transAxes, fontsize=7, wrap=True)
