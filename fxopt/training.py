@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fxopt._files import replacing
+from fxopt._schedules import SCHEDULES, rising_cosine
 from fxopt.data import (
     Loader,
     TensorLoader,
@@ -32,7 +33,16 @@ from fxopt.errors import DataError, FxoptError, UnknownNameError
 from fxopt.graph import eval_mode
 from fxopt.graph.sparsity import sparse_sites
 
-__all__ = ["History", "fit", "make_optimizer", "read_tensors", "rehearse", "rising_cosine", "write_tensors"]
+__all__ = [
+    "History",
+    "fit",
+    "keep_zeros",
+    "make_optimizer",
+    "read_tensors",
+    "rehearse",
+    "rising_cosine",
+    "write_tensors",
+]
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """``loss(output, label)``, a tensor of one element."""
@@ -43,7 +53,6 @@ EpochDone: TypeAlias = Callable[[int, int, float], None]
 _OTHER_TASKS = "give loss=callable(output, label) -> scalar"
 _OPTIMIZERS = ("sgd", "adamw")
 _MODEL, _OPTIMIZER = "model.", "optimizer."
-_WARM_UP_SHARE = 0.05
 _TEMPERATURE = 2.0
 _TEACHER_SHARE = 0.5
 
@@ -76,15 +85,11 @@ class _Settings:
     temperature: float | None = _TEMPERATURE
     seed: int = 0
 
+    schedule: str = "cosine"
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step."""
-        return self.learning_rate * rising_cosine(step, self.steps * self.epochs)
-
-
-def rising_cosine(step: int, total: int) -> float:
-    """A linear rise over the first twentieth of all steps, times half a cosine from 1 to 0."""
-    rise = min(1.0, (step + 1) / max(1.0, total * _WARM_UP_SHARE))
-    return rise * 0.5 * (1.0 + math.cos(math.pi * step / total))
+        return self.learning_rate * SCHEDULES[self.schedule](step, self.steps * self.epochs)
 
 
 def fit(
@@ -95,6 +100,7 @@ def fit(
     loss: Loss | None = None,
     learning_rate: float = 0.02,
     optimizer: Literal["sgd", "adamw"] = "sgd",
+    schedule: Literal["cosine", "step", "one-cycle", "constant"] = "cosine",
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     teacher: nn.Module | None = None,
@@ -103,7 +109,7 @@ def fit(
     seed: int = 0,
     progress: EpochDone | None = None,
 ) -> History:
-    """Train a model in place, under a cosine schedule with a short warm-up.
+    """Train a model in place, by default under a cosine schedule with a short warm-up.
 
     Weights that :class:`fxopt.passes.SparsifyWeights` zeroed stay zero.
 
@@ -114,6 +120,9 @@ def fit(
         loss: ``loss(output, label) -> scalar``; cross entropy of the class scores by default.
         learning_rate: The highest learning rate.
         optimizer: "sgd" (with Nesterov momentum) or "adamw".
+        schedule: How the learning rate goes: "cosine" from the highest to zero, "step" to a tenth at a half and at
+            three quarters of the steps, or "constant", each after a linear rise over the first twentieth; or
+            "one-cycle", up over the first three tenths and down to zero.
         momentum: Momentum of SGD, and the first beta of AdamW.
         weight_decay: Decay of parameters with more than one dimension.
         teacher: A model whose class scores are distilled (Hinton et al. 2015) with weight one half, or None.
@@ -135,6 +144,8 @@ def fit(
             not finite; the model is then as it was after the last good epoch, and so is the checkpoint.
     """
     _check_options(epochs, learning_rate, optimizer, temperature)
+    if schedule not in SCHEDULES:
+        raise UnknownNameError("schedule", schedule, SCHEDULES)
     if epochs == 0:
         return History()
     first_batch(train, "train")
@@ -151,6 +162,7 @@ def fit(
             weight_decay=weight_decay,
             temperature=None if teacher is None else temperature,
             seed=seed,
+            schedule=schedule,
         )
         training = _Training(model, train, settings, loss, teacher)
         history = _resume(training, stem)

@@ -68,6 +68,27 @@ def test_the_learning_rate_rises_and_falls_to_zero() -> None:
     assert history.learning_rate[-1] < 0.001
 
 
+def test_schedules_go_as_told() -> None:
+    """48 samples in batches of 16, 8 epochs: 24 steps; the rate at the end of an epoch is that of step 2, 5, 8, ..."""
+    rates = {
+        name: fit(make_model(), make_data(), epochs=8, learning_rate=1.0, schedule=name).learning_rate  # type: ignore[arg-type]
+        for name in ("constant", "step", "one-cycle")
+    }
+    assert rates["constant"] == pytest.approx([1.0] * 8)
+    assert rates["step"] == pytest.approx([1.0] * 3 + [1.0] + [0.1] * 2 + [0.01] * 2)
+    rising, falling = rates["one-cycle"][:2], rates["one-cycle"][2:]
+    assert rising == pytest.approx(
+        [0.04 + 0.96 * 0.5 * (1.0 - math.cos(math.pi * step / 24 / 0.3)) for step in (2, 5)], abs=1e-9
+    )
+    assert falling == sorted(falling, reverse=True)
+    assert falling[-1] < 0.01
+
+
+def test_an_unknown_schedule_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="schedule 'cosinus'"):
+        fit(make_model(), make_data(), epochs=1, schedule="cosinus")  # type: ignore[arg-type]
+
+
 def test_no_epochs_change_nothing() -> None:
     model = make_model()
     before = state_of(model)
