@@ -82,6 +82,9 @@ def _draw(axes: Axes, roofline: Roofline) -> None:
             alpha=0.8,
         )
     low, high = axes.get_xlim()
+    if roofline.bandwidth_bytes_per_s:
+        corners = [peak.macs_per_s / roofline.bandwidth_bytes_per_s for peak in roofline.shown_peaks]
+        high = max([high, *(2.0 * corner for corner in corners)])
     for peak in roofline.shown_peaks:
         start = low
         if roofline.bandwidth_bytes_per_s:

@@ -12,6 +12,7 @@ from fxopt.report._roofline import Roofline, RooflinePoint
 __all__ = ["Line", "Mark", "RooflineChart", "roofline_chart"]
 
 _MOST_MARKS = 400
+_BEYOND = 1.5  # how far a peak goes on beyond the slope
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 720.0, 420.0, 76.0, 44.0, 16.0, 12.0
 
 
@@ -118,7 +119,8 @@ def roofline_chart(roofline: Roofline) -> RooflineChart | None:
     peaks, bandwidth = roofline.shown_peaks, roofline.bandwidth_bytes_per_s
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     speeds = [point.macs_per_s for point in ranked] + [peak.macs_per_s for peak in peaks]
-    x = _Axis.over([point.intensity for point in ranked], _LEFT, right)
+    corners = [_BEYOND * peak.macs_per_s / bandwidth for peak in peaks] if bandwidth else []
+    x = _Axis.over([point.intensity for point in ranked] + corners, _LEFT, right)
     y = _Axis.over(speeds, bottom, _TOP)
     low, high = x.ends
     lines = []
@@ -158,7 +160,7 @@ def _mark(point: RooflinePoint, x: _Axis, y: _Axis) -> Mark:
 
 
 def _rate(macs_per_s: float) -> str:
-    return f"{macs_per_s / 1e9:.3g} GMAC/s"
+    return f"{macs_per_s / 1e12:.3g} TMAC/s" if macs_per_s >= 1e12 else f"{macs_per_s / 1e9:.3g} GMAC/s"
 
 
 def _power(power: int) -> str:

@@ -57,6 +57,7 @@ def test_every_point_is_in_the_picture_and_roofs_end_at_its_edges(name: str) -> 
     for line in (*chart.peaks, *((chart.slope,) if chart.slope else ())):
         assert chart.left <= line.x1 <= line.x2 <= chart.right
         assert chart.top <= line.y2 <= line.y1 <= chart.bottom
+        assert line.x2 - line.x1 > 1.0
     assert (chart.slope is not None) == (name in ("vu9p", "v100"))
 
 
