@@ -191,6 +191,19 @@ def test_profile_draws_rooflines_beside_each_other(tmp_path: Path) -> None:
     assert "v100 (calibrated)" in text
 
 
+def test_profile_tells_what_has_no_model_and_what_a_run_costs_as_such() -> None:
+    text = run("profile", "my_models:small", "--target", "eie", "--target", "galaxy-s24").stdout
+    assert "no model" in text
+    assert "not in the sums (0.0% of the MACs)" in text
+    found = json.loads(run("profile", "my_models:small", "--target", "eie", "--target", "galaxy-s24", "--json").stdout)
+    first, second = found["targets"]
+    assert first["uncosted"]
+    assert (first["uncosted_macs_share"], first["fixed_s"]) == (0.0, 0.0)
+    assert 0.0 < second["fixed_s"] < second["latency_s"]
+    rows = sum(layer["latency_s"]["galaxy-s24"] for layer in found["layers"])
+    assert second["latency_s"] == pytest.approx(rows + second["fixed_s"])
+
+
 def test_profile_gives_only_json_when_asked() -> None:
     result = run("profile", "my_models.py:small", "--target", "pixel1", "--json")
     data = json.loads(result.stdout)
