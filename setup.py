@@ -13,7 +13,16 @@ from setuptools import Extension, setup
 DEBUG = os.environ.get("FXOPT_CYTHON_DEBUG", "") not in ("", "0")
 
 # NaN stands for "no model" inside the kernels, so no -ffast-math; wheels travel, so no -march=native.
-COMPILE_ARGS = ["-O0", "-g"] if DEBUG else ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+# Formulas are compiled by themselves and into loops, which have to give the same to the last bit: no fusing of
+# products and sums; and into loops they go whatever their size.
+COMPILE_ARGS = (
+    ["-O0", "-g"]
+    if DEBUG
+    else [
+        *("-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+        "-DCYTHON_INLINE=__inline__ __attribute__((always_inline))",
+    ]
+)
 
 DIRECTIVES = {
     "language_level": 3,

@@ -6,27 +6,44 @@ computes the same totals from whole columns; figures are medians of CPU time, in
 one policy), and ``speedup`` is the ratio of the two in this run. ``check`` is the largest relative difference.
 
 ``bits`` scores policies that choose among 64 pairs of bits for each of the 53 layers, by a table: against a NumPy
-gather and plain Python, and on two threads (wall time). ``streamed`` scores policies that choose the channels of the
-lowered MobileNetV2, from their choices to their totals, and tells how much the peak of memory grew.
+gather and plain Python, and on two threads (wall time).
+
+``channels`` scores 1,024 policies that choose the channels of the lowered MobileNetV2, bound as a search binds them, on
+a target of each family with a closed formula; in turn with the same rows written out, and for two targets with NumPy.
+``best`` is the least of the samples, which other work on the machine disturbs least.
+``two_threads`` is the wall time on one thread over that on two; ``two_processes`` is what the machine gave at the same
+time to two processes that score by themselves, over one: more than that no program gets. ``streamed`` scores policies
+from their choices to their totals, and tells how much the peak of memory grew.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import multiprocessing
 import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
+import torch
 from common.networks import NETWORKS
 from common.output import finish
 
+from fxopt.graph import trace
+from fxopt.lowering import Choices, ParametricWorkload, lower
+from fxopt.passes import PruneChannels
 from fxopt.targets import PresetTarget, Workload, load, make_row, names
 from fxopt.targets import rows as r
-from fxopt.targets.rows import Floats, OpKind, Rows
+from fxopt.targets.rows import ColumnWorkload, Floats, OpKind, Rows
 from fxopt.targets.tables import CostTable
 
+CLOSED_TARGETS = (
+    *("pixel1", "note10", "xeon-e5-2640v4", "v100", "galaxy-s24", "zynq7020", "eyeriss", "systolic", "eie"),
+    "stm32f746",
+)
 INTEGER_TARGETS = ("pixel1", "vu9p", "zynq7020", "bitfusion")
 
 # Inverted residuals of MobileNetV2: expansion, channels, repeats, stride (Sandler et al. 2018, table 2).
@@ -132,6 +149,32 @@ def v100_in_numpy(rows: Rows, values: Mapping[str, float]) -> Floats:
     return np.maximum(np.maximum(compute, memory), values["launch_floor"])
 
 
+def v100_in_python(rows: list[dict[str, float]], values: Mapping[str, float]) -> float:
+    """Latency of the GPU model, an operator at a time, of convolutions, linear layers and what has no MACs."""
+    total = 0.0
+    for row in rows:
+        bits = max(row["weight_bits"], row["activation_bits"])
+        rate = values["mac_per_sm_cycle.16"] if bits <= 16 else values["mac_per_sm_cycle.32"]
+        taps, pixels = row["kernel_h"] * row["kernel_w"], row["n"] * row["out_h"] * row["out_w"]
+        weights = row["c"] * row["k"] / row["groups"] * taps if row["kind"] in (0, 1, 2) else 0.0
+        read = row["n"] * row["in_h"] * row["in_w"] * row["c"] * row["inputs"]
+        moved = (read * row["activation_bits"] / 8.0 + weights * row["weight_bits"] / 8.0 + 4.0 * row["held"]) + row[
+            "k"
+        ] * pixels * row["output_bits"] / 8.0
+        compute = 0.0
+        if row["kind"] == OpKind.DEPTHWISE:
+            lanes = values["mac_per_sm_cycle.32"] * values["clock"] * values["sm_count"]
+            compute = weights * pixels / (lanes * values["depthwise_efficiency"])
+        elif row["kind"] in (0, 2):
+            tiles = math.ceil(pixels / values["tile_m"]) * math.ceil(row["k"] / values["tile_n"])
+            waves = math.ceil(tiles / values["sm_count"])
+            work = waves * values["tile_m"] * values["tile_n"] * row["c"] * taps
+            compute = work / (rate * values["clock"] * values["dense_efficiency"])
+        memory = moved / (values["bandwidth"] * values["bandwidth_efficiency"])
+        total += max(compute, memory, values["launch_floor"])
+    return total
+
+
 def totals_in_numpy(latency: Floats, rows: Rows, fuses: bool) -> tuple[Floats, ...]:
     free = (rows["fused"] == 1) & fuses
     sums = np.where(free, 0.0, latency), r.weight_bytes(rows), r.macs(rows)
@@ -151,7 +194,7 @@ def measure(name: str, workload: Workload, repeat: int) -> dict[str, float]:
     if not isinstance(target, PresetTarget):
         raise TypeError(f"{name} is no preset")
     values = {key: figure.si for key, figure in target.preset.figures.items()}
-    in_numpy = {"pixel1": pixel1_in_numpy, "v100": v100_in_numpy}[name]
+    in_numpy = IN_NUMPY[name]
 
     def compiled() -> Floats:
         return target.estimate(workload).latency_s
@@ -218,36 +261,109 @@ def measure_bits(name: str, count: int, repeat: int) -> dict[str, float]:
     }
 
 
-def measure_streamed(name: str, count: int, repeat: int) -> dict[str, float]:
-    import torch
-
-    from fxopt.graph import trace
-    from fxopt.lowering import lower
-    from fxopt.passes import PruneChannels
-
-    torch.set_num_threads(1)
+def channel_policies(count: int) -> tuple[ParametricWorkload, Choices, int]:
+    """The lowered MobileNetV2, ``count`` choices of its channels and the number of decisions."""
     graph = trace(NETWORKS["pytorchcv:mobilenetv2_w1"].build(), torch.randn(2, 3, 224, 224))
-    workload, target = lower(graph), load(name)
-    space = PruneChannels().search_space(graph, target.capabilities)
+    workload = lower(graph)
+    space = PruneChannels().search_space(graph, load("pixel1").capabilities)
     sizes = [len(decision.choices) for decision in space]
     indices = np.random.default_rng(0).integers(0, sizes, (count, len(sizes)), dtype=np.uint8)
-    few = workload.choices(space, indices[:20_000])
-    bound = workload.columns(few.part(0, 4096))
-    samples: dict[str, list[float]] = {"scored": [], "whole": []}
+    return workload, workload.choices(space, indices), len(sizes)
+
+
+def measure_channels(name: str, bound: ColumnWorkload, rows: Workload, repeat: int) -> dict[str, float]:
+    target = load(name)
+    samples: dict[str, list[float]] = {"columns": [], "rows": []}
     for _ in range(repeat):
-        samples["scored"].append(cpu_ns(lambda: target.estimate(bound)) / (4096 * len(bound)))
-        samples["whole"].append(cpu_ns(lambda: workload.estimate(target, few)) / (20_000 * len(bound)))
+        samples["columns"].append(cpu_ns(lambda: target.estimate(bound)) / (bound.policies * len(bound)))
+        samples["rows"].append(cpu_ns(lambda: target.estimate(rows)) / rows.rows.size)
+    ns = {key: statistics.median(times) for key, times in samples.items()}
+    found = {
+        "ns_per_operator": round(ns["columns"], 2),
+        "best_ns_per_operator": round(min(samples["columns"]), 2),
+        "rows_ns_per_operator": round(ns["rows"], 2),
+    }
+    if name not in IN_NUMPY or not isinstance(target, PresetTarget):
+        return found
+    values = {key: figure.si for key, figure in target.preset.figures.items()}
+
+    def plain() -> Floats:
+        return totals_in_numpy(IN_NUMPY[name](rows.rows, values), rows.rows, target.info.fuses)[0]
+
+    plain_ns = statistics.median(cpu_ns(plain) / rows.rows.size for _ in range(3))
+    found["speedup_over_numpy"] = round(plain_ns / ns["columns"], 1)
+    if name == "v100":
+        fields = rows.rows.dtype.names or ()
+        listed = [dict(zip(fields, row.tolist(), strict=True)) for row in rows.rows[0]]
+        python_ns = statistics.median(cpu_ns(lambda: v100_in_python(listed, values)) / len(listed) for _ in range(9))
+        found["speedup_over_python"] = round(python_ns / ns["columns"], 1)
+    return found
+
+
+def score_for(barrier: Any, seconds: Any, bound: ColumnWorkload, times: int) -> None:
+    """Score again and again, from when all processes are ready; put the seconds that it took."""
+    target = load("v100")
+    target.estimate(bound)
+    barrier.wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        target.estimate(bound)
+    seconds.put(time.perf_counter() - start)
+
+
+def seconds_of_processes(count: int, bound: ColumnWorkload, times: int) -> float:
+    context = multiprocessing.get_context("fork")
+    barrier, seconds = context.Barrier(count), context.Queue()
+    workers = [context.Process(target=score_for, args=(barrier, seconds, bound, times)) for _ in range(count)]
+    for worker in workers:
+        worker.start()
+    found = [seconds.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    return max(found)
+
+
+def measure_threads(bound: ColumnWorkload, repeat: int, times: int = 20) -> dict[str, float]:
+    target = load("v100")
+    samples: dict[str, list[float]] = {"threads": [], "processes": []}
+    for _ in range(repeat):
+        walls = []
+        for threads in (1, 2):
+            start = time.perf_counter()
+            for _ in range(times):
+                target.estimate(bound, threads=threads)
+            walls.append(time.perf_counter() - start)
+        samples["threads"].append(walls[0] / walls[1])
+        one, two = (seconds_of_processes(count, bound, times) for count in (1, 2))
+        samples["processes"].append(2.0 * one / two)
+    return {
+        "two_threads": round(statistics.median(samples["threads"]), 2),
+        "two_threads_best": round(max(samples["threads"]), 2),
+        "two_processes": round(statistics.median(samples["processes"]), 2),
+        "two_processes_best": round(max(samples["processes"]), 2),
+    }
+
+
+def measure_streamed(
+    name: str, workload: ParametricWorkload, choices: Choices, decisions: int, repeat: int
+) -> dict[str, float]:
+    target = load(name)
+    few = choices.part(0, 20_000)
+    rows = len(workload.rows)
+    samples = [cpu_ns(lambda: workload.estimate(target, few)) / (few.policies * rows) for _ in range(repeat)]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    workload.estimate(target, workload.choices(space, indices))
+    workload.estimate(target, choices)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {
-        "ns_per_operator": round(statistics.median(samples["scored"]), 2),
-        "bound_and_scored_ns_per_operator": round(statistics.median(samples["whole"]), 2),
-        "rows": len(bound),
-        "decisions": len(space),
-        "policies": count,
+        "bound_and_scored_ns_per_operator": round(statistics.median(samples), 2),
+        "rows": rows,
+        "decisions": decisions,
+        "policies": choices.policies,
         "peak_memory_grew_mb": round(grown / 1024, 1),
     }
+
+
+IN_NUMPY = {"pixel1": pixel1_in_numpy, "v100": v100_in_numpy}
 
 
 def main() -> None:
@@ -257,10 +373,16 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=21, help="samples of each, taken in turn")
     options = parser.parse_args()
 
+    torch.set_num_threads(1)
     workload = policies(options.policies, seed=0)
     results: dict[str, object] = {name: measure(name, workload, options.repeat) for name in ("pixel1", "v100")}
     results["bits"] = {name: measure_bits(name, 20_000, options.repeat) for name in INTEGER_TARGETS if name in names()}
-    results["streamed"] = {name: measure_streamed(name, options.streamed, 5) for name in ("pixel1", "v100")}
+    lowered, choices, decisions = channel_policies(options.streamed)
+    bound = lowered.columns(choices.part(0, 1024))
+    rows = Workload(lowered.columns(choices.part(0, 256)).expand().rows, bound.names)
+    results["channels"] = {name: measure_channels(name, bound, rows, options.repeat) for name in CLOSED_TARGETS}
+    results["threads"] = measure_threads(bound, 5)
+    results["streamed"] = {name: measure_streamed(name, lowered, choices, decisions, 5) for name in ("pixel1", "v100")}
     operators = len(workload.names)
     finish("scoring", results, policies=options.policies, rows=operators, repeat=options.repeat)
 

@@ -1,3 +1,4 @@
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._rows cimport Row
 
 
@@ -11,6 +12,8 @@ cdef class CostModel:
     cdef readonly bint has_energy
     cdef readonly double fixed_s
     cdef readonly bint searches
+    cdef readonly bint shares_memory
     cdef Cost cost(self, const Row* row) noexcept nogil
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil
     cdef double dram_bytes(self, const Row* row) noexcept nogil
     cdef double peak_bytes(self, const Row* row) noexcept nogil

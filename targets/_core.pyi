@@ -1,4 +1,5 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ class CostModel:
     def fixed_s(self) -> float: ...
     @property
     def searches(self) -> bool: ...
+    @property
+    def shares_memory(self) -> bool: ...
     def __init__(self, fuses: bool) -> None: ...
     def totals(
         self,
@@ -23,11 +26,12 @@ class CostModel:
         macs_out: NDArray[np.float64],
         uncosted: NDArray[np.uint8],
     ) -> None: ...
-    def add_row(
+    def column_totals(
         self,
         template: NDArray[np.void],
-        integers: Sequence[tuple[int, NDArray[np.int32]]],
-        amounts: Sequence[tuple[int, NDArray[np.float64]]],
+        columns: Sequence[Mapping[str, NDArray[Any]]],
+        offsets: Mapping[str, int],
+        first: int,
         latency_s: NDArray[np.float64],
         energy_j: NDArray[np.float64],
         weight_bytes_out: NDArray[np.float64],

@@ -5,11 +5,14 @@ A model is a cdef class that derives from CostModel and overrides ``cost``, ``dr
 Everything that is the same on all hardware (fused rows, sizes, MACs, rows without a model) is done here, once.
 """
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport NAN, isfinite
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint32_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memset
 
+from fxopt.targets._blocks cimport BLOCK, Block, Columns, Values, fill, load, put, take
 from fxopt.targets._rows cimport (
     AMOUNTS, CURVE, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, larger, macs, stored_bytes,
     traffic_bytes,
@@ -29,16 +32,6 @@ cdef inline Cost settled(CostModel model, const Row* row, unsigned char* uncoste
     return result
 
 
-cdef struct Columns:
-    # Where the fields that differ from policy to policy stand in a row, and where their values come from.
-    Py_ssize_t integers
-    Py_ssize_t amounts
-    int32_t* integer_at[INTEGERS]
-    const int32_t* integer_from[INTEGERS]
-    double* amount_at[AMOUNTS]
-    const double* amount_from[AMOUNTS]
-
-
 cdef struct Known:
     # What one row cost when the fields that differ had these values.
     int32_t integers[INTEGERS]
@@ -54,38 +47,203 @@ cdef enum:
     SLOTS = 1024
 
 
-cdef inline void fill(const Columns* columns, Py_ssize_t p) noexcept nogil:
-    cdef Py_ssize_t j
-    for j in range(columns.integers):
-        columns.integer_at[j][0] = columns.integer_from[j][p]
-    for j in range(columns.amounts):
-        columns.amount_at[j][0] = columns.amount_from[j][p]
+cdef struct Sums:
+    # Totals of policies.
+    double* latency_s
+    double* energy_j
+    double* weight_bytes
+    double* peak_bytes
+    double* macs
+
+
+cdef inline Sums sums_at(const Sums* sums, Py_ssize_t first) noexcept nogil:
+    cdef Sums result
+    result.latency_s = sums.latency_s + first
+    result.energy_j = sums.energy_j + first
+    result.weight_bytes = sums.weight_bytes + first
+    result.peak_bytes = sums.peak_bytes + first
+    result.macs = sums.macs + first
+    return result
+
+
+cdef inline void add_policy(
+    CostModel model, const Row* row, const Sums* sums, Py_ssize_t p, unsigned char* uncosted
+) noexcept nogil:
+    cdef Cost cost = settled(model, row, uncosted)
+    sums.latency_s[p] += cost.latency_s
+    sums.energy_j[p] += cost.energy_j
+    sums.weight_bytes[p] += stored_bytes(row)
+    sums.peak_bytes[p] = larger(model.peak_bytes(row), sums.peak_bytes[p])
+    sums.macs[p] += macs(row)
+
+
+cdef inline void add_sizes(const Block* block, bint in_one_group, const Sums* sums) noexcept nogil:
+    cdef Row row = block.row
+    cdef double[BLOCK] stored
+    cdef double[BLOCK] work
+    cdef Py_ssize_t p
+    for p in range(block.count):
+        take(&row, block, p)
+        if in_one_group:
+            row.groups = 1
+        stored[p] = stored_bytes(&row)
+        work[p] = macs(&row)
+    for p in range(block.count):
+        sums.weight_bytes[p] += stored[p]
+        sums.macs[p] += work[p]
+
+
+cdef inline void add_peaks(CostModel model, const Block* block, const Sums* sums) noexcept nogil:
+    cdef Row row = block.row
+    cdef Py_ssize_t p
+    if not model.shares_memory:
+        for p in range(block.count):
+            sums.peak_bytes[p] = larger(block.live_bytes[p], sums.peak_bytes[p])
+        return
+    for p in range(block.count):
+        take(&row, block, p)
+        sums.peak_bytes[p] = larger(model.peak_bytes(&row), sums.peak_bytes[p])
+
+
+cdef void add_block(CostModel model, const Block* block, const Sums* sums, unsigned char* uncosted) noexcept nogil:
+    cdef double[BLOCK] latency_s
+    cdef double[BLOCK] energy_j
+    cdef Py_ssize_t p
+    cdef int is_costed
+    cdef int are_costed = 1
+    if not (model.fuses and block.row.fused):
+        model.costs(block, latency_s, energy_j)
+        for p in range(block.count):
+            is_costed = latency_s[p] == latency_s[p]
+            are_costed &= is_costed
+            sums.latency_s[p] += latency_s[p] if is_costed else 0.0
+            sums.energy_j[p] += energy_j[p] if is_costed else 0.0
+        uncosted[0] |= 1 - are_costed
+    add_peaks(model, block, sums)
+    if block.in_one_group:
+        add_sizes(block, True, sums)
+    else:
+        add_sizes(block, False, sums)
 
 
 cdef inline const Known* look_up(CostModel model, const Row* row, const Columns* columns, Known* known) noexcept nogil:
-    # Policies repeat the sizes of a single operator. Where a cost takes a search it is kept in a table with one place
-    # for each hash, where the latest stays; a closed formula is as quick as the table.
+    # Policies repeat the sizes of a single operator, and a search takes long: costs are kept in a table with one place
+    # for each hash, where the latest stays.
     cdef uint32_t key = 0
     cdef bint same
-    cdef Known* slot = known
+    cdef Known* slot
     cdef Py_ssize_t j
-    if model.searches:
-        for j in range(columns.integers):
-            key = (key ^ <uint32_t>columns.integer_at[j][0]) * <uint32_t>0x9E3779B1
-        slot = &known[(key >> 16) & (SLOTS - 1)]
-        same = slot.used and slot.held == row.held
-        for j in range(columns.integers):
-            same &= slot.integers[j] == columns.integer_at[j][0]
-            slot.integers[j] = columns.integer_at[j][0]
-        if same:
-            return slot
-        slot.held = row.held
-        slot.used = 1
+    for j in range(columns.integers):
+        key = (key ^ <uint32_t>columns.integer_at[j][0]) * <uint32_t>0x9E3779B1
+    slot = &known[(key >> 16) & (SLOTS - 1)]
+    same = slot.used and slot.held == row.held
+    for j in range(columns.integers):
+        same &= slot.integers[j] == columns.integer_at[j][0]
+        slot.integers[j] = columns.integer_at[j][0]
+    if same:
+        return slot
+    slot.held = row.held
+    slot.used = 1
     slot.uncosted = 0
     slot.cost = settled(model, row, &slot.uncosted)
     slot.stored_bytes = stored_bytes(row)
     slot.macs = macs(row)
     return slot
+
+
+cdef void add_searched(
+    CostModel model, const Row* row, const Columns* columns, Known* known, const Sums* sums, Py_ssize_t count,
+    unsigned char* uncosted
+) noexcept nogil:
+    cdef const Known* found
+    cdef Py_ssize_t p
+    memset(known, 0, SLOTS * sizeof(Known))
+    for p in range(count):
+        fill(columns, p)
+        found = look_up(model, row, columns, known)
+        sums.latency_s[p] += found.cost.latency_s
+        sums.energy_j[p] += found.cost.energy_j
+        sums.weight_bytes[p] += found.stored_bytes
+        sums.macs[p] += found.macs
+        sums.peak_bytes[p] = larger(model.peak_bytes(row), sums.peak_bytes[p])
+        uncosted[0] |= found.uncosted
+
+
+cdef void add_columns(
+    CostModel model, const Row* row, const Columns* columns, const Sums* sums, Py_ssize_t count,
+    unsigned char* uncosted
+) noexcept nogil:
+    cdef Block block
+    cdef Values shared
+    cdef Sums here
+    cdef Py_ssize_t first = 0
+    cdef Py_ssize_t p, size
+    for p in range(BLOCK):
+        put(&shared, row, p)
+    while first < count:
+        size = min(BLOCK, count - first)
+        here = sums_at(sums, first)
+        load(&block, &shared, row, columns, first, size)
+        if block.is_whole:
+            add_block(model, &block, &here, uncosted)
+        else:
+            for p in range(size):
+                fill(columns, first + p)
+                add_policy(model, row, &here, p, uncosted)
+        first += size
+
+
+cdef int point_at(Columns* columns, Py_buffer* views, Row* row, fields, offsets, Py_ssize_t first) except -1:
+    # Find the values of the fields that differ; ``views`` keeps them in place, one for each.
+    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t offset
+    columns.integers = columns.amounts = 0
+    for name, column in fields.items():
+        PyObject_GetBuffer(column, &views[j], PyBUF_SIMPLE)
+        j += 1
+        offset = offsets[name]
+        if offset < <Py_ssize_t>(INTEGERS * sizeof(int32_t)):
+            columns.integer_at[columns.integers] = <int32_t*>(<char*>row + offset)
+            columns.integer_from[columns.integers] = <const int32_t*>views[j - 1].buf + first
+            columns.integers += 1
+        else:
+            columns.amount_at[columns.amounts] = <double*>(<char*>row + offset)
+            columns.amount_from[columns.amounts] = <const double*>views[j - 1].buf + first
+            columns.amounts += 1
+    return 0
+
+
+cdef int add_row(
+    CostModel model, Row row, fields, offsets, Py_ssize_t first, Py_ssize_t count, const Sums* sums, Known* known,
+    unsigned char* uncosted
+) except -1:
+    cdef Py_buffer views[INTEGERS + AMOUNTS]
+    cdef Columns columns
+    cdef Py_ssize_t j
+    memset(views, 0, sizeof(views))
+    try:
+        point_at(&columns, views, &row, fields, offsets, first)
+        with nogil:
+            if known == NULL:
+                add_columns(model, &row, &columns, sums, count, uncosted)
+            else:
+                add_searched(model, &row, &columns, known, sums, count, uncosted)
+    finally:
+        for j in range(INTEGERS + AMOUNTS):
+            PyBuffer_Release(&views[j])
+    return 0
+
+
+cdef Sums sums_of(
+    double[::1] latency_s, double[::1] energy_j, double[::1] weight_bytes, double[::1] peak_bytes, double[::1] macs_of
+):
+    cdef Sums sums
+    sums.latency_s = &latency_s[0]
+    sums.energy_j = &energy_j[0]
+    sums.weight_bytes = &weight_bytes[0]
+    sums.peak_bytes = &peak_bytes[0]
+    sums.macs = &macs_of[0]
+    return sums
 
 
 cdef class CostModel:
@@ -99,6 +257,7 @@ cdef class CostModel:
         fixed_s: Seconds of a run whatever its operators, in totals and in no row; set by subclasses.
         searches: Whether ``cost`` searches, for tiles or the like, so that known costs are worth looking up; set by
             subclasses.
+        shares_memory: Whether ``peak_bytes`` is overridden; set by subclasses.
     """
 
     def __init__(self, bint fuses):
@@ -106,6 +265,7 @@ cdef class CostModel:
         self.has_energy = False
         self.fixed_s = 0.0
         self.searches = False
+        self.shares_memory = False
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
         """Cost of one row by itself; NaN where the model has no figures.
@@ -116,6 +276,21 @@ cdef class CostModel:
         none.latency_s = NAN
         none.energy_j = NAN
         return none
+
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        """Fill what ``cost`` gives for each policy of a block.
+
+        A model with a closed formula overrides it with ``cost_block`` of targets/models/_batch.pxi, which compiles
+        ``cost`` into the loop. A subclass that overrides ``cost`` overrides this too, where its base does.
+        """
+        cdef Row row = block.row
+        cdef Cost cost
+        cdef Py_ssize_t p
+        for p in range(block.count):
+            take(&row, block, p)
+            cost = self.cost(&row)
+            latency_s[p] = cost.latency_s
+            energy_j[p] = cost.energy_j
 
     cdef double dram_bytes(self, const Row* row) noexcept nogil:
         """Bytes that one row moves to and from memory: each operand once, unless the model knows better."""
@@ -136,33 +311,24 @@ cdef class CostModel:
         unsigned char[::1] uncosted,
     ):
         """Fill one total per policy; ``uncosted[i]`` becomes 1 where row i has no model under some policy."""
+        cdef Sums sums = sums_of(latency_s, energy_j, weight_bytes_out, peak_bytes, macs_out)
         cdef Py_ssize_t p, i
-        cdef double latency, energy, stored, peak, work
-        cdef const Row* row
-        cdef Cost cost
+        latency_s[:] = self.fixed_s
+        energy_j[:] = 0.0
+        weight_bytes_out[:] = 0.0
+        peak_bytes[:] = 0.0
+        macs_out[:] = 0.0
         with nogil:
             for p in range(rows.shape[0]):
-                latency = self.fixed_s
-                energy = stored = peak = work = 0.0
                 for i in range(rows.shape[1]):
-                    row = &rows[p, i]
-                    cost = settled(self, row, &uncosted[i])
-                    latency += cost.latency_s
-                    energy += cost.energy_j
-                    stored += stored_bytes(row)
-                    work += macs(row)
-                    peak = larger(self.peak_bytes(row), peak)
-                latency_s[p] = latency
-                energy_j[p] = energy
-                weight_bytes_out[p] = stored
-                peak_bytes[p] = peak
-                macs_out[p] = work
+                    add_policy(self, &rows[p, i], &sums, p, &uncosted[i])
 
-    def add_row(
+    def column_totals(
         self,
         const Row[::1] template,
-        integers,
-        amounts,
+        columns,
+        offsets,
+        Py_ssize_t first,
         double[::1] latency_s,
         double[::1] energy_j,
         double[::1] weight_bytes_out,
@@ -170,44 +336,28 @@ cdef class CostModel:
         double[::1] macs_out,
         unsigned char[::1] uncosted,
     ):
-        """Add one row's costs to the totals of many policies.
+        """Fill the totals of the policies from ``first`` on, given what differs between them.
 
-        ``template`` is the row; ``integers`` and ``amounts`` are (byte offset, column) pairs of the int32 and the
-        double fields that differ from policy to policy. Adding the rows in order to totals that start from 0, and
-        from :attr:`fixed_s` in latency, gives what :meth:`totals` gives.
+        ``template`` has the rows; ``columns`` a mapping for each, from the names of the fields that differ to their
+        values for all policies; ``offsets`` the byte offset of each field. Gives what :meth:`totals` gives.
         """
-        cdef Known* known = <Known*>malloc(SLOTS * sizeof(Known))
-        cdef Columns columns
-        cdef Row row = template[0]
-        cdef const Known* found
-        cdef Py_ssize_t j, p
-        cdef const int32_t[::1] integer_column
-        cdef const double[::1] amount_column
-        if known == NULL:
-            raise MemoryError("no memory for the costs of one operator")
-        columns.integers = len(integers)
-        columns.amounts = len(amounts)
-        for j, (offset, column) in enumerate(integers):
-            integer_column = column[:latency_s.shape[0]]
-            columns.integer_at[j] = <int32_t*>(<char*>&row + <Py_ssize_t>offset)
-            columns.integer_from[j] = &integer_column[0]
-        for j, (offset, column) in enumerate(amounts):
-            amount_column = column[:latency_s.shape[0]]
-            columns.amount_at[j] = <double*>(<char*>&row + <Py_ssize_t>offset)
-            columns.amount_from[j] = &amount_column[0]
-        with nogil:
-            for j in range(SLOTS):
-                known[j].used = 0
-            for p in range(latency_s.shape[0]):
-                fill(&columns, p)
-                found = look_up(self, &row, &columns, known)
-                latency_s[p] += found.cost.latency_s
-                energy_j[p] += found.cost.energy_j
-                weight_bytes_out[p] += found.stored_bytes
-                macs_out[p] += found.macs
-                uncosted[0] |= found.uncosted
-                peak_bytes[p] = larger(self.peak_bytes(&row), peak_bytes[p])
-        free(known)
+        cdef Sums sums = sums_of(latency_s, energy_j, weight_bytes_out, peak_bytes, macs_out)
+        cdef Known* known = NULL
+        cdef Py_ssize_t i
+        latency_s[:] = self.fixed_s
+        energy_j[:] = 0.0
+        weight_bytes_out[:] = 0.0
+        peak_bytes[:] = 0.0
+        macs_out[:] = 0.0
+        if self.searches:
+            known = <Known*>malloc(SLOTS * sizeof(Known))
+            if known == NULL:
+                raise MemoryError("no memory for the costs of one operator")
+        try:
+            for i in range(template.shape[0]):
+                add_row(self, template[i], columns[i], offsets, first, latency_s.shape[0], &sums, known, &uncosted[i])
+        finally:
+            free(known)
 
     def per_row(
         self, const Row[:, ::1] rows, double[:, ::1] latency_s, double[:, ::1] energy_j, double[:, ::1] dram_bytes

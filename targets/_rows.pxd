@@ -73,6 +73,13 @@ cdef struct Row:
     double live_bytes
 
 
+cdef extern from *:
+    """
+    #define FXOPT_TWO_TO_52 4503599627370496.0
+    """
+    const double TWO_TO_52 "FXOPT_TWO_TO_52"
+
+
 cdef inline double in_volume(const Row* row) noexcept nogil:
     return <double>row.in_d * row.in_h * row.in_w
 
@@ -86,10 +93,11 @@ cdef inline double kernel_volume(const Row* row) noexcept nogil:
 
 
 cdef inline double ceil_div(double whole, double part, double inverse) noexcept nogil:
-    # ceil(whole / part) of whole numbers, given 1 / part: neither a division nor libm, which baseline x86-64 would
-    # call. The product may fall just below a whole quotient; comparing products of whole numbers puts that right.
-    cdef double floor = <double><int64_t>(whole * inverse)
-    return floor + <double>(floor * part < whole)
+    # ceil(whole / part) of whole numbers below 2^51, given 1 / part: neither a division nor libm, which baseline x86-64
+    # would call, nor a conversion, which it cannot do for several numbers at once. Adding 2^52 rounds to the nearest
+    # whole number, never above the wanted one; comparing products of whole numbers tells whether it is below.
+    cdef double near = (whole * inverse + TWO_TO_52) - TWO_TO_52
+    return near + (1.0 if near * part < whole else 0.0)
 
 
 cdef inline bint is_among(const Row* row, int kinds) noexcept nogil:

@@ -23,7 +23,6 @@ Status = Literal["calibrated", "uncalibrated", "measured"]
 
 _FIELDS: Mapping[str, Any] = ROW_DTYPE.fields or {}
 _OFFSETS = {name: int(field[1]) for name, field in _FIELDS.items()}
-_AMOUNTS = frozenset(name for name, field in _FIELDS.items() if field[0] == np.float64)
 
 METRICS: Mapping[str, str] = {
     "latency": "latency_s",
@@ -308,16 +307,12 @@ def _total_block(
     flags: np.ndarray[tuple[int], np.dtype[np.uint8]],
 ) -> None:
     latency_s, energy_j, stored, peak, work = totals[:, block]
-    if isinstance(workload, Workload):
+    columns = workload.columns if isinstance(workload, Workload) else workload
+    if columns is not None:
+        values = columns.template, columns.columns, _OFFSETS, block.start
+        model.column_totals(*values, latency_s, energy_j, stored, peak, work, flags)
+    elif isinstance(workload, Workload):
         model.totals(workload.rows[block], latency_s, energy_j, stored, peak, work, flags)
-        return
-    latency_s += model.fixed_s
-    for index, fields in enumerate(workload.columns):
-        columns = [(_OFFSETS[name], name in _AMOUNTS, column[block]) for name, column in fields.items()]
-        integers = [(offset, column) for offset, is_amount, column in columns if not is_amount]
-        amounts = [(offset, column) for offset, is_amount, column in columns if is_amount]
-        row, flag = workload.template[index : index + 1], flags[index : index + 1]
-        model.add_row(row, integers, amounts, latency_s, energy_j, stored, peak, work, flag)
 
 
 def _expanded(workload: Workload | ColumnWorkload) -> Rows:
@@ -326,6 +321,11 @@ def _expanded(workload: Workload | ColumnWorkload) -> Rows:
 
 def _uncosted_share(workload: Workload | ColumnWorkload, uncosted: np.ndarray[Any, Any], whole: Floats) -> float:
     """The largest share of a policy's MACs that rows without a model have."""
+    if not uncosted.size:
+        return 0.0
+    columns = workload.columns if isinstance(workload, Workload) else workload
+    if columns is not None:
+        uncosted = np.array([index for index in uncosted.tolist() if columns.may_have_macs(index)], dtype=np.intp)
     if not uncosted.size:
         return 0.0
     part = macs(_expanded(workload)[:, uncosted]).sum(axis=1)

@@ -144,6 +144,9 @@ def make_row(kind: OpKind, **fields: float) -> Rows:
     return rows
 
 
+_WITH_MACS = frozenset(map(int, (OpKind.CONV, OpKind.DEPTHWISE, OpKind.LINEAR, OpKind.MATMUL)))
+
+
 class Workload:
     """What a model asks of the hardware, for one policy or many.
 
@@ -151,10 +154,13 @@ class Workload:
         rows: Structured array of :data:`ROW_DTYPE`, shape (policies, rows), or (rows,) for one policy. Neither
             copied (unless it is not contiguous) nor changed.
         names: A name for each row, unique or not: the module path, or the kind of a functional call.
+        columns: The same as columns, if ``rows`` was written out from some and nobody else has it: they are costed in
+            less time.
 
     Attributes:
         rows: A read-only view, shape (policies, rows).
         names: One name a row.
+        columns: What the rows were written out from, or None.
 
     Raises:
         TargetError: If the array has another dtype or shape, or a row holds a size below 1, a bit-width out of
@@ -162,9 +168,9 @@ class Workload:
             not have; it names the row.
     """
 
-    __slots__ = ("names", "rows")
+    __slots__ = ("columns", "names", "rows")
 
-    def __init__(self, rows: Rows, names: Sequence[str]) -> None:
+    def __init__(self, rows: Rows, names: Sequence[str], columns: ColumnWorkload | None = None) -> None:
         if rows.dtype != ROW_DTYPE:
             raise TargetError(f"A workload needs an array of ROW_DTYPE, got {rows.dtype}. Make rows by default_rows().")
         if rows.ndim not in (1, 2):
@@ -181,6 +187,7 @@ class Workload:
         view.flags.writeable = False
         self.rows: Rows = view
         self.names = tuple(names)
+        self.columns = columns
 
     @property
     def policies(self) -> int:
@@ -249,13 +256,17 @@ class ColumnWorkload:
     def __repr__(self) -> str:
         return f"ColumnWorkload({self.policies} policies, {len(self)} rows)"
 
+    def may_have_macs(self, index: int) -> bool:
+        """Whether a row is of a kind that has multiply-accumulates, under any policy."""
+        return "kind" in self.columns[index] or int(self.template["kind"][index]) in _WITH_MACS
+
     def expand(self) -> Workload:
         """The same rows written out, shape (policies, rows)."""
         rows = np.repeat(self.template[None, :], self.policies, axis=0)
         for index, fields in enumerate(self.columns):
             for name, column in fields.items():
                 rows[name][:, index] = column
-        return Workload(rows, self.names)
+        return Workload(rows, self.names, self)
 
     def _check_bounds(self) -> None:
         """See that rows are sound: each of one policy in full, the other policies in the fields that differ."""

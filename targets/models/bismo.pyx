@@ -44,9 +44,11 @@ Arithmetic is by integers of up to ``widest_bits``: wider rows, as those of a ne
 width. Zeros are computed like other numbers, so densities do not matter.
 """
 
+from cython cimport final
 from libc.math cimport NAN
 from libc.stdint cimport int64_t
 
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
     DEPTHWISE, LINEAR, MATMUL, UNKNOWN, WITH_MACS,
@@ -106,6 +108,7 @@ cdef inline double ordered(const Side* outer, const Side* inner, double multiply
     return larger(streamed, awaited)
 
 
+@final
 cdef class Model(CostModel):
     """One overlay."""
 
@@ -158,7 +161,7 @@ cdef class Model(CostModel):
             result.stripes = ceil_div(result.tiles, capacity, 1.0 / capacity)
         return result
 
-    cdef Product product(self, const Row* row) noexcept nogil:
+    cdef inline Product product(self, const Row* row) noexcept nogil:
         """The matrix products that a row with MACs comes to."""
         cdef Product result
         cdef double a = self.width(row.activation_bits)
@@ -192,27 +195,15 @@ cdef class Model(CostModel):
         result.activations = self.side(a, pixels, result.blocks, self.columns, self.inverse_columns)
         return result
 
-    cdef double moved_bits(self, const Row* row) noexcept nogil:
+    cdef inline double moved_bits(self, const Row* row) noexcept nogil:
         """Bits of what an operator without MACs reads and writes."""
         return in_elements(row) * self.width(row.activation_bits) + out_elements(row) * self.width(row.output_bits)
 
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        cost_block(self, block, latency_s, energy_j)
+
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        cdef Cost result
-        cdef Product found
-        cdef double multiply, outside, inside
-        result.energy_j = NAN
-        if row.kind == UNKNOWN:
-            result.latency_s = NAN
-            return result
-        if not is_among(row, WITH_MACS):
-            result.latency_s = self.moved_bits(row) * self.inverse_port * self.seconds_per_cycle
-            return result
-        found = self.product(row)
-        multiply = found.weights.bits * found.activations.bits * found.blocks
-        outside = ordered(&found.weights, &found.activations, multiply)
-        inside = ordered(&found.activations, &found.weights, multiply)
-        result.latency_s = -larger(-outside, -inside) * found.repeats * self.seconds_per_cycle
-        return result
+        return formula(self, row)
 
     cdef double dram_bytes(self, const Row* row) noexcept nogil:
         cdef Product found
@@ -228,3 +219,25 @@ cdef class Model(CostModel):
             found.repeats * planes * found.blocks * self.depth / 8.0
             + out_elements(row) * self.width(row.output_bits) / 8.0
         )
+
+
+cdef inline Cost formula(Model model, const Row* row) noexcept nogil:
+    cdef Cost result
+    cdef Product found
+    cdef double multiply, outside, inside
+    result.energy_j = NAN
+    if row.kind == UNKNOWN:
+        result.latency_s = NAN
+        return result
+    if not is_among(row, WITH_MACS):
+        result.latency_s = model.moved_bits(row) * model.inverse_port * model.seconds_per_cycle
+        return result
+    found = model.product(row)
+    multiply = found.weights.bits * found.activations.bits * found.blocks
+    outside = ordered(&found.weights, &found.activations, multiply)
+    inside = ordered(&found.activations, &found.weights, multiply)
+    result.latency_s = -larger(-outside, -inside) * found.repeats * model.seconds_per_cycle
+    return result
+
+
+include "_batch.pxi"

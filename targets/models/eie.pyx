@@ -14,8 +14,10 @@ they are and counts every nonzero product once. Operators without MACs have no m
 Source: Han et al., "EIE: efficient inference engine on compressed deep neural network" (ISCA 2016).
 """
 
+from cython cimport final
 from libc.math cimport NAN
 
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport MATMUL, WITH_MACS, Row, is_among, macs
 
@@ -30,6 +32,7 @@ PARAMETERS = {
 }
 
 
+@final
 cdef class Model(CostModel):
     """One engine."""
 
@@ -43,15 +46,25 @@ cdef class Model(CostModel):
         self.watts = values["power"]
         self.has_energy = True
 
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        cost_block(self, block, latency_s, energy_j)
+
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        cdef Cost result
-        # A product of activations has no stored weights, which the engine is made of.
-        if row.kind == MATMUL or not is_among(row, WITH_MACS):
-            result.latency_s = result.energy_j = NAN
-            return result
-        result.latency_s = macs(row) * row.weight_density * row.activation_density * self.seconds_per_product
-        result.energy_j = self.watts * result.latency_s
-        return result
+        return formula(self, row)
 
     cdef double dram_bytes(self, const Row* row) noexcept nogil:
         return 0.0
+
+
+cdef inline Cost formula(Model model, const Row* row) noexcept nogil:
+    cdef Cost result
+    # A product of activations has no stored weights, which the engine is made of.
+    if row.kind == MATMUL or not is_among(row, WITH_MACS):
+        result.latency_s = result.energy_j = NAN
+        return result
+    result.latency_s = macs(row) * row.weight_density * row.activation_density * model.seconds_per_product
+    result.energy_j = model.watts * result.latency_s
+    return result
+
+
+include "_batch.pxi"

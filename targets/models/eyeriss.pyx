@@ -20,8 +20,10 @@ Whole sets alone are a simplification of its mapper; crowding and its limit are 
 fall with wide maps.
 """
 
+from cython cimport final
 from libc.math cimport NAN
 
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
     UNKNOWN, WITH_MACS, Row, bias_elements, ceil_div, in_elements, is_among, is_gemm, larger, macs, out_elements,
@@ -71,6 +73,7 @@ cdef inline double moved(const Row* row, double read, double written) noexcept n
     return WORD_BYTES * (read + weights(row) + written) + 4.0 * (bias_elements(row) + row.held)
 
 
+@final
 cdef class Model(CostModel):
     """One Eyeriss grid with its buffer and memory."""
 
@@ -142,21 +145,31 @@ cdef class Model(CostModel):
     cdef double dram_bytes(self, const Row* row) noexcept nogil:
         return moved(row, in_elements(row), out_elements(row))
 
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        cost_block(self, block, latency_s, energy_j)
+
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        cdef Cost result
-        cdef double read = in_elements(row)
-        cdef double written = out_elements(row)
-        cdef double bytes = moved(row, read, written)
-        result.latency_s = bytes * self.seconds_per_byte
-        result.energy_j = bytes * self.joules_per_byte
-        if row.kind == UNKNOWN:
-            result.latency_s = result.energy_j = NAN
-            return result
-        if is_among(row, WITH_MACS):
-            result.latency_s = larger(self.compute_cycles(row) * self.seconds_per_cycle, result.latency_s)
-            result.latency_s += self.seconds_per_byte * (
-                smaller(WORD_BYTES * read, self.buffer) + smaller(WORD_BYTES * written, self.buffer)
-            )
-            result.energy_j += macs(row) * self.joules_per_mac
-        result.energy_j += self.static_watts * result.latency_s
+        return formula(self, row)
+
+
+cdef inline Cost formula(Model model, const Row* row) noexcept nogil:
+    cdef Cost result
+    cdef double read = in_elements(row)
+    cdef double written = out_elements(row)
+    cdef double bytes = moved(row, read, written)
+    result.latency_s = bytes * model.seconds_per_byte
+    result.energy_j = bytes * model.joules_per_byte
+    if row.kind == UNKNOWN:
+        result.latency_s = result.energy_j = NAN
         return result
+    if is_among(row, WITH_MACS):
+        result.latency_s = larger(model.compute_cycles(row) * model.seconds_per_cycle, result.latency_s)
+        result.latency_s += model.seconds_per_byte * (
+            smaller(WORD_BYTES * read, model.buffer) + smaller(WORD_BYTES * written, model.buffer)
+        )
+        result.energy_j += macs(row) * model.joules_per_mac
+    result.energy_j += model.static_watts * result.latency_s
+    return result
+
+
+include "_batch.pxi"

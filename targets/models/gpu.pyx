@@ -14,9 +14,11 @@ own unless the runtime fuses. Kernels are dense: densities do not matter. Wave q
 "Matrix multiplication background": tile and wave quantization).
 """
 
+from cython cimport final
 from libc.math cimport NAN
 from libc.stdint cimport int32_t
 
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
     DEPTHWISE, MATMUL, MAX_BITS, UNKNOWN, WITH_MACS,
@@ -47,6 +49,7 @@ PARAMETERS = {
 }
 
 
+@final
 cdef class Model(CostModel):
     """One GPU and the runtime that launches its kernels."""
 
@@ -88,7 +91,7 @@ cdef class Model(CostModel):
         self.has_energy = "power" in values
         self.watts = values.get("power", NAN)
 
-    cdef double tiled_macs(self, const Row* row) noexcept nogil:
+    cdef inline double tiled_macs(self, const Row* row) noexcept nogil:
         """MACs that each multiprocessor spends time on, with the idle parts of tiles and waves."""
         cdef double m, tiles
         cdef double n = row.k
@@ -113,21 +116,30 @@ cdef class Model(CostModel):
             * ceil_div(k, self.split_k, self.inverse_split_k)
         )
 
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        cost_block(self, block, latency_s, energy_j)
+
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        cdef Cost result
-        cdef int32_t bits = compute_bits(row)
-        cdef double compute_s = 0.0
-        cdef double memory_s
-        result.latency_s = result.energy_j = NAN
-        if row.kind == UNKNOWN:
-            return result
-        if row.kind == DEPTHWISE:
-            compute_s = macs(row) * self.depthwise_seconds_per_mac[bits]
-        elif is_among(row, WITH_MACS):
-            compute_s = self.tiled_macs(row) * self.seconds_per_mac[bits] * self.dense_share
-        if compute_s != compute_s:
-            return result
-        memory_s = traffic_bytes(row) * self.seconds_per_byte
-        result.latency_s = larger(larger(compute_s, memory_s), self.launch_floor_s)
-        result.energy_j = self.watts * result.latency_s
+        return formula(self, row)
+
+
+cdef inline Cost formula(Model model, const Row* row) noexcept nogil:
+    cdef Cost result
+    cdef int32_t bits = compute_bits(row)
+    cdef double compute_s = 0.0
+    cdef double memory_s
+    result.latency_s = result.energy_j = NAN
+    if row.kind == UNKNOWN:
         return result
+    if row.kind == DEPTHWISE:
+        compute_s = macs(row) * model.depthwise_seconds_per_mac[bits]
+    elif is_among(row, WITH_MACS):
+        compute_s = model.tiled_macs(row) * model.seconds_per_mac[bits] * model.dense_share
+    memory_s = traffic_bytes(row) * model.seconds_per_byte
+    # In this order a NaN, of a width that there is no arithmetic for, stays.
+    result.latency_s = larger(model.launch_floor_s, larger(memory_s, compute_s))
+    result.energy_j = model.watts * result.latency_s
+    return result
+
+
+include "_batch.pxi"

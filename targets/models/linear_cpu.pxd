@@ -1,3 +1,4 @@
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport Row
 
@@ -24,6 +25,6 @@ cdef class Model(CostModel):
     cdef double spill_threshold
     cdef double channel_tile
     cdef double inverse_tile
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil
     cdef Cost cost(self, const Row* row) noexcept nogil
-    cdef double padded_macs(self, const Row* row) noexcept nogil
     cdef double latency(self, const Row* row) noexcept nogil

@@ -13,6 +13,7 @@ falls as bits grow; a kind without coefficients in a class takes a wider one.
 
 from libc.math cimport INFINITY, NAN
 
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
     DEPTHWISE, UNKNOWN, Row, ceil_div, compute_bits, in_elements, in_volume, is_pointwise, kernel_volume, larger, macs,
@@ -63,6 +64,27 @@ cdef inline int group_of(const Row* row) noexcept nogil:
     return 0 if is_pointwise(row) else row.kind + 1
 
 
+cdef struct Work:
+    double macs
+    double weights
+    double read
+    double written
+    double spilled
+    double kernel_rows
+
+
+cdef inline double seconds_by(const Linear* terms, const Work* work) noexcept nogil:
+    return (
+        terms.mac * work.macs + terms.weight * work.weights + terms.read * work.read
+        + (terms.written + terms.kernel_rows * work.kernel_rows) * work.written
+        + terms.spilled * work.spilled + terms.constant
+    )
+
+
+cdef inline double smaller(double a, double b) noexcept nogil:
+    return a if a < b else b
+
+
 cdef Linear linear(given):
     cdef Linear terms
     terms.mac = given.get("mac", 0.0)
@@ -107,46 +129,58 @@ cdef class Model(CostModel):
                 for slot in range(self.counts[j]):
                     self.candidates[i][j][slot] = usable[min(slot, len(usable) - 1)]
 
-    cdef double padded_macs(self, const Row* row) noexcept nogil:
-        """MACs of a pointwise or depthwise convolution with channels rounded up to whole blocks."""
-        cdef double pairs = ceil_div(row.k, self.channel_tile, self.inverse_tile) * self.channel_tile
-        if row.kind == DEPTHWISE:
-            pairs *= <double>row.c / row.groups
-        else:
-            pairs *= ceil_div(row.c, self.channel_tile, self.inverse_tile) * self.channel_tile
-        return pairs * kernel_volume(row) * row.n * (in_volume(row) if row.transposed else out_volume(row))
-
     cdef double latency(self, const Row* row) noexcept nogil:
         """Seconds of one row, NaN where no class has coefficients for it."""
-        cdef int group = group_of(row)
-        cdef double work, stored, read, written, spilled, seconds
-        cdef double best = INFINITY
-        cdef const Linear* terms
-        cdef int _i
-        if group < 0:
-            return NAN
-        terms = &self.candidates[class_of(compute_bits(row))][group][0]
-        if self.channel_tile > 1.0 and (group == 0 or row.kind == DEPTHWISE):
-            work = self.padded_macs(row)
-        else:
-            work = macs(row)
-        stored = weights(row)
-        read = in_elements(row)
-        written = out_elements(row)
-        spilled = larger(read * row.activation_bits / 8.0 - self.spill_threshold, 0.0) / 4.0
-        for _i in range(self.counts[group]):
-            seconds = (
-                terms.mac * work + terms.weight * stored + terms.read * read
-                + (terms.written + terms.kernel_rows * row.kernel_h) * written
-                + terms.spilled * spilled + terms.constant
-            )
-            # NaN stays: where there are no coefficients, every candidate is NaN.
-            best = best if best < seconds else seconds
-            terms += 1
-        return best
+        return seconds_of(self, row)
+
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        cost_block(self, block, latency_s, energy_j)
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        cdef Cost result
-        result.latency_s = self.latency(row)
-        result.energy_j = NAN
-        return result
+        return formula(self, row)
+
+
+cdef inline double padded_macs(Model model, const Row* row) noexcept nogil:
+    # MACs of a pointwise or depthwise convolution with channels rounded up to whole blocks.
+    cdef double pairs = ceil_div(row.k, model.channel_tile, model.inverse_tile) * model.channel_tile
+    if row.kind == DEPTHWISE:
+        pairs *= <double>row.c / row.groups
+    else:
+        pairs *= ceil_div(row.c, model.channel_tile, model.inverse_tile) * model.channel_tile
+    return pairs * kernel_volume(row) * row.n * (in_volume(row) if row.transposed else out_volume(row))
+
+
+cdef inline double seconds_of(Model model, const Row* row) noexcept nogil:
+    cdef int group = group_of(row)
+    cdef Work work
+    cdef double best
+    cdef const Linear* terms
+    if group < 0:
+        return NAN
+    terms = &model.candidates[class_of(compute_bits(row))][group][0]
+    if model.channel_tile > 1.0 and (group == 0 or row.kind == DEPTHWISE):
+        work.macs = padded_macs(model, row)
+    else:
+        work.macs = macs(row)
+    work.weights = weights(row)
+    work.read = in_elements(row)
+    work.written = out_elements(row)
+    work.spilled = larger(work.read * row.activation_bits / 8.0 - model.spill_threshold, 0.0) / 4.0
+    work.kernel_rows = row.kernel_h
+    best = seconds_by(terms, &work)
+    # NaN stays: where there are no coefficients, every candidate is NaN.
+    if model.counts[group] > 1:
+        best = smaller(best, seconds_by(terms + 1, &work))
+    if model.counts[group] > 2:
+        best = smaller(best, seconds_by(terms + 2, &work))
+    return best
+
+
+cdef inline Cost formula(Model model, const Row* row) noexcept nogil:
+    cdef Cost result
+    result.latency_s = seconds_of(model, row)
+    result.energy_j = NAN
+    return result
+
+
+include "_batch.pxi"

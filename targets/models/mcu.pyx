@@ -17,8 +17,10 @@ by way of a buffer of one output channel, and an elementwise operator writes ove
 That takes an input that nothing else reads later, as in the usual blocks; a row does not tell.
 """
 
+from cython cimport final
 from libc.math cimport NAN
 
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
     DEPTHWISE, ELEMENTWISE, MAX_BITS, UNKNOWN, WITH_MACS, Row, compute_bits, in_elements, in_volume, is_among, larger,
@@ -43,6 +45,7 @@ PARAMETERS = {
 }
 
 
+@final
 cdef class Model(CostModel):
     """A microcontroller.
 
@@ -63,17 +66,13 @@ cdef class Model(CostModel):
             self.mac_s[bits] = 1.0 / (values["clock"] * (rate if rate == rate else widest))
         self.item_s = 1.0 / (values["clock"] * values["item_per_cycle"])
         self.in_place = values["in_place"] != 0.0
+        self.shares_memory = self.in_place
+
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        cost_block(self, block, latency_s, energy_j)
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        cdef Cost result
-        result.energy_j = NAN
-        if is_among(row, WITH_MACS):
-            result.latency_s = macs(row) * self.mac_s[compute_bits(row)]
-        elif row.kind == UNKNOWN:
-            result.latency_s = NAN
-        else:
-            result.latency_s = (in_elements(row) + out_elements(row)) * self.item_s
-        return result
+        return formula(self, row)
 
     cdef double peak_bytes(self, const Row* row) noexcept nogil:
         cdef double read, written, shared
@@ -86,3 +85,18 @@ cdef class Model(CostModel):
         if row.kind == DEPTHWISE:
             shared -= out_volume(row) * row.output_bits / 8.0
         return larger(row.live_bytes - larger(shared, 0.0), 0.0)
+
+
+cdef inline Cost formula(Model model, const Row* row) noexcept nogil:
+    cdef Cost result
+    result.energy_j = NAN
+    if is_among(row, WITH_MACS):
+        result.latency_s = macs(row) * model.mac_s[compute_bits(row)]
+    elif row.kind == UNKNOWN:
+        result.latency_s = NAN
+    else:
+        result.latency_s = (in_elements(row) + out_elements(row)) * model.item_s
+    return result
+
+
+include "_batch.pxi"

@@ -30,9 +30,11 @@ longer to launch in integers than in floating point, which small operators do no
 fifth of the networks run slower in w8a16 than in float.
 """
 
+from cython cimport final
 from libc.math cimport NAN
 from libc.stdint cimport int32_t, int64_t
 
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
     CLAMP, CONV, CONVS, COPY, DEPTHWISE, ELEMENTWISE, LINEAR, MATMUL, NO_ACTIVATION, NORM, RESIZE, UNKNOWN,
@@ -137,6 +139,7 @@ cdef inline double padded_macs(const Row* row, double taps) noexcept nogil:
     return pairs * taps * plane(<double>row.n * row.out_d, row.out_h, row.out_w)
 
 
+@final
 cdef class Model(CostModel):
     """The processor with its compiler.
 
@@ -170,13 +173,13 @@ cdef class Model(CostModel):
             wider = name if any(key.startswith(f"{name}.") for key in values) else wider
             self.precisions[i] = figures(values, wider)
 
-    cdef bint free(self, const Row* row) noexcept nogil:
+    cdef inline bint free(self, const Row* row) noexcept nogil:
         """Whether a row is merged into what makes its input."""
         if row.kind == ELEMENTWISE:
             return self.merges and row.activation == CLAMP
         return self.merges and row.fused and row.kind == NORM
 
-    cdef double macs_s(self, const Row* row, const Figures* here) noexcept nogil:
+    cdef inline double macs_s(self, const Row* row, const Figures* here) noexcept nogil:
         """Seconds of the arithmetic of a convolution or linear layer."""
         cdef double seconds
         cdef double taps = kernel_volume(row)
@@ -190,38 +193,48 @@ cdef class Model(CostModel):
             seconds = padded_macs(row, taps) * here.dense
         return seconds * self.dilated if row.dilation > 1 and taps > 1.0 else seconds
 
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        cost_block(self, block, latency_s, energy_j)
+
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        cdef Cost result
-        cdef const Figures* here = &self.precisions[precision_of(row)]
-        cdef double elements
-        result.energy_j = NAN
-        if row.kind == UNKNOWN:
-            result.latency_s = NAN
-            return result
-        if self.free(row):
-            result.latency_s = 0.0
-            return result
-        elements = in_elements(row) + out_elements(row)
-        result.latency_s = here.operator_s
-        if row.kind == COPY:
-            if row.transposed:
-                result.latency_s += here.moved * elements
-            return result
-        result.latency_s += here.element * elements
-        if is_among(row, WITH_BIAS):
-            result.latency_s += self.macs_s(row, here) + here.weight * weights(row)
-            if row.c == 3 and row.in_d == 1 and is_among(row, CONVS):
-                result.latency_s += here.stem * elements
-        elif row.kind == MATMUL:
-            result.latency_s += here.matmul
-        elif row.kind == RESIZE:
-            result.latency_s += here.resize * elements
-        elif row.kind == ELEMENTWISE and row.activation == NO_ACTIVATION:
-            result.latency_s += here.arithmetic * elements
-        return result
+        return formula(self, row)
 
     cdef double dram_bytes(self, const Row* row) noexcept nogil:
         """Bytes of each operand once; none where a row is merged or nothing is moved."""
         if self.free(row) or (row.kind == COPY and not row.transposed):
             return 0.0
         return traffic_bytes(row)
+
+
+cdef inline Cost formula(Model model, const Row* row) noexcept nogil:
+    cdef Cost result
+    cdef const Figures* here = &model.precisions[precision_of(row)]
+    cdef double elements
+    result.energy_j = NAN
+    if row.kind == UNKNOWN:
+        result.latency_s = NAN
+        return result
+    if model.free(row):
+        result.latency_s = 0.0
+        return result
+    elements = in_elements(row) + out_elements(row)
+    result.latency_s = here.operator_s
+    if row.kind == COPY:
+        if row.transposed:
+            result.latency_s += here.moved * elements
+        return result
+    result.latency_s += here.element * elements
+    if is_among(row, WITH_BIAS):
+        result.latency_s += model.macs_s(row, here) + here.weight * weights(row)
+        if row.c == 3 and row.in_d == 1 and is_among(row, CONVS):
+            result.latency_s += here.stem * elements
+    elif row.kind == MATMUL:
+        result.latency_s += here.matmul
+    elif row.kind == RESIZE:
+        result.latency_s += here.resize * elements
+    elif row.kind == ELEMENTWISE and row.activation == NO_ACTIVATION:
+        result.latency_s += here.arithmetic * elements
+    return result
+
+
+include "_batch.pxi"

@@ -7,8 +7,10 @@ Source: Williams, Waterman, Patterson, "Roofline", CACM 52(4), 2009; the energy 
 time. Arithmetic is dense: zeros are computed like other numbers, so densities do not matter.
 """
 
+from cython cimport final
 from libc.math cimport NAN
 
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport MAX_BITS, UNKNOWN, Row, compute_bits, larger, macs, traffic_bytes
 
@@ -27,6 +29,7 @@ PARAMETERS = {
 }
 
 
+@final
 cdef class Model(CostModel):
     """The roofline of one processor and its memory."""
 
@@ -52,22 +55,32 @@ cdef class Model(CostModel):
         self.joules_per_byte = values.get("byte_energy", NAN)
         self.static_watts = values.get("static_power", NAN)
 
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        cost_block(self, block, latency_s, energy_j)
+
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        cdef Cost result
-        cdef double work = macs(row)
-        cdef double moved = traffic_bytes(row)
-        cdef double compute_s = work * self.seconds_per_mac[compute_bits(row)]
-        cdef double memory_s = moved * self.seconds_per_byte
-        if row.kind == UNKNOWN:
-            result.latency_s = result.energy_j = NAN
-            return result
-        if work == 0.0:
-            compute_s = 0.0
-        result.latency_s = self.overhead_s + larger(compute_s, memory_s)
-        # A width without a class: NaN has to survive the comparison above.
-        if compute_s != compute_s:
-            result.latency_s = NAN
-        result.energy_j = self.static_watts * result.latency_s + moved * self.joules_per_byte
-        if work > 0.0:
-            result.energy_j += work * self.joules_per_mac[compute_bits(row)]
+        return formula(self, row)
+
+
+cdef inline Cost formula(Model model, const Row* row) noexcept nogil:
+    cdef Cost result
+    cdef double work = macs(row)
+    cdef double moved = traffic_bytes(row)
+    cdef double compute_s = work * model.seconds_per_mac[compute_bits(row)]
+    cdef double memory_s = moved * model.seconds_per_byte
+    if row.kind == UNKNOWN:
+        result.latency_s = result.energy_j = NAN
         return result
+    if work == 0.0:
+        compute_s = 0.0
+    result.latency_s = model.overhead_s + larger(compute_s, memory_s)
+    # A width without a class: NaN has to survive the comparison above.
+    if compute_s != compute_s:
+        result.latency_s = NAN
+    result.energy_j = model.static_watts * result.latency_s + moved * model.joules_per_byte
+    if work > 0.0:
+        result.energy_j += work * model.joules_per_mac[compute_bits(row)]
+    return result
+
+
+include "_batch.pxi"

@@ -19,8 +19,10 @@ sample. Operators without MACs take their traffic alone.
 Source: Samajdar et al., "SCALE-Sim", arXiv:1811.02883, equations 1 to 3; its tool reports one cycle less than they say.
 """
 
+from cython cimport final
 from libc.math cimport NAN
 
+from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
     MATMUL, UNKNOWN, WITH_MACS, Row, bias_elements, ceil_div, in_elements, in_volume, is_among, kernel_volume, larger,
@@ -72,6 +74,7 @@ cdef inline int narrowed(int bits) noexcept nogil:
     return bits if bits < WIDEST else WIDEST
 
 
+@final
 cdef class Model(CostModel):
     """One systolic array with its buffers and memory."""
 
@@ -177,26 +180,36 @@ cdef class Model(CostModel):
             folds = self.fold(&product)
         return self.moved(row, &product, &folds)
 
+    cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
+        cost_block(self, block, latency_s, energy_j)
+
     cdef Cost cost(self, const Row* row) noexcept nogil:
-        cdef Cost result
-        cdef Product product
-        cdef Folds folds
-        cdef double passes, bytes
-        cdef double compute_s = 0.0
-        cdef double work = macs(row)
-        if row.kind == UNKNOWN:
-            result.latency_s = result.energy_j = NAN
-            return result
-        passes = self.parts[row.activation_bits]
-        passes *= passes if row.kind == MATMUL else self.parts[row.weight_bits]
-        product.count = folds.over_m = folds.over_r = folds.over_k = 1.0
-        if is_among(row, WITH_MACS):
-            product = self.product(row)
-            folds = self.fold(&product)
-            compute_s = product.count * folds.cycles * passes * self.seconds_per_cycle
-        bytes = self.moved(row, &product, &folds)
-        result.latency_s = larger(compute_s, bytes * self.seconds_per_byte)
-        result.energy_j = (
-            work * passes * self.joules_per_mac + bytes * self.joules_per_byte + self.static_watts * result.latency_s
-        )
+        return formula(self, row)
+
+
+cdef inline Cost formula(Model model, const Row* row) noexcept nogil:
+    cdef Cost result
+    cdef Product product
+    cdef Folds folds
+    cdef double passes, bytes
+    cdef double compute_s = 0.0
+    cdef double work = macs(row)
+    if row.kind == UNKNOWN:
+        result.latency_s = result.energy_j = NAN
         return result
+    passes = model.parts[row.activation_bits]
+    passes *= passes if row.kind == MATMUL else model.parts[row.weight_bits]
+    product.count = folds.over_m = folds.over_r = folds.over_k = 1.0
+    if is_among(row, WITH_MACS):
+        product = model.product(row)
+        folds = model.fold(&product)
+        compute_s = product.count * folds.cycles * passes * model.seconds_per_cycle
+    bytes = model.moved(row, &product, &folds)
+    result.latency_s = larger(compute_s, bytes * model.seconds_per_byte)
+    result.energy_j = (
+        work * passes * model.joules_per_mac + bytes * model.joules_per_byte + model.static_watts * result.latency_s
+    )
+    return result
+
+
+include "_batch.pxi"
