@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import fx, nn
 
 from fxopt import _storage, targets
-from fxopt import passes as pass_registry
-from fxopt._precision import without_slow_integers
-from fxopt._reporting import build_report, changes_in, export_data, metrics_of, notes_on
+from fxopt._arguments import PassLike, check_data, check_executor, check_whole, load_target, resolve_passes
+from fxopt._job import Job, Tuning
+from fxopt._reporting import build_report, changes_in, export_data, notes_on
 from fxopt._selecting import Selector, parted
-from fxopt.data import Loader, first_batch
-from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
-from fxopt.errors import DataError, InfeasibleError, PassError, SearchError, TargetError
+from fxopt.data import Loader
+from fxopt.decisions import Budget, Policy
 from fxopt.evaluate import Evaluator, Reconstruction, RelativeLatency, apply_policy
-from fxopt.export import ExportReport, Format, export_onnx, host_fingerprint, measure, onnxruntime_profiler
-from fxopt.lowering import ParametricWorkload, lower
+from fxopt.export import ExportReport, Format, export_onnx, measure
+from fxopt.lowering import lower
 from fxopt.passes import Quantize, TunablePass
 from fxopt.passes._fork import own_copy
 from fxopt.passes.quantize import CALIBRATION_META
 from fxopt.progress import Progress, reporter
-from fxopt.report import Metrics, PassLine, Report
-from fxopt.search import SearchResult, engines, run_search
-from fxopt.training import fit, rehearse
+from fxopt.report import PassLine, Report
+from fxopt.search import SearchResult, engines
 
 __all__ = ["OptimizationResult", "load", "optimize"]
 
-PassLike: TypeAlias = str | TunablePass
 _CHEAPNESS = 0.01
 
 
@@ -184,23 +179,23 @@ def optimize(
         InfeasibleError: If no policy is within the budget, before anything is trained; says the least possible.
         FxoptError: On bad input; the message says what, where and what to do.
     """
-    chosen = _resolve_passes(passes)
+    chosen = resolve_passes(passes)
     budgets = Budget.parse_all(budget or {})
     engines.load(engine)
-    _check_whole(1, trials=trials, parallel=parallel)
-    _check_whole(0, epochs=epochs, seed=seed)
+    check_whole(1, trials=trials, parallel=parallel)
+    check_whole(0, epochs=epochs, seed=seed)
     show = reporter(progress)
-    device = _load_target(target, show)
-    _check_data(train, val, evaluate)
-    _check_executor(executor)
+    device = load_target(target, show)
+    check_data(train, val, evaluate)
+    check_executor(executor)
     folder = Path(workdir) if workdir is not None else None
     everything = chosen
     selecting, chosen = parted(everything)
     selector = None
     if selecting is not None:
         selector = Selector(selecting, train, epochs, learning_rate, seed, 1.0 / len(everything))
-    job = _Job(model, example_inputs, device, chosen, budgets, folder, show, selector)
-    tuning = _Tuning(train, epochs, loss, learning_rate, seed, folder)
+    job = Job(model, example_inputs, device, chosen, budgets, folder, show, selector)
+    tuning = Tuning(train, epochs, loss, learning_rate, seed, folder)
     judge = Evaluator(
         job.graph,
         chosen,
@@ -257,283 +252,6 @@ def optimize(
     _storage.explain_other_weights(final)
     whole = job.selected.merged(policy)
     return OptimizationResult(final, whole, report, found, everything, example_inputs, job.state)
-
-
-@dataclass(frozen=True)
-class _Tuning:
-    """How to fine-tune what the search has found."""
-
-    train: Loader | None
-    epochs: int
-    loss: Callable[[Any, Any], torch.Tensor] | None
-    learning_rate: float
-    seed: int
-    folder: Path | None
-
-    def rehearse(self, original: fx.GraphModule) -> None:
-        """Notice what is wrong with data or loss before anything is searched.
-
-        Raises:
-            FxoptError: If fine-tuning could not take a step.
-        """
-        if self.train is not None:
-            rehearse(
-                original,
-                self.train,
-                epochs=self.epochs,
-                loss=self.loss,
-                learning_rate=self.learning_rate,
-                teacher=self._teacher(original),
-            )
-
-    def run(self, graph: fx.GraphModule, job: _Job, policy: Policy, show: Progress) -> bool:
-        """Fine-tune ``graph`` in place, if there is something to train on; whether it was done."""
-        if self.train is None or self.epochs < 1:
-            return False
-        show.start("fine-tuning", self.epochs)
-        fit(
-            graph,
-            self.train,
-            epochs=self.epochs,
-            loss=self.loss,
-            learning_rate=self.learning_rate,
-            teacher=self._teacher(job.source),
-            checkpoint=None if self.folder is None else self.folder / f"fine-tune-{job.digest_with(policy)}",
-            seed=self.seed,
-            progress=lambda epoch, _, value: show.advance("fine-tuning", 1, f"loss {value:.4f}"),
-        )
-        show.finish("fine-tuning")
-        return True
-
-    def _teacher(self, original: fx.GraphModule) -> fx.GraphModule | None:
-        return original if self.loss is None else None
-
-
-class _Job:
-    """The traced model, what it costs, and what can be decided about it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        example_inputs: object,
-        target: targets.Target,
-        passes: tuple[TunablePass, ...],
-        budgets: tuple[Budget, ...],
-        folder: Path | None,
-        show: Progress,
-        selector: Selector | None = None,
-    ) -> None:
-        self.target = target
-        self.budgets = budgets
-        # Tensors of its own: whatever a judge or a loss does to the graph, the model stays as it was.
-        self.graph: fx.GraphModule = own_copy(_storage.traced(model, example_inputs)).eval()
-        self.state = _storage.shapes_of(model)
-        _check_weights(self.graph)
-        self.source, self.selected = self.graph, Policy({})
-        self.notes: tuple[str, ...] = ()
-        self.original, self.limits = self._costs_of_original()
-        if selector is not None:
-            self._select(selector, folder, show)
-        self.digest = _storage.digest_of(self.graph)
-        self.workload: ParametricWorkload = lower(self.graph, batch=target.capabilities.batch)
-        decisions = [d for one in passes for d in one.search_space(self.graph, target.capabilities)]
-        self.space = SearchSpace(decisions)
-        if target.name == targets.HOST:
-            record = None if folder is None else folder / f"fastest-bits-{self.digest}.json"
-            for one in passes:
-                if isinstance(one, Quantize):
-                    self.space = without_slow_integers(self.space, self.graph, example_inputs, one, record, show)
-        self._prepare()
-        self.constraint = self._constraint()
-
-    def _costs_of_original(self) -> tuple[targets.Estimate, npt.NDArray[np.float64]]:
-        """What the original costs, and the limits of the budgets that this gives."""
-        workload = lower(self.source, batch=self.target.capabilities.batch).bind()
-        self.target.prepare(workload)
-        found = self.target.estimate(workload)
-        limits = [budget.absolute(float(found.metric(budget.metric)[0])) for budget in self.budgets]
-        return found, np.array(limits)
-
-    def _select(self, selector: Selector, folder: Path | None, show: Progress) -> None:
-        """Choose operators first: all that follows starts from the network they make."""
-        metrics = [budget.metric for budget in self.budgets]
-        limits = dict(zip(metrics, self.limits.tolist(), strict=True))
-        before = {metric: float(self.original.metric(metric)[0]) for metric in metrics}
-        found = selector.select(self.source, self.target, limits, before, folder, show)
-        self.graph, self.selected, self.notes = found.graph, found.policy, found.notes
-
-    def _prepare(self) -> None:
-        """Let a measured target see the operators at full and half width, in every bit-width on offer."""
-        widths = [self.space.default(), self.space.uniform(0.5)] if len(self.space) else [Policy({})]
-        offered = {choice for decision in self.space if decision.kind == "bits" for choice in decision.choices}
-        for policy in widths:
-            self.target.prepare(self.workload.bind(policy))
-            for bits in sorted(offered):
-                changed = {
-                    decision.key: bits
-                    for decision in self.space
-                    if decision.kind == "bits" and bits in decision.choices
-                }
-                self.target.prepare(self.workload.bind(policy.merged(Policy(changed))))
-
-    def _constraint(self) -> Constraint | None:
-        if not self.budgets:
-            return None
-        if not len(self.space):
-            self._check_nothing_to_decide()
-            return None
-        return Constraint(self.space, self.costs, self.limits, [budget.metric for budget in self.budgets])
-
-    def _check_nothing_to_decide(self) -> None:
-        for budget, limit, cost in zip(self.budgets, self.limits, self.achieved(self.graph), strict=True):
-            least = float(cost)
-            if least > limit * (1 + 1e-9):
-                raise InfeasibleError(
-                    f"The passes find nothing to decide in this model, and its {budget.metric} is over the budget "
-                    f"{budget}. Add passes, or see fxopt.trace and the report's barriers.",
-                    metric=budget.metric,
-                    limit=float(limit),
-                    least=least,
-                )
-
-    def costs(self, policies: Sequence[Policy]) -> npt.NDArray[np.float64]:
-        """Cost of every policy in every budgeted metric, shape (policies, metrics)."""
-        estimate = self.workload.estimate(self.target, policies)
-        return np.stack([estimate.metric(budget.metric) for budget in self.budgets], axis=1)
-
-    def search(
-        self,
-        judge: Evaluator,
-        engine: str,
-        trials: int,
-        seed: int,
-        folder: Path | None,
-        executor: Executor | None,
-        parallel: int,
-        show: Progress,
-    ) -> SearchResult | None:
-        """Search the space; None if there is nothing to decide."""
-        if not len(self.space):
-            return None
-        searcher = engines.create(engine, self.space, self.constraint, seed)
-        show.start("search", trials)
-        found = run_search(
-            searcher,
-            judge,
-            trials,
-            journal=folder / "journal.jsonl" if folder else None,
-            executor=executor,
-            parallel=parallel,
-            context={"model": self.digest, "target": self.target.name, "judge": judge.score_name},
-            progress=lambda state: show.advance(
-                "search", 1, f"best {state.best.score:.4f}" if state.best and state.best.score is not None else ""
-            ),
-        )
-        show.finish("search")
-        return found
-
-    def digest_with(self, policy: Policy) -> str:
-        """A short name for what the policy makes of the model."""
-        return _storage.digest(self.digest, policy.to_json())
-
-    def metrics(self, graph: fx.GraphModule, score: float | None) -> Metrics:
-        """Metrics of a graph as it is, with the score it was given."""
-        estimate = self.target.estimate(lower(graph, batch=self.target.capabilities.batch).bind())
-        return metrics_of(graph, estimate, score)
-
-    def step(self, name: str, detail: str, graph: fx.GraphModule, judge: Evaluator) -> PassLine:
-        """What a graph is worth and costs after a step."""
-        metrics = self.metrics(graph, judge.judge(graph))
-        return PassLine(name, detail, metrics.accuracy, metrics)
-
-    def achieved(self, final: fx.GraphModule) -> npt.NDArray[np.float64]:
-        """Cost of the final graph in every budgeted metric."""
-        estimate = self.target.estimate(lower(final, batch=self.target.capabilities.batch).bind())
-        return np.array([float(estimate.metric(budget.metric)[0]) for budget in self.budgets])
-
-    def check_budget(self, final: fx.GraphModule) -> None:
-        """The graph that was built is within the budget, not only the policy that was searched.
-
-        Raises:
-            PassError: If it is not; a pass then does something else than its decisions say.
-        """
-        for budget, limit, cost in zip(self.budgets, self.limits, self.achieved(final), strict=True):
-            if cost > limit * (1 + 1e-9):
-                raise PassError(
-                    f"The rewritten graph costs {cost:g} in {budget.metric}, over the limit of {limit:g} that its "
-                    "policy keeps; report this with the model and the policy."
-                )
-
-    def budget_lines(self, final: fx.GraphModule) -> list[tuple[str, str, float, float, float]]:
-        """Metric, asked, limit, before and achieved of every budget."""
-        before = [float(self.original.metric(budget.metric)[0]) for budget in self.budgets]
-        achieved = self.achieved(final)
-        return [
-            (budget.metric, str(budget), float(limit), first, float(last))
-            for budget, limit, first, last in zip(self.budgets, self.limits, before, achieved, strict=True)
-        ]
-
-
-def _resolve_passes(passes: Sequence[PassLike]) -> tuple[TunablePass, ...]:
-    listed = (passes,) if isinstance(passes, (str, TunablePass)) else passes
-    if not isinstance(listed, Iterable):
-        raise PassError(f"passes is a {type(passes).__name__}; give names of passes, such as ('prune-channels',).")
-    found: list[TunablePass] = []
-    for one in listed:
-        made = pass_registry.create(one) if isinstance(one, str) else one
-        if not isinstance(made, TunablePass):
-            raise PassError(f"{one!r} decides nothing; optimize takes tunable passes, such as prune-channels.")
-        if made.name in [other.name for other in found]:
-            raise PassError(f"passes names {made.name!r} twice; a pass decides about a model once.")
-        if any(isinstance(other, Quantize) for other in found):
-            raise PassError(f"passes names {made.name!r} behind 'quantize', whose graph is final; put 'quantize' last.")
-        found.append(made)
-    if not found:
-        raise PassError("passes is empty; name at least one, such as 'prune-channels'.")
-    return tuple(found)
-
-
-def _load_target(target: str | os.PathLike[str] | targets.Target, show: Progress) -> targets.Target:
-    if not isinstance(target, (str, os.PathLike, targets.Target)):
-        raise TargetError(f"target is a {type(target).__name__}; give a name, the path of a TOML file, or a target.")
-    if str(target) != targets.HOST:
-        return targets.load(target)
-
-    def measured(done: int, total: int, what: str) -> None:
-        if done == 1:
-            show.start("measuring this machine", total)
-        show.advance("measuring this machine", 1, what)
-        if done == total:
-            show.finish("measuring this machine")
-
-    return targets.load(targets.HOST, profiler=onnxruntime_profiler, fingerprint=host_fingerprint(), progress=measured)
-
-
-def _check_whole(least: int, **options: object) -> None:
-    for name, value in options.items():
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-            raise SearchError(f"{name} has to be a whole number of at least {least}, got {value!r}.")
-
-
-def _check_data(train: Loader | None, val: Loader | None, evaluate: object) -> None:
-    if evaluate is not None and not callable(evaluate):
-        raise DataError(f"evaluate is a {type(evaluate).__name__}; give a function of a module.")
-    if evaluate is not None and val is not None:
-        raise DataError("Both val and evaluate say how good a model is; give one of them.")
-    for loader, name in ((train, "train"), (val, "val")):
-        if loader is not None:
-            first_batch(loader, name)
-
-
-def _check_executor(executor: object) -> None:
-    if executor is not None and not callable(getattr(executor, "submit", None)):
-        raise SearchError(f"executor is a {type(executor).__name__}; give one of concurrent.futures, or None.")
-
-
-def _check_weights(graph: fx.GraphModule) -> None:
-    for name, tensor in (*graph.named_parameters(), *graph.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"{name!r} holds NaN or infinity; load weights that are finite.")
 
 
 def _measured(before: fx.GraphModule, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:

@@ -30,7 +30,9 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     if options.model is None:
         raise FxoptError("There is no model to search; give MODULE:FUNCTION, or model = ... in the recipe.")
     check_names(options)
-    from fxopt import api, search
+    from fxopt import search
+    from fxopt._arguments import load_target, resolve_passes
+    from fxopt._job import Job
     from fxopt.decisions import Budget
     from fxopt.evaluate import Evaluator
 
@@ -38,9 +40,9 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         search.engines.load(name)
     model, example = load_model(options.model, options.input)
     folder = Path(options.out)
-    passes = api._resolve_passes(options.passes)
-    target = api._load_target(options.target, progress)
-    job = api._Job(model, example, target, passes, Budget.parse_all(options.budget), folder, progress)
+    passes = resolve_passes(options.passes)
+    target = load_target(options.target, progress)
+    job = Job(model, example, target, passes, Budget.parse_all(options.budget), folder, progress)
     if not len(job.space):
         raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
     judge = Evaluator(

@@ -1,0 +1,85 @@
+"""What people hand to the one call, checked before anything is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxopt import passes as pass_registry
+from fxopt import targets
+from fxopt.data import Loader, first_batch
+from fxopt.errors import DataError, PassError, SearchError, TargetError
+from fxopt.export import host_fingerprint, onnxruntime_profiler
+from fxopt.passes import Quantize, TunablePass
+from fxopt.progress import Progress
+
+__all__ = ["PassLike", "check_data", "check_executor", "check_weights", "check_whole", "load_target", "resolve_passes"]
+
+PassLike: TypeAlias = str | TunablePass
+
+
+def resolve_passes(passes: Sequence[PassLike]) -> tuple[TunablePass, ...]:
+    listed = (passes,) if isinstance(passes, (str, TunablePass)) else passes
+    if not isinstance(listed, Iterable):
+        raise PassError(f"passes is a {type(passes).__name__}; give names of passes, such as ('prune-channels',).")
+    found: list[TunablePass] = []
+    for one in listed:
+        made = pass_registry.create(one) if isinstance(one, str) else one
+        if not isinstance(made, TunablePass):
+            raise PassError(f"{one!r} decides nothing; optimize takes tunable passes, such as prune-channels.")
+        if made.name in [other.name for other in found]:
+            raise PassError(f"passes names {made.name!r} twice; a pass decides about a model once.")
+        if any(isinstance(other, Quantize) for other in found):
+            raise PassError(f"passes names {made.name!r} behind 'quantize', whose graph is final; put 'quantize' last.")
+        found.append(made)
+    if not found:
+        raise PassError("passes is empty; name at least one, such as 'prune-channels'.")
+    return tuple(found)
+
+
+def load_target(target: str | os.PathLike[str] | targets.Target, show: Progress) -> targets.Target:
+    if not isinstance(target, (str, os.PathLike, targets.Target)):
+        raise TargetError(f"target is a {type(target).__name__}; give a name, the path of a TOML file, or a target.")
+    if str(target) != targets.HOST:
+        return targets.load(target)
+
+    def measured(done: int, total: int, what: str) -> None:
+        if done == 1:
+            show.start("measuring this machine", total)
+        show.advance("measuring this machine", 1, what)
+        if done == total:
+            show.finish("measuring this machine")
+
+    return targets.load(targets.HOST, profiler=onnxruntime_profiler, fingerprint=host_fingerprint(), progress=measured)
+
+
+def check_whole(least: int, **options: object) -> None:
+    for name, value in options.items():
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+            raise SearchError(f"{name} has to be a whole number of at least {least}, got {value!r}.")
+
+
+def check_data(train: Loader | None, val: Loader | None, evaluate: object) -> None:
+    if evaluate is not None and not callable(evaluate):
+        raise DataError(f"evaluate is a {type(evaluate).__name__}; give a function of a module.")
+    if evaluate is not None and val is not None:
+        raise DataError("Both val and evaluate say how good a model is; give one of them.")
+    for loader, name in ((train, "train"), (val, "val")):
+        if loader is not None:
+            first_batch(loader, name)
+
+
+def check_executor(executor: object) -> None:
+    if executor is not None and not callable(getattr(executor, "submit", None)):
+        raise SearchError(f"executor is a {type(executor).__name__}; give one of concurrent.futures, or None.")
+
+
+def check_weights(graph: fx.GraphModule) -> None:
+    for name, tensor in (*graph.named_parameters(), *graph.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{name!r} holds NaN or infinity; load weights that are finite.")
