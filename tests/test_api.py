@@ -275,8 +275,8 @@ def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("a search or a training was begun")
 
-    monkeypatch.setattr("fxopt.api.run_search", refuse)
-    monkeypatch.setattr("fxopt.api.fit", refuse)
+    monkeypatch.setattr("fxopt._job.run_search", refuse)
+    monkeypatch.setattr("fxopt._job.fit", refuse)
 
 
 def never(_: nn.Module) -> float:
