@@ -13,6 +13,7 @@ cdef class CostModel:
     cdef readonly double fixed_s
     cdef readonly bint searches
     cdef readonly bint shares_memory
+    cdef readonly bint computes_curves
     cdef Cost cost(self, const Row* row) noexcept nogil
     cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil
     cdef double dram_bytes(self, const Row* row) noexcept nogil

@@ -14,15 +14,22 @@ from libc.string cimport memset
 
 from fxopt.targets._blocks cimport BLOCK, Block, Columns, Values, fill, load, put, take
 from fxopt.targets._rows cimport (
-    AMOUNTS, CURVE, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, larger, macs, stored_bytes,
-    traffic_bytes,
+    AMOUNTS, CURVE, ELEMENTWISE, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, larger, macs,
+    stored_bytes, traffic_bytes,
 )
+
+
+cdef inline bint is_merged(CostModel model, const Row* row) noexcept nogil:
+    # Whether the runtime merges the row into its producer, where it costs nothing.
+    return model.fuses and row.fused and not (
+        model.computes_curves and row.kind == ELEMENTWISE and row.activation == CURVE
+    )
 
 
 cdef inline Cost settled(CostModel model, const Row* row, unsigned char* uncosted) noexcept nogil:
     # The cost as it enters totals: fused rows are free, rows without a model are zero and marked.
     cdef Cost result
-    if not (model.fuses and row.fused):
+    if not is_merged(model, row):
         result = model.cost(row)
         if result.latency_s == result.latency_s:
             return result
@@ -111,7 +118,7 @@ cdef void add_block(CostModel model, const Block* block, const Sums* sums, unsig
     cdef Py_ssize_t p
     cdef int is_costed
     cdef int are_costed = 1
-    if not (model.fuses and block.row.fused):
+    if not is_merged(model, &block.row):
         model.costs(block, latency_s, energy_j)
         for p in range(block.count):
             is_costed = latency_s[p] == latency_s[p]
@@ -257,6 +264,8 @@ cdef class CostModel:
         fixed_s: Seconds of a run whatever its operators, in totals and in no row; set by subclasses.
         searches: Whether ``cost`` searches, for tiles or the like, so that known costs are worth looking up; set by
             subclasses.
+        computes_curves: Whether activations with a curve (h-swish, SiLU) cost something even where they are marked as
+            fused; set by subclasses.
         shares_memory: Whether ``peak_bytes`` is overridden; set by subclasses.
     """
 
@@ -266,6 +275,7 @@ cdef class CostModel:
         self.fixed_s = 0.0
         self.searches = False
         self.shares_memory = False
+        self.computes_curves = False
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
         """Cost of one row by itself; NaN where the model has no figures.
@@ -374,7 +384,7 @@ cdef class CostModel:
                     cost = settled(self, &rows[p, i], &without_model)
                     latency_s[p, i] = cost.latency_s
                     energy_j[p, i] = cost.energy_j
-                    is_free = without_model or (self.fuses and rows[p, i].fused)
+                    is_free = without_model or is_merged(self, &rows[p, i])
                     dram_bytes[p, i] = 0.0 if is_free else self.dram_bytes(&rows[p, i])
 
     def held_bytes(self, const Row[:, ::1] rows, double[:, ::1] activation_bytes):

@@ -5,7 +5,7 @@ from fxopt.targets._rows cimport Row
 
 cdef enum:
     CLASSES = 3
-    GROUPS = 12
+    GROUPS = 13
 
 
 cdef struct Linear:

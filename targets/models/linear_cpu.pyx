@@ -7,6 +7,9 @@ with a set of coefficients for each kind of operator and each class of bits (flo
 kernels take channels in blocks: with a ``channel_tile``, the MACs of pointwise and depthwise convolutions are counted
 with their channels rounded up to it. Kernels are dense: densities do not matter.
 
+Activations with a curve (h-swish, SiLU) have the group ``curve``: with coefficients for it they cost that, merged into
+a convolution or not; without, they are as elementwise operators and free where they are merged.
+
 An operator takes the fastest class that holds its wider operand, as a runtime may always run it wider, so cost never
 falls as bits grow; a kind without coefficients in a class takes a wider one.
 """
@@ -16,8 +19,8 @@ from libc.math cimport INFINITY, NAN
 from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
-    DEPTHWISE, UNKNOWN, Row, ceil_div, compute_bits, in_elements, in_volume, is_pointwise, kernel_volume, larger, macs,
-    out_elements, out_volume, weights,
+    CURVE, DEPTHWISE, ELEMENTWISE, UNKNOWN, Row, ceil_div, compute_bits, in_elements, in_volume, is_pointwise,
+    kernel_volume, larger, macs, out_elements, out_volume, weights,
 )
 
 from fxopt.targets.parameters import Parameter, ParameterError
@@ -25,7 +28,7 @@ from fxopt.targets.parameters import Parameter, ParameterError
 CLASS_NAMES = ("int8", "int16", "float")
 GROUP_NAMES = (
     "pointwise", "dense", "depthwise", "linear", "matmul", "elementwise", "pool", "norm", "softmax", "embedding",
-    "copy", "resize",
+    "copy", "resize", "curve",
 )
 COEFFICIENTS = {
     "mac": "MAC",
@@ -58,9 +61,11 @@ cdef inline int class_of(int bits) noexcept nogil:
 
 
 cdef inline int group_of(const Row* row) noexcept nogil:
-    # The groups stand in the order of the kinds, behind the convolutions that are a matrix product.
+    # The groups stand in the order of the kinds, between the convolutions that are a matrix product and curves.
     if row.kind == UNKNOWN:
         return -1
+    if row.kind == ELEMENTWISE and row.activation == CURVE:
+        return GROUPS - 1
     return 0 if is_pointwise(row) else row.kind + 1
 
 
@@ -120,7 +125,10 @@ cdef class Model(CostModel):
         self.inverse_tile = 1.0 / self.channel_tile
         if "spill_threshold" not in values and any(key.endswith(".spill") for key in values):
             raise ParameterError("spill_threshold", "is missing, but there are spill coefficients.")
+        self.computes_curves = any(".curve." in key for key in values)
         for j, group in enumerate(GROUP_NAMES):
+            if group == "curve" and not self.computes_curves:
+                group = "elementwise"
             given = [coefficients_of(values, f"{bits}.{group}") for bits in CLASS_NAMES]
             self.counts[j] = max(1, sum(terms is not None for terms in given))
             for i in range(CLASSES):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxopt.targets import rows as r
-from fxopt.targets.rows import Floats, OpKind, Rows, Workload, default_rows, make_row
+from fxopt.targets.rows import Activation, Floats, OpKind, Rows, Workload, default_rows, make_row
 
 Values = Mapping[str, float]
 
@@ -17,6 +17,7 @@ GROUPS = (
     *("pointwise", "dense", "depthwise", "linear", "matmul", "elementwise", "pool", "norm", "softmax", "embedding"),
     "copy",
     "resize",
+    "curve",
 )
 WITH_WINDOW = (OpKind.CONV, OpKind.DEPTHWISE, OpKind.POOL)
 
@@ -91,8 +92,10 @@ def roofline(rows: Rows, values: Values) -> tuple[Floats, Floats]:
     return np.where(unknown, np.nan, latency), np.where(unknown, np.nan, energy)
 
 
-def group_name(row: np.void) -> str | None:
+def group_name(row: np.void, curves: bool) -> str | None:
     taps = row["kernel_d"] * row["kernel_h"] * row["kernel_w"]
+    if curves and row["kind"] == OpKind.ELEMENTWISE and row["activation"] == Activation.CURVE:
+        return "curve"
     if row["kind"] == OpKind.CONV:
         return "pointwise" if taps == 1 and row["groups"] == 1 else "dense"
     return None if row["kind"] == OpKind.UNKNOWN else OpKind(int(row["kind"])).name.lower()
@@ -103,7 +106,8 @@ def linear_cpu(rows: Rows, values: Values) -> Floats:
     read = r.in_elements(rows)
     spilled = np.maximum(0.0, read * rows["activation_bits"] / 8.0 - values.get("spill_threshold", np.inf)) / 4.0
     tile = values.get("channel_tile", 1.0)
-    names = np.array([group_name(row) or "" for row in rows])
+    curves = any(".curve." in key for key in values)
+    names = np.array([group_name(row, curves) or "" for row in rows])
     padded_k = np.where(np.isin(names, ["pointwise", "depthwise"]), np.ceil(rows["k"] / tile) * tile, rows["k"])
     padded_c = np.where(names == "pointwise", np.ceil(rows["c"] / tile) * tile, rows["c"])
     quantities = {
@@ -120,7 +124,7 @@ def linear_cpu(rows: Rows, values: Values) -> Floats:
     for i, row in enumerate(rows):
         candidates = []
         for name, width in CLASS_BITS.items():
-            prefix = f"{name}.{group_name(row)}."
+            prefix = f"{name}.{group_name(row, curves)}."
             given = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
             if width >= bits[i] and given:
                 candidates.append(sum(value * quantities[key][i] for key, value in given.items()))

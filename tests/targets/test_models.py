@@ -13,7 +13,7 @@ from fxopt.targets._core import CostModel
 from fxopt.targets.models import families, family
 from fxopt.targets.models.linear_cpu import COEFFICIENTS
 from fxopt.targets.parameters import ParameterError
-from fxopt.targets.rows import Floats, OpKind, Rows, make_row
+from fxopt.targets.rows import Activation, Floats, OpKind, Rows, make_row
 from tests.targets import oracle
 from tests.targets.oracle import conv, random_rows
 
@@ -194,7 +194,16 @@ def test_golden_block_of_note10() -> None:
     gate = make_row(OpKind.ELEMENTWISE, c=240, k=240, out_h=28, out_w=28, **sides)
     found = latency_of(model, pool) + latency_of(model, gate)
     assert found * 1e3 == pytest.approx(0.766 * 0.18816, rel=1e-9)
-    # x * relu6(x + 3) / 6: an addition, a product and a division; relu6 is merged.
+
+    # H-swish costs the same merged into its convolution, by itself, and written as x * relu6(x + 3) / 6; ReLU is free.
+    def whole(activation: Activation, fused: int) -> float:
+        row = gate.copy()
+        row["fused"], row["activation"] = fused, activation
+        return float(load("note10").estimate(Workload(row, ["activation"])).latency_s[0]) * 1e3
+
+    assert whole(Activation.CURVE, 1) == whole(Activation.CURVE, 0) == pytest.approx(1.59 * 0.18816, rel=1e-9)
+    assert whole(Activation.CLAMP, 1) == 0.0
+    # An addition, a product and a division; relu6 is merged.
     assert 3 * latency_of(model, gate) * 1e3 == pytest.approx(1.59 * 0.18816, rel=1e-9)
 
 
