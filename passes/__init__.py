@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fxopt.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from fxopt.passes.prune_channels import PruneChannels as PruneChannels
     from fxopt.passes.quantize import Quantize as Quantize
+    from fxopt.passes.round_weights import RoundWeights as RoundWeights
     from fxopt.passes.select_operators import SelectOperators as SelectOperators
     from fxopt.passes.sparsify_weights import SparsifyWeights as SparsifyWeights
 
@@ -38,6 +39,7 @@ _PASSES: dict[str, str | type[Pass]] = {
     "prune-channels": "fxopt.passes.prune_channels:PruneChannels",
     "quantize": "fxopt.passes.quantize:Quantize",
     "sparsify-weights": "fxopt.passes.sparsify_weights:SparsifyWeights",
+    "round-weights": "fxopt.passes.round_weights:RoundWeights",
     "select-operators": "fxopt.passes.select_operators:SelectOperators",
 }
 
@@ -58,6 +60,7 @@ _LAZY = {
     "Quantize": "fxopt.passes.quantize",
     "Refusal": "fxopt.passes.base",
     "SparsifyWeights": "fxopt.passes.sparsify_weights",
+    "RoundWeights": "fxopt.passes.round_weights",
     "SelectOperators": "fxopt.passes.select_operators",
     "TunablePass": "fxopt.passes.base",
 }
@@ -77,6 +80,7 @@ __all__ = [
     "Quantize",
     "Random",
     "Refusal",
+    "RoundWeights",
     "SelectOperators",
     "SparsifyWeights",
     "Taylor",

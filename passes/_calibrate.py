@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxopt.errors import DataError, PassError, TraceError
@@ -14,7 +16,10 @@ from fxopt.graph import as_args
 from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
 from fxopt.graph.shapes import TRACE_META
 
-__all__ = ["batches", "feed", "refuse_quantized", "synthetic_batch"]
+__all__ = ["OUTPUT_MOMENTS", "as_normalized", "batches", "feed", "refuse_quantized", "synthetic_batch"]
+
+OUTPUT_MOMENTS = "output_moments"
+"""Attribute of a layer that batch norm was folded into: mean and standard deviation of its outputs, by channel."""
 
 _SYNTHETIC_SAMPLES = 16
 
@@ -98,6 +103,42 @@ def synthetic_batch(gm: fx.GraphModule, generator: torch.Generator) -> tuple[tup
         return tuple(leaves), {}
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     return args, kwargs
+
+
+@contextlib.contextmanager
+def as_normalized(gm: fx.GraphModule) -> Iterator[int]:
+    """Let the outputs of layers have the moments that the batch norms folded into them were trained to.
+
+    With that, whatever the graph is fed, the values inside it are spread as batch-norm statistics say (Nagel et al.
+    2019, data-free quantization), through additions, activation functions and poolings too.
+
+    Yields:
+        The number of such layers.
+    """
+    handles = []
+    try:
+        for module in gm.modules():
+            moments = module.__dict__.get(OUTPUT_MOMENTS)
+            if moments is not None:
+                handles.append(module.register_forward_hook(_Normalized(*moments)))
+        yield len(handles)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Normalized:
+    mean: torch.Tensor
+    size: torch.Tensor
+
+    def __call__(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        del module, inputs
+        form = [-1 if axis == 1 else 1 for axis in range(output.dim())]
+        others = [axis for axis in range(output.dim()) if axis != 1]
+        spread = output.std(others, keepdim=True, correction=0).clamp(min=1e-6)
+        scale, shift = (one.to(output).view(form) for one in (self.size, self.mean))
+        return (output - output.mean(others, keepdim=True)) / spread * scale + shift
 
 
 def _tree(gm: fx.GraphModule) -> pytree.TreeSpec | None:

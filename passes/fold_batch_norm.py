@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from fxopt.graph import edit, ops
+from fxopt.passes._calibrate import OUTPUT_MOMENTS
 from fxopt.passes._fork import fork
 from fxopt.passes.base import Pass, PassResult, Refusal
 
@@ -33,7 +34,8 @@ class FoldBatchNorm(Pass):
 
     All dimensions, groups and strides are handled, and norms without affine parameters. What is not exact is refused:
     :meth:`explain` says where and why. The layer is replaced by a copy with new parameters at the same path, the norm's
-    state leaves the state dict.
+    state leaves the state dict. A layer that a norm behind it was folded into remembers what the norm says of its
+    outputs, mean and standard deviation by channel; Quantize without data goes by that.
     """
 
     name: ClassVar[str] = "fold-batch-norm"
@@ -132,6 +134,10 @@ def _fold_into_producer(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> 
     bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
     reason = _install(gm, producer, layer, weight, bias, norm)
     if reason is None:
+        affine: Any = norm
+        size = torch.ones_like(shift) if affine.weight is None else affine.weight.detach().abs()
+        centre = torch.zeros_like(shift) if affine.bias is None else affine.bias.detach()
+        gm.get_submodule(str(producer.target)).__dict__[OUTPUT_MOMENTS] = (centre, size)
         _bypass(gm, node, producer)
     return reason
 

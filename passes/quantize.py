@@ -14,7 +14,7 @@ from fxopt.errors import DataError, PassError
 from fxopt.graph import edit, eval_mode, ops
 from fxopt.graph.fake_quantize import ActivationQuantizer, observing, quantize_layer
 from fxopt.graph.grids import PLAIN_ACTIVATIONS, PLAIN_WEIGHTS, ActivationScheme, WeightScheme
-from fxopt.passes._calibrate import batches, feed, refuse_quantized, synthetic_batch
+from fxopt.passes._calibrate import as_normalized, batches, feed, refuse_quantized, synthetic_batch
 from fxopt.passes._placement import Point, place
 from fxopt.passes._sites import BITS, FLOAT, check_sharing, check_weights, decide, kind_of, layers
 from fxopt.passes.base import PassResult, TunablePass
@@ -45,8 +45,10 @@ class Quantize(TunablePass):
             activation bits quantize the weight alone, and ``(32, 32)`` leaves the layer in floating point. None
             quantizes all that :data:`DEFAULT_RECIPE` names.
         calibration: An iterable of batches as the model takes them (labels behind the inputs are left out), or one
-            batch as a tensor, tuple or mapping. None takes one synthetic batch of standard normal numbers: enough to
-            measure speed and size, not to judge accuracy. ``gm.meta["fxopt_calibration"]`` says which it was.
+            batch as a tensor, tuple or mapping. None takes one synthetic batch of standard normal numbers; the outputs
+            of layers that batch norm was folded into get the moments that the norm says, and ranges follow from that.
+            Without batch norms this is enough to measure speed and size, not to judge accuracy.
+            ``gm.meta["fxopt_calibration"]`` says which it was.
         max_batches: Largest number of batches to read, or None for all.
         seed: Seed of the synthetic batch.
         weights: The grids of weights and how their ranges are chosen; a mapping of its fields will do.
@@ -161,12 +163,13 @@ class Quantize(TunablePass):
         if not quantizers:
             gm.meta[CALIBRATION_META] = {"source": "none: weights alone are quantized", "batches": 0, "samples": 0}
             return
-        count = samples = 0
+        count = samples = known = 0
         with torch.no_grad(), eval_mode(gm), observing(gm):
             if self.calibration is None:
                 generator = torch.Generator().manual_seed(self.seed)
                 args, kwargs = feed(gm, synthetic_batch(gm, generator), "The synthetic batch")
-                gm(*args, **kwargs)
+                with as_normalized(gm) as known:
+                    gm(*args, **kwargs)
             else:
                 for batch in batches(self.calibration):
                     if count == self.max_batches:
@@ -180,6 +183,8 @@ class Quantize(TunablePass):
         for site, quantizer in quantizers:
             quantizer.settle(site)
         source = "loader" if self.calibration is not None else f"synthetic: standard normal, seed {self.seed}"
+        if known:
+            source += f"; outputs of {known} layers as their batch norms say"
         gm.meta[CALIBRATION_META] = {"source": source, "batches": count, "samples": samples}
 
 

@@ -48,8 +48,13 @@ def _steps(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, boun
     steps = torch.div(x, scale).round_()
     if zero is None:
         return steps.clamp_(*bounds)
-    # The bounds move instead of the values: two passes less over the tensor.
-    return steps.clamp_(bounds[0] - zero, bounds[1] - zero)
+    if type(zero) is torch.Tensor and zero.dim() == 0 and zero.device.type == "cpu":
+        # The bounds move instead of the values: two passes less over the tensor. As numbers, that is: bounds that are
+        # tensors take ten times as long. Not while the graph is traced, and not where it would wait for a GPU.
+        shift = int(zero)
+        return steps.clamp_(bounds[0] - shift, bounds[1] - shift)
+    offset = zero.to(steps.dtype)
+    return steps.add_(offset).clamp_(*bounds).sub_(offset)
 
 
 def _passed(

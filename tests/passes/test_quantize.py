@@ -427,6 +427,19 @@ def test_without_data_a_synthetic_batch_is_used_and_named() -> None:
     assert CALIBRATION_META not in gm.meta
 
 
+def test_without_data_ranges_follow_from_batch_norms() -> None:
+    norm = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 0.5, 1.0]))
+        norm.bias.copy_(torch.tensor([0.0, 30.0, 0.0, -5.0]))
+    gm = graph_of(lambda s, x: s.b(torch.relu(s.n(s.a(x)))), a=conv(3, 4), n=norm, b=conv(4, 4))
+    result = quantized(FoldBatchNorm()(gm).graph_module)
+    assert result.meta[CALIBRATION_META]["source"].endswith("outputs of 1 layers as their batch norms say")
+    # The largest of some thousand values with mean 30 and standard deviation 2.
+    assert 34.0 < float(result.get_submodule("quantizers.relu").maximum) < 42.0
+    assert not result.get_submodule("a")._forward_hooks
+
+
 def test_models_of_several_inputs_are_calibrated() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

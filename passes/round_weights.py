@@ -1,0 +1,268 @@
+"""Round weights so that the layers' outputs, not the weights themselves, stay near; and correct their biases."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from fxopt.errors import PassError
+from fxopt.graph import edit, eval_mode
+from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer, WeightQuantizer
+from fxopt.graph.grids import held
+from fxopt.passes._calibrate import synthetic_batch
+from fxopt.passes._fork import fork
+from fxopt.passes._least_squares import Moments, groups_of, input_rows, output_rows, positions_of
+from fxopt.passes._reconstruction import Reconstruction, _read, _total, _walk
+from fxopt.passes.base import Pass, PassResult
+
+__all__ = ["RoundWeights"]
+
+_SWEEPS = 3
+
+
+@dataclass(frozen=True)
+class RoundWeights(Pass):
+    """Round the weights of a quantized graph by the second moments of their inputs; no training and no labels.
+
+    Layer by layer, in order, with the inputs that the layer gets in the quantized graph, whose earlier layers are
+    rounded already:
+
+    1. Weights of least squares for the outputs of the float graph, near the old ones: they take back what the errors of
+       the inputs do.
+    2. Scales anew, as the quantizer's scheme says, and rounding column by column, each column's error taken over by
+       those not yet rounded (Frantar et al. 2022, GPTQ, algorithm 1, columns with the largest moments first); then
+       each integer in turn is put at its best with all others as they are, three times over. The same is done from the
+       nearest integers, and each output channel takes what is better.
+    3. A bias for which the mean output is that of the float graph: bias correction (Nagel et al. 2019, section 4.2).
+
+    Weights become new parameters on their grid. Transposed convolutions, layers that are called more than once or share
+    a weight, and weights that are binary, codebooks or on their grid already stay as they are.
+
+    Attributes:
+        calibration: As for :class:`~fxopt.passes.Quantize`; None takes standard normal numbers, for tests of speed.
+        samples: Samples to read.
+        rows: Output positions of all samples, drawn at random, that a layer is rounded by.
+        ridge: Penalty on the distance from the old weights, as a part of the inputs' mean second moment.
+        most_unknowns: Layers with more weights for one output are rounded to the nearest.
+        seed: Seed of the positions.
+
+    Example:
+        >>> from fxopt.passes import FoldBatchNorm, Pipeline, Quantize, RoundWeights
+        >>> pipeline = Pipeline((FoldBatchNorm(), Quantize(weights={"method": "mse"}), RoundWeights()))
+    """
+
+    name: ClassVar[str] = "round-weights"
+
+    calibration: Iterable[Any] | None = field(default=None, compare=False, repr=False)
+    samples: int = 512
+    rows: int = 20_000
+    ridge: float = 1e-2
+    most_unknowns: int = 4608
+    seed: int = 0
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Round every layer that can be.
+
+        Raises:
+            DataError: If the calibration data is empty or does not fit the graph.
+            PassError: If an option is out of range.
+        """
+        layers = _layers(graph_module, self.most_unknowns)
+        if not layers:
+            return PassResult(graph_module, False)
+        options = Reconstruction(samples=self.samples, rows=self.rows, ridge=self.ridge)
+        data = self.calibration
+        if data is None:
+            data = synthetic_batch(graph_module, torch.Generator().manual_seed(self.seed))
+        original = _without_grids(graph_module)
+        leaves = _read(original, data, options)
+        with torch.no_grad(), eval_mode(graph_module), eval_mode(original):
+            wanted = self._gather(original, layers, leaves)
+            by_node = {node: path for path, node in layers.items()}
+
+            def adapt(node: fx.Node, values: Sequence[dict[fx.Node, Any]]) -> None:
+                if node in by_node:
+                    self._round(graph_module, node, values, *wanted.pop(by_node[node]))
+
+            _walk(graph_module, leaves, before=adapt)
+        edit.finish(graph_module)
+        return PassResult(graph_module, True)
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """The options are in range.
+
+        Raises:
+            PassError: If one is not.
+        """
+        del graph_module
+        if min(self.samples, self.rows, self.most_unknowns) < 1 or not 0.0 <= self.ridge < float("inf"):
+            raise PassError("samples, rows and most_unknowns have to be at least 1, and ridge finite, not negative.")
+
+    def _gather(
+        self, gm: fx.GraphModule, layers: dict[str, fx.Node], leaves: list[list[Any]]
+    ) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Positions and the outputs of the float graph there, by layer and batch."""
+        found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        samples = sum(len(next(leaf for leaf in batch if isinstance(leaf, torch.Tensor))) for batch in leaves)
+
+        def look(node: fx.Node, values: Sequence[dict[fx.Node, Any]]) -> None:
+            if node.op != "call_module" or str(node.target) not in layers:
+                return
+            module: Any = gm.get_submodule(str(node.target))
+            count = positions_of(module, values[0][node])
+            generator = torch.Generator().manual_seed(self.seed + zlib.crc32(str(node.target).encode()))
+            taken = min(count, -(-self.rows // samples))
+            positions = [torch.randperm(count, generator=generator)[:taken].sort().values for _ in values]
+            outputs = [output_rows(module, one[node], at).clone() for one, at in zip(values, positions, strict=True)]
+            found[str(node.target)] = (positions, outputs)
+
+        _walk(gm, leaves, after=look)
+        return found
+
+    def _round(
+        self,
+        gm: fx.GraphModule,
+        node: fx.Node,
+        values: Sequence[dict[fx.Node, Any]],
+        positions: list[torch.Tensor],
+        outputs: list[torch.Tensor],
+    ) -> None:
+        """Round one layer, for its inputs as they are in the quantized graph."""
+        layer: Any = gm.get_submodule(str(node.target))
+        source = node.all_input_nodes[0]
+        moments = _total(
+            Moments.of(input_rows(layer, one[source], at), y)
+            for one, at, y in zip(values, positions, outputs, strict=True)
+        )
+        old = layer.weight.detach().double().flatten(1)
+        old = old.reshape(groups_of(layer), -1, old.shape[1])
+        has_bias = layer.bias is not None
+        weight, _ = moments.fit(old, self.ridge, has_bias)
+        second = moments.xx / moments.count
+        mean = moments.x / moments.count
+        if has_bias:
+            second = torch.baddbmm(second, mean[:, :, None], mean[:, None, :], alpha=-1)
+        second = _damped(second, self.ridge)
+        quantizer = copy.deepcopy(layer.weight_quantizer)
+        quantizer.calibrate(weight.flatten(0, 1).reshape(layer.weight.shape).float())
+        rounded = _rounded(weight, second, quantizer)
+        if not bool(torch.isfinite(rounded).all()):
+            return
+        new = edit.clone_module(layer)
+        new._modules["weight_quantizer"] = quantizer
+        # Once more through the quantizer, so that the weight is on its grid to the last bit.
+        found = quantizer(rounded.flatten(0, 1).reshape(layer.weight.shape).to(layer.weight.dtype))
+        new._parameters["weight"] = nn.Parameter(found, layer.weight.requires_grad)
+        if has_bias and moments.y is not None:
+            bias = moments.y / moments.count - (rounded @ mean[:, :, None]).squeeze(2)
+            new._parameters["bias"] = nn.Parameter(bias.flatten().to(layer.bias.dtype), layer.bias.requires_grad)
+        edit.replace_module(gm, str(node.target), new)
+
+
+def _layers(gm: fx.GraphModule, most_unknowns: int) -> dict[str, fx.Node]:
+    """The one call of every quantized layer that can be rounded, by path."""
+    calls: dict[str, list[fx.Node]] = {}
+    weights: dict[int, int] = {}
+    for node in gm.graph.find_nodes(op="call_module"):
+        calls.setdefault(str(node.target), []).append(node)
+    for module in gm.modules():
+        for tensor in module._parameters.values():
+            weights[id(tensor)] = weights.get(id(tensor), 0) + 1
+    found = {}
+    for path, nodes in calls.items():
+        module = gm.get_submodule(path)
+        if len(nodes) > 1 or not isinstance(module, QuantizedLayer) or module.weight_axis != 0:
+            continue
+        quantizer = module.weight_quantizer
+        if not isinstance(quantizer, WeightQuantizer) or quantizer.is_binary or weights[id(module.weight)] > 1:
+            continue
+        with torch.no_grad():
+            done = torch.equal(quantizer(module.weight), module.weight)
+        if not done and module.weight[0].numel() <= most_unknowns:
+            found[path] = nodes[0]
+    return found
+
+
+def _without_grids(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with the same nodes, in floating point."""
+    plain = fork(gm)
+    for path, module in list(plain.named_modules(remove_duplicate=False)):
+        if isinstance(module, ActivationQuantizer):
+            edit.replace_module(plain, path, nn.Identity())
+        elif isinstance(module, QuantizedLayer):
+            edit.replace_module(plain, path, module.to_float())
+    return plain
+
+
+def _damped(second: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Moments with something on the diagonal, so that they can be inverted and inputs that are dead do not matter."""
+    diagonal = second.diagonal(dim1=1, dim2=2)
+    unit = diagonal.mean(1, keepdim=True)
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    damped = second.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(max(ridge, 1e-4) * unit)
+    return damped
+
+
+def _rounded(weight: torch.Tensor, second: torch.Tensor, quantizer: WeightQuantizer) -> torch.Tensor:
+    """Weights on the grid of a quantizer, by second moments of their inputs; both by group, float64.
+
+    Args:
+        weight: Shape (groups, outputs of a group, unknowns).
+        second: Shape (groups, unknowns, unknowns), positive definite.
+        quantizer: The quantizer, calibrated.
+    """
+    groups, outputs, _ = weight.shape
+    scale = quantizer.scale.detach().double().reshape(groups, outputs)
+    zero = torch.zeros_like(scale)
+    if quantizer.zero_point is not None:
+        zero = quantizer.zero_point.double().reshape(groups, outputs)
+
+    def nearest(column: torch.Tensor) -> torch.Tensor:
+        return held(column, scale, zero, quantizer.bounds)
+
+    order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
+    columns = order[:, None, :].expand_as(weight)
+    moments = second.gather(1, order[:, :, None].expand_as(second)).gather(2, order[:, None, :].expand_as(second))
+    sorted_weight = weight.gather(2, columns)
+    one, other = (
+        _descend(start, sorted_weight, moments, nearest)
+        for start in (_by_columns(sorted_weight, moments, nearest), nearest(sorted_weight.movedim(2, 0)).movedim(0, 2))
+    )
+    losses = [
+        (((found - sorted_weight) @ moments) * (found - sorted_weight)).sum(2, keepdim=True) for found in (one, other)
+    ]
+    return torch.empty_like(weight).scatter_(2, columns, torch.where(losses[0] <= losses[1], one, other))
+
+
+def _by_columns(weight: torch.Tensor, moments: torch.Tensor, nearest: Any) -> torch.Tensor:
+    """GPTQ: every column's error is taken over by the columns behind it."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    left, rounded = weight.clone(), torch.empty_like(weight)
+    for column in range(weight.shape[2]):
+        now = left[:, :, column]
+        rounded[:, :, column] = nearest(now)
+        error = (now - rounded[:, :, column]) / upper[:, column, column, None]
+        left[:, :, column:] -= error[:, :, None] * upper[:, None, column, column:]
+    return rounded
+
+
+def _descend(rounded: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor, nearest: Any) -> torch.Tensor:
+    """Every integer in turn to where the error is least with all others as they are."""
+    rounded = rounded.clone()
+    gradient = (rounded - weight) @ moments
+    for _ in range(_SWEEPS):
+        for column in range(weight.shape[2]):
+            step = gradient[:, :, column] / moments[:, column, column, None]
+            better = nearest(rounded[:, :, column] - step)
+            change = better - rounded[:, :, column]
+            gradient += change[:, :, None] * moments[:, None, column, :]
+            rounded[:, :, column] = better
+    return rounded
