@@ -20,9 +20,10 @@ from fxopt._reporting import build_report, changes_in, export_data, notes_on
 from fxopt._selecting import Selector, parted
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Policy
-from fxopt.evaluate import Evaluator, Reconstruction, RelativeLatency, apply_policy
+from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
 from fxopt.export import ExportReport, Format, export_onnx, measure
 from fxopt.lowering import lower
+from fxopt.objectives import BestScore, Objective
 from fxopt.passes import Quantize, TunablePass
 from fxopt.passes._fork import own_copy
 from fxopt.passes.quantize import CALIBRATION_META
@@ -31,8 +32,6 @@ from fxopt.report import PassLine, Report
 from fxopt.search import SearchResult, engines
 
 __all__ = ["OptimizationResult", "load", "optimize"]
-
-_CHEAPNESS = 0.01
 
 
 @dataclass
@@ -122,6 +121,7 @@ def optimize(
     passes: Sequence[PassLike] = ("prune-channels", "quantize"),
     engine: str = "evolution",
     trials: int = 48,
+    objective: Objective | None = None,
     train: Loader | None = None,
     val: Loader | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -141,9 +141,8 @@ def optimize(
     The model is traced; the passes declare what can be decided; an engine searches policies that the target says
     are within the budget, judged on the data; the best one is applied, fine-tuned and quantized.
 
-    Of two policies of equal score the cheaper one wins: a hundredth of the latency relative to the original is taken
-    off each score during the search. For the target ``host`` no layer is quantized that is slower so in onnxruntime on
-    this machine; see ``fxopt.export.fastest_bits``.
+    Of two policies of equal score the cheaper one wins; see ``fxopt.objectives.BestScore``. For the target ``host`` no
+    layer is quantized that is slower so in onnxruntime on this machine; see ``fxopt.export.fastest_bits``.
 
     Args:
         model: The model. It is not changed.
@@ -156,6 +155,8 @@ def optimize(
             of the reduction that a budget asks for, and the others take the rest.
         engine: Name of a search engine.
         trials: Policies to try.
+        objective: What to search for: None for the best score within the budget, or
+            ``fxopt.objectives.SmallestCost(0.97, "macs")`` for the smallest cost that keeps a score.
         train: Loader of (input, label) to fine-tune and calibrate on.
         val: Loader of (input, label) to judge a classifier by.
         evaluate: A function of a module, higher is better, in place of ``val``.
@@ -194,6 +195,7 @@ def optimize(
     selector = None
     if selecting is not None:
         selector = Selector(selecting, train, epochs, learning_rate, seed, 1.0 / len(everything))
+    wanted = objective or BestScore()
     job = Job(model, example_inputs, device, chosen, budgets, folder, show, selector)
     tuning = Tuning(train, epochs, loss, learning_rate, seed, folder)
     judge = Evaluator(
@@ -202,17 +204,20 @@ def optimize(
         train=train,
         val=val,
         evaluate=evaluate,
-        preference=RelativeLatency(device, job.workload, float(job.original.latency_s[0])),
-        weight=_CHEAPNESS,
+        reward=wanted.reward(device, job.workload, job.original),
         seed=seed,
         source=(model, example_inputs) if selector is None else None,
         reconstruct=reconstruct,
     )
-    after_selection = job.metrics(job.graph, judge.rehearse())
+    first = judge.rehearse()
+    wanted.check(first, "The model before the search")
+    after_selection = job.metrics(job.graph, first)
     before = after_selection if selector is None else job.metrics(job.source, judge.judge(job.source))
     tuning.rehearse(job.graph)
     found = job.search(judge, engine, trials, seed, folder, executor, parallel, show)
     policy = found.policy if found is not None else job.space.default()
+    if found is not None:
+        wanted.check(judge.score(policy), "The best policy found")
     steps: list[PassLine] = []
     if selecting is not None:
         detail = f"operators: {len(job.selected)} blocks"

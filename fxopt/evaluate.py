@@ -29,20 +29,17 @@ from fxopt.data import (
 from fxopt.decisions import Policy
 from fxopt.errors import DataError, SearchError
 from fxopt.graph import eval_mode, trace
-from fxopt.lowering import ParametricWorkload
 from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, TunablePass
 from fxopt.passes._calibrate import feed, synthetic_batch
 from fxopt.passes._fork import fork
 from fxopt.passes._reconstruction import Reconstruction, Reconstructor
 from fxopt.passes.base import PassResult
 from fxopt.passes.quantize import FLOAT
-from fxopt.targets import Target
 
 __all__ = [
     "Evaluator",
     "Reconstruction",
     "Reconstructor",
-    "RelativeLatency",
     "accuracy",
     "apply_policy",
     "recalibrate_batch_norm",
@@ -179,26 +176,6 @@ class _InputsOnly:
             yield (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else inputs
 
 
-@dataclass(frozen=True)
-class RelativeLatency:
-    """Predicted latency of a policy over that of the original; knows no graph, so that it can leave the process.
-
-    Attributes:
-        target: Where latency is predicted for.
-        workload: The original model, as a target costs it.
-        original_s: Its latency.
-    """
-
-    target: Target
-    workload: ParametricWorkload
-    original_s: float
-
-    def __call__(self, policy: Policy) -> float:
-        """The ratio for one policy."""
-        estimate = self.workload.estimate(self.target, [policy])
-        return float(estimate.latency_s[0]) / max(self.original_s, 1e-30)
-
-
 class Evaluator:
     """Scores policies, each once.
 
@@ -218,9 +195,8 @@ class Evaluator:
         val: Batches to judge by, or None.
         evaluate: A function of a module that judges it in place of ``val``.
         max_batches: Validation batches a trial looks at.
-        preference: Cost of a policy relative to the original, at most about 1; ``weight`` times it is taken off the
-            score, so that of two policies of equal accuracy the cheaper one wins.
-        weight: See ``preference``.
+        reward: What a trial is worth, from the score and the policy; the score itself by default. See
+            :mod:`fxopt.objectives`.
         seed: Seed of the random inputs, and of torch's generator while the batches are read.
         source: The model that ``gm`` was traced from and its example inputs, for trials in other processes.
         reconstruct: Whether weights behind cut channels are found anew by least squares, or how; see
@@ -242,8 +218,7 @@ class Evaluator:
         val: Loader | None = None,
         evaluate: Judge | None = None,
         max_batches: int = 8,
-        preference: Callable[[Policy], float] | None = None,
-        weight: float = 0.01,
+        reward: Callable[[float, Policy], float] | None = None,
         seed: int = 0,
         source: tuple[nn.Module, Any] | None = None,
         reconstruct: bool | Reconstruction = True,
@@ -252,8 +227,7 @@ class Evaluator:
         self._source = source
         self._passes = tuple(passes)
         self._evaluate = evaluate
-        self._preference = preference
-        self._weight = weight
+        self._reward = reward
         self._scores: dict[Policy, float] = {}
         self._identity = uuid.uuid4().hex
         self._rewriting = threading.Lock()
@@ -276,14 +250,22 @@ class Evaluator:
         )
 
     def __call__(self, policy: Policy) -> float:
-        """The score of a policy; higher is better.
+        """What a policy is worth; higher is better.
+
+        Raises:
+            FxoptError: If the policy cannot be applied or the data do not fit the model.
+        """
+        score = self.score(policy)
+        return score if self._reward is None else self._reward(score, policy)
+
+    def score(self, policy: Policy) -> float:
+        """The score of a policy, whatever the reward makes of it.
 
         Raises:
             FxoptError: If the policy cannot be applied or the data do not fit the model.
         """
         if policy not in self._scores:
-            score = self._judge(self._rewritten(policy), self._part)
-            self._scores[policy] = score - self._penalty(policy)
+            self._scores[policy] = self._judge(self._rewritten(policy), self._part)
         return self._scores[policy]
 
     def judge(self, model: nn.Module) -> float:
@@ -356,9 +338,6 @@ class Evaluator:
         model, inputs = self._source
         graph: fx.GraphModule = Canonicalize()(trace(model.eval(), inputs)).graph_module
         return graph
-
-    def _penalty(self, policy: Policy) -> float:
-        return self._weight * self._preference(policy) if self._preference is not None else 0.0
 
     def _rewritten(self, policy: Policy) -> fx.GraphModule:
         # The fake tensors that shapes are propagated with belong to one mode, which threads must not share.

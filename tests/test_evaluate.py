@@ -268,14 +268,14 @@ def test_without_data_the_original_is_best_and_cuts_cost(graph: fx.GraphModule) 
     assert 0.0 > evaluator(INTEGERS) > max(scores)
 
 
-def test_of_two_equal_policies_the_cheaper_one_wins(graph: fx.GraphModule) -> None:
-    def cost(policy: Policy) -> float:
-        return 0.5 if policy else 1.0
+def test_a_trial_is_worth_its_reward(graph: fx.GraphModule) -> None:
+    def reward(score: float, policy: Policy) -> float:
+        return score - (0.05 if policy else 0.1)
 
-    evaluator = make_evaluator(graph, evaluate=lambda model: 1.0, preference=cost, weight=0.1)
+    evaluator = make_evaluator(graph, evaluate=lambda model: 1.0, reward=reward)
     assert evaluator(CUT) == pytest.approx(0.95)
     assert evaluator(Policy({})) == pytest.approx(0.9)
-    assert evaluator.judge(graph) == 1.0
+    assert evaluator.score(CUT) == evaluator.judge(graph) == 1.0
 
 
 @pytest.mark.parametrize("value", [None, "good", torch.ones(2)])
