@@ -1,0 +1,282 @@
+"""What each layer loses at each number of bits: tables for the exact engine, measured without trying any policy.
+
+A layer's loss at ``(weight_bits, activation_bits)`` is that of its weight plus that of its input, each quantized alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.utils import _pytree as pytree
+
+from fxopt._files import write_text
+from fxopt.decisions import FLOAT_BITS, Decision, SearchSpace
+from fxopt.errors import DataError, PassError
+from fxopt.graph import eval_mode
+from fxopt.graph.fake_quantize import ActivationQuantizer, quantize_layer
+from fxopt.graph.grids import ActivationScheme, WeightScheme
+from fxopt.passes._calibrate import feed
+from fxopt.passes._fork import fork
+
+__all__ = ["sensitivities"]
+
+Method: TypeAlias = Literal["mse", "kl", "hessian"]
+Losses: TypeAlias = dict[str, dict[str, float]]
+
+_PROBES = 8
+_WEIGHTS = WeightScheme("mse")
+_ACTIVATIONS = ActivationScheme("mse")
+
+
+def sensitivities(
+    gm: fx.GraphModule,
+    space: SearchSpace,
+    batch: Any,
+    *,
+    method: Method = "mse",
+    cache: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> list[list[float]]:
+    """Losses of every choice of every decision on bits, for ``ExactEngine(losses=...)`` and the solvers.
+
+    Args:
+        gm: The float graph, batch norm folded.
+        space: Decisions of kind "bits".
+        batch: One batch as the graph takes it; labels are left out. Its size is what measuring costs.
+        method: ``"mse"``: squared error of the outputs, relative to their squares. ``"kl"``: divergence of the class
+            probabilities (over dimension 1). Both run what comes behind a layer once for each of its widths.
+            ``"hessian"``: half the mean diagonal of the Hessian of that divergence, estimated with random signs
+            (Hutchinson; Dong et al. 2020, HAWQ-V2, equation 5), times the squared error of the weight or input: a few
+            passes in all. Outputs that are no class scores take half their squared error in its place.
+        cache: A JSON file that keeps what was measured, layer by layer; the same call goes on there.
+        seed: Seed of the random signs.
+
+    Returns:
+        For each decision in the order of the space, the loss of each choice; 0 in floating point.
+
+    Raises:
+        DataError: If the batch does not fit the graph or leads to losses that are not finite.
+        PassError: If the method is unknown or a decision is not about the bits of a layer that is called.
+    """
+    if method not in ("mse", "kl", "hessian"):
+        raise PassError(f"There are no sensitivities by {method!r}; choose mse, kl or hessian.")
+    calls = {str(node.target): node for node in reversed(gm.graph.find_nodes(op="call_module"))}
+    strange = [decision.site for decision in space if decision.kind != "bits" or decision.site not in calls]
+    if strange:
+        raise PassError(
+            f"{strange[0]!r} is no layer of this graph whose bits are decided; fold and ask Quantize for them."
+        )
+    graph = fork(gm)
+    args, kwargs = feed(graph, batch, "The batch")
+    known = _Known(None if cache is None else Path(cache), _digest(graph, (args, kwargs), space, method, seed))
+    with eval_mode(graph):
+        measure: Callable[[str, str, int], float] | None = None
+        for decision in space:
+            if decision.site in known.losses:
+                continue
+            if measure is None:
+                kind = _Curvature if method == "hessian" else _Measured
+                measure = kind(graph, args, kwargs, [one.site for one in space], method, seed).loss
+            found = {}
+            for part, bits in _asked(decision):
+                loss = measure(decision.site, part, bits)
+                if not loss < float("inf"):
+                    raise DataError(
+                        f"The loss of {decision.site!r} is {loss}; look for NaN in the batch and the weights."
+                    )
+                found[f"{part} {bits}"] = loss
+            known.add(decision.site, found)
+    return [
+        [_total(known.losses[decision.site], choice) for choice in decision.choices]  # type: ignore[arg-type]
+        for decision in space
+    ]
+
+
+def _asked(decision: Decision) -> Iterator[tuple[str, int]]:
+    """Part and bits of everything that the choices of a decision are made of."""
+    pairs = [choice for choice in decision.choices if isinstance(choice, tuple)]
+    for index, part in enumerate(("weight", "input")):
+        for bits in sorted({pair[index] for pair in pairs} - {FLOAT_BITS}):
+            yield part, bits
+
+
+def _total(losses: dict[str, float], choice: tuple[int, int]) -> float:
+    parts = zip(("weight", "input"), choice, strict=True)
+    return sum(losses[f"{part} {bits}"] for part, bits in parts if bits != FLOAT_BITS)
+
+
+class _Known:
+    """What was measured, in a file if there is one."""
+
+    def __init__(self, path: Path | None, key: str) -> None:
+        self._path, self._key = path, key
+        self.losses: Losses = {}
+        if path is None or not path.is_file():
+            return
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            mine = kept["key"] == key
+        except (ValueError, KeyError, TypeError, OSError) as failure:
+            raise DataError(f"{path} holds no sensitivities: {failure}. Delete it or name another file.") from failure
+        if not mine:
+            raise DataError(f"{path} holds sensitivities of another graph, batch or method; delete it or name another.")
+        self.losses = kept["losses"]
+
+    def add(self, site: str, losses: dict[str, float]) -> None:
+        self.losses[site] = losses
+        if self._path is not None:
+            write_text(self._path, json.dumps({"key": self._key, "losses": self.losses}, indent=1))
+
+
+def _digest(gm: fx.GraphModule, inputs: Any, space: SearchSpace, method: str, seed: int) -> str:
+    found = hashlib.sha256(f"{gm.code} {method} {seed}".encode())
+    found.update(repr([(decision.site, decision.choices) for decision in space]).encode())
+    for tensor in (*gm.state_dict().values(), *pytree.tree_leaves(inputs)):
+        if isinstance(tensor, torch.Tensor):
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _held_weight(module: nn.Module, bits: int) -> torch.Tensor:
+    layer = quantize_layer(module, bits, scheme=_WEIGHTS)
+    return layer.weight_quantizer(layer.weight).detach()  # type: ignore[no-any-return]
+
+
+def _held_input(x: torch.Tensor, bits: int) -> torch.Tensor:
+    quantizer = ActivationQuantizer(bits, _ACTIVATIONS).to(x.device)
+    quantizer.observe(x)
+    quantizer.settle("an input")
+    return quantizer(x.detach())  # type: ignore[no-any-return]
+
+
+class _Measured:
+    """Runs the graph once and keeps all values; a change runs again what depends on it."""
+
+    def __init__(self, gm: fx.GraphModule, args: Any, kwargs: Any, sites: list[str], method: str, seed: int) -> None:
+        del sites, seed
+        self._gm, self._method = gm, method
+        self._interpreter = fx.Interpreter(gm, garbage_collect_values=False)
+        leaves = pytree.tree_leaves((args, kwargs))
+        with torch.no_grad():
+            for node, leaf in zip(gm.graph.find_nodes(op="placeholder"), leaves, strict=True):
+                self._interpreter.env[node] = leaf
+            for node in gm.graph.nodes:
+                if node.op != "placeholder":
+                    self._interpreter.env[node] = self._interpreter.run_node(node)
+        self._values = dict(self._interpreter.env)
+        self._wanted = _floats(self._values[next(iter(gm.graph.find_nodes(op="output")))])
+
+    @torch.no_grad()
+    def loss(self, site: str, part: str, bits: int) -> float:
+        """The loss with one weight, or one layer's input wherever it is called, at so many bits."""
+        calls = list(self._gm.graph.find_nodes(op="call_module", target=site))
+        module: Any = self._gm.get_submodule(site)
+        before = module.weight
+        changed = dict.fromkeys(calls)
+        self._interpreter.env = dict(self._values)
+        try:
+            if part == "weight":
+                module.weight = nn.Parameter(_held_weight(module, bits), requires_grad=False)
+            for node in self._gm.graph.nodes:
+                if node not in changed and not any(source in changed for source in node.all_input_nodes):
+                    continue
+                changed[node] = None
+                source = node.all_input_nodes[0]
+                exact = self._interpreter.env[source]
+                if part == "input" and node in calls:
+                    self._interpreter.env[source] = _held_input(exact, bits)
+                found = self._interpreter.run_node(node)
+                self._interpreter.env[source] = exact
+                self._interpreter.env[node] = found
+        finally:
+            module.weight = before
+        output = self._interpreter.env[next(iter(self._gm.graph.find_nodes(op="output")))]
+        return _distance(_floats(output), self._wanted, self._method)
+
+
+def _floats(output: Any) -> list[torch.Tensor]:
+    leaves = pytree.tree_leaves(output)
+    found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    if not found:
+        raise DataError("The graph has no floating-point output to compare.")
+    return found
+
+
+def _distance(found: list[torch.Tensor], wanted: list[torch.Tensor], method: str) -> float:
+    total = 0.0
+    for one, other in zip(found, wanted, strict=True):
+        if method == "kl":
+            logs = [functional.log_softmax(value.double(), 1) for value in (one, other)]
+            total += float((logs[1].exp() * (logs[1] - logs[0])).sum(1).mean())
+        else:
+            total += float((one - other).square().sum() / other.square().sum().clamp(min=1e-12))
+    return total / len(found)
+
+
+class _Curvature:
+    """The mean diagonal of the Hessian for every weight and every input of a layer."""
+
+    def __init__(self, gm: fx.GraphModule, args: Any, kwargs: Any, sites: list[str], method: str, seed: int) -> None:
+        del method
+        self._gm = gm
+        self._inputs: dict[str, torch.Tensor] = {}
+        modules: dict[str, Any] = {site: gm.get_submodule(site) for site in sites}
+        handles = [module.register_forward_pre_hook(self._note(site)) for site, module in modules.items()]
+        try:
+            with torch.enable_grad():
+                args, kwargs = pytree.tree_map_only(torch.Tensor, _as_leaf, (args, kwargs))
+                loss = sum(_own_divergence(value) for value in _floats(gm(*args, **kwargs)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        named = {("weight", site): module.weight for site, module in modules.items()}
+        named |= {("input", site): self._inputs[site] for site in sites}
+        tensors = list(named.values())
+        slopes = torch.autograd.grad(loss, tensors, create_graph=True)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(seed)
+        sums = [0.0] * len(tensors)
+        for probe in range(_PROBES):
+            signs = [torch.randint(0, 2, one.shape, generator=generator).to(one) * 2 - 1 for one in tensors]
+            turned = torch.autograd.grad(slopes, tensors, signs, retain_graph=probe + 1 < _PROBES)
+            for index, (sign, curve) in enumerate(zip(signs, turned, strict=True)):
+                sums[index] += float((sign * curve).sum()) / _PROBES / sign.numel()
+        self._mean = dict(zip(named, sums, strict=True))
+
+    @torch.no_grad()
+    def loss(self, site: str, part: str, bits: int) -> float:
+        """Half the mean curvature, never below zero, times the squared error."""
+        module: Any = self._gm.get_submodule(site)
+        exact = module.weight if part == "weight" else self._inputs[site].detach()
+        found = _held_weight(module, bits) if part == "weight" else _held_input(exact, bits)
+        return 0.5 * max(self._mean[part, site], 0.0) * float((found - exact).square().sum())
+
+    def _note(self, site: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+        def note(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+            del module
+            if site in self._inputs:
+                return None  # Of a layer that is called more than once, the first input stands for all.
+            # A copy, which activation functions in place leave as it is.
+            self._inputs[site] = inputs[0] + 0.0
+            return (self._inputs[site], *inputs[1:])
+
+        return note
+
+
+def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _own_divergence(output: torch.Tensor) -> torch.Tensor:
+    """The divergence from what the outputs are now: zero, with the curvature that errors meet."""
+    if output.dim() > 1 and output.shape[1] > 1:
+        logs = functional.log_softmax(output, 1)
+        return functional.kl_div(logs, logs.detach(), log_target=True, reduction="sum") / len(output)
+    return 0.5 * (output - output.detach()).square().mean()
