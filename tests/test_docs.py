@@ -160,7 +160,7 @@ def test_commands_and_their_options_exist(page: Path) -> None:
 
 def test_the_reference_has_every_option_of_every_command() -> None:
     text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
-    sections = re.split(r"^## `fxopt (\w+)`$", text, flags=re.MULTILINE)[1:]
+    sections = re.split(r"^## `fxopt ([\w-]+)`$", text, flags=re.MULTILINE)[1:]
     rows = re.compile(r"^\| `(--[a-z-]+)` \|", re.MULTILINE)
     written = {name: set(rows.findall(body)) for name, body in zip(sections[::2], sections[1::2], strict=True)}
     known = options_by_command()
