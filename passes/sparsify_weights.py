@@ -103,19 +103,22 @@ class SparsifyWeights(TunablePass):
         sparse = sparse_sites(graph_module)
         chosen = {site: choice for (_, site), choice in self.own_choices.items()}
         for site, choice in chosen.items():
-            pattern_of(choice)
             if site not in layers:
                 nearest = difflib.get_close_matches(site, layers, n=1, cutoff=0.5)
                 hint = f" Did you mean {nearest[0]!r}?" if nearest else " The policy may be of another model."
                 raise PolicyError(f"The graph has no weights to zero at {site!r}.{hint}")
             if site in ignored and choice != sparse.get(site, 0.0):
                 raise PolicyError(f"The policy zeros weights of {site!r}, which is ignored; change one of them.")
+            try:
+                pattern_of(choice)
+            except PolicyError as failure:
+                raise PolicyError(f"At {site!r}: {failure}") from failure
         changed = {site: choice for site, choice in chosen.items() if choice != sparse.get(site, 0.0)}
         if not changed:
             return PassResult(graph_module, False)
         for site, choice in changed.items():
             _zero(graph_module, site, choice)
-        graph_module.meta[SPARSITY_META] = {**sparse, **changed}
+        graph_module.meta[SPARSITY_META] = dict(sorted({**sparse, **changed}.items()))
         edit.finish(graph_module)
         return PassResult(graph_module, True)
 

@@ -205,7 +205,7 @@ _CLAMPS = "relu relu6 hardtanh leaky_relu"
 _ACTIVATIONS = "elu celu selu silu mish gelu hardswish hardsigmoid sigmoid tanh softplus"
 _UNARY = (
     "neg abs exp log sqrt rsqrt reciprocal erf sign floor ceil round sin cos clamp clamp_min clamp_max square "
-    "tan isnan isfinite logit log1p expm1 softsign log_sigmoid hardshrink softshrink bitwise_not nan_to_num"
+    "tan isnan isfinite logit log1p expm1 log_sigmoid hardshrink softshrink bitwise_not nan_to_num"
 )
 _UNARY_FREE = (
     "contiguous clone to alias detach detach_ lift_fresh_copy dropout feature_dropout type_as _to_copy "
@@ -283,7 +283,7 @@ _NARY_RULES = {
 }
 _SPATIAL = (
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d"
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
 )
 _RESIZE = (
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d "

@@ -198,10 +198,15 @@ class TunablePassConformance(PassConformance):
         return self.pass_type(**self.options)
 
     def tuned(self, gm: fx.GraphModule) -> TunablePass:
-        """The pass with its own policy, or with the first choice of every decision."""
+        """The pass with its own policy, or with the first choice of every decision that changes something."""
         made = self.make()
-        space = made.search_space(gm)
-        return made if made.policy is not None else made.with_policy(space.decode([0] * len(space)))
+        if made.policy is not None:
+            return made
+        first = {
+            decision.key: next((choice for choice in decision.choices if choice != decision.default), decision.default)
+            for decision in made.search_space(gm)
+        }
+        return made.with_policy(Policy(first))
 
     def idle(self, gm: fx.GraphModule) -> TunablePass:
         """The pass with every decision at its default."""

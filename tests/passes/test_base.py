@@ -344,7 +344,7 @@ def test_every_name_leads_to_its_pass() -> None:
 def test_a_wrong_name_suggests_the_right_one() -> None:
     with pytest.raises(UnknownNameError, match=r"Did you mean 'prune-channels'\?"):
         passes.create("prune_chanels")
-    with pytest.raises(PassError, match="no option 'rounding'; its options are policy, ignore, round_to"):
+    with pytest.raises(PassError, match="no option 'rounding'; its options are policy, ignore, bounds, round_to"):
         passes.create("prune-channels", rounding=8)
 
 
