@@ -204,7 +204,7 @@ class _QdqRewriter(Rewriter):
         least = self._bound(node, 1, -np.inf) if clip else 0.0
         most = self._bound(node, 2, np.inf) if clip else np.inf
         low, high = _range(quantizer)
-        half = 0.5 * float(quantizer.scale)
+        half = 0.5 * float(quantizer.scale.detach())
         if len(self.readers[value]) > 1 or not (low > least - half and high < most + half):
             return value
         self.dropped.add(value)
@@ -234,7 +234,9 @@ class _QdqRewriter(Rewriter):
 
         key = (bias, weight.output, site)
         if key not in self._biases:
-            scale = (self.activation(site).scale.cpu().numpy().astype(np.float32) * weight.scale).astype(np.float32)
+            scale = (self.activation(site).scale.detach().cpu().numpy().astype(np.float32) * weight.scale).astype(
+                np.float32
+            )
             integers = np.rint(self.array(bias).astype(np.float64) / scale)
             self.rounded[bias] = (integers * scale).astype(np.float32)
             read_as_float = any(self._bias_of(reader) is None for reader in self.readers[bias])
@@ -272,7 +274,7 @@ class _QdqRewriter(Rewriter):
 
 def _range(quantizer: ActivationQuantizer) -> tuple[float, float]:
     """The values at the ends of a grid."""
-    zero, scale = int(quantizer.zero_point), float(quantizer.scale)
+    zero, scale = int(quantizer.zero_point), float(quantizer.scale.detach())
     return -zero * scale, (quantizer.largest - zero) * scale
 
 

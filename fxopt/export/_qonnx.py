@@ -99,7 +99,7 @@ class _QonnxRewriter(Rewriter):
         yield self._quant(value, scale, zero, quantizer.bits, output, signed=False)
 
     def dequantize(self, weight: QuantizedWeight) -> onnx.NodeProto:
-        """A signed, narrow Quant node on the floats, or a bipolar one."""
+        """A signed Quant node on the floats, or a bipolar one."""
         from onnx import helper
 
         values = weight.floats()
@@ -110,9 +110,19 @@ class _QonnxRewriter(Rewriter):
         if weight.quantizer.bits == 1:
             return helper.make_node("BipolarQuant", [stored, scale], [weight.output], domain=QONNX_DOMAIN)
         zero = self.store(f"{stored}_zero_point", np.zeros((), np.float32))
-        return self._quant(stored, scale, zero, weight.quantizer.bits, weight.output, signed=True)
+        return self._quant(
+            stored,
+            scale,
+            zero,
+            weight.quantizer.bits,
+            weight.output,
+            signed=True,
+            narrow=weight.quantizer.scheme.narrow,
+        )
 
-    def _quant(self, value: str, scale: str, zero: str, bits: int, output: str, *, signed: bool) -> onnx.NodeProto:
+    def _quant(
+        self, value: str, scale: str, zero: str, bits: int, output: str, *, signed: bool, narrow: bool = False
+    ) -> onnx.NodeProto:
         from onnx import helper
 
         width = self.store(f"bits_{bits}", np.asarray(bits, np.float32))
@@ -122,6 +132,6 @@ class _QonnxRewriter(Rewriter):
             [output],
             domain=QONNX_DOMAIN,
             signed=int(signed),
-            narrow=int(signed),
+            narrow=int(narrow),
             rounding_mode="ROUND",
         )

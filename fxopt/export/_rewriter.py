@@ -210,6 +210,11 @@ class Rewriter(ABC):
         if name not in self._initializers:
             layer = site.rpartition(".")[0]
             raise ExportError(f"The weight of {layer!r} is computed, not stored; quantize stored ones.")
+        if quantizer.zero_point is not None:
+            raise ExportError(
+                f"{site.rpartition('.')[0]!r} has a weight on an asymmetric grid, which integer kernels do not read; "
+                'quantize with WeightScheme(symmetric=True), or export with format="float".'
+            )
         values = self.array(name).astype(np.float32)
         for reader in self.readers[output]:
             permutation = self.permutation_of(reader)
