@@ -381,7 +381,8 @@ def main() -> None:
     bound = lowered.columns(choices.part(0, 1024))
     rows = Workload(lowered.columns(choices.part(0, 256)).expand().rows, bound.names)
     results["channels"] = {name: measure_channels(name, bound, rows, options.repeat) for name in CLOSED_TARGETS}
-    results["threads"] = measure_threads(bound, 5)
+    many = lowered.columns(choices.part(0, min(20_000, options.streamed)))
+    results["threads"] = measure_threads(many, 5)
     results["streamed"] = {name: measure_streamed(name, lowered, choices, decisions, 5) for name in ("pixel1", "v100")}
     operators = len(workload.names)
     finish("scoring", results, policies=options.policies, rows=operators, repeat=options.repeat)

@@ -14,7 +14,7 @@ from libc.string cimport memset
 
 from fxopt.targets._blocks cimport BLOCK, Block, Columns, Values, fill, load, put, take
 from fxopt.targets._rows cimport (
-    AMOUNTS, CURVE, ELEMENTWISE, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, larger, macs,
+    CURVE, ELEMENTWISE, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, larger, macs,
     stored_bytes, traffic_bytes,
 )
 
@@ -200,45 +200,43 @@ cdef void add_columns(
         first += size
 
 
-cdef int point_at(Columns* columns, Py_buffer* views, Row* row, fields, offsets, Py_ssize_t first) except -1:
-    # Find the values of the fields that differ; ``views`` keeps them in place, one for each.
-    cdef Py_ssize_t j = 0
+cdef struct Differing:
+    # A row of the template, and where its values for each policy come from.
+    Row row
+    Columns columns
+
+
+cdef int point_at(Differing* line, fields, offsets, Py_ssize_t first) except -1:
+    # Find the values of the fields that differ. The caller keeps the arrays alive; they have no other place to go to.
+    cdef Columns* columns = &line.columns
+    cdef Py_buffer view
     cdef Py_ssize_t offset
     columns.integers = columns.amounts = 0
     for name, column in fields.items():
-        PyObject_GetBuffer(column, &views[j], PyBUF_SIMPLE)
-        j += 1
         offset = offsets[name]
+        PyObject_GetBuffer(column, &view, PyBUF_SIMPLE)
         if offset < <Py_ssize_t>(INTEGERS * sizeof(int32_t)):
-            columns.integer_at[columns.integers] = <int32_t*>(<char*>row + offset)
-            columns.integer_from[columns.integers] = <const int32_t*>views[j - 1].buf + first
+            columns.integer_at[columns.integers] = <int32_t*>(<char*>&line.row + offset)
+            columns.integer_from[columns.integers] = <const int32_t*>view.buf + first
             columns.integers += 1
         else:
-            columns.amount_at[columns.amounts] = <double*>(<char*>row + offset)
-            columns.amount_from[columns.amounts] = <const double*>views[j - 1].buf + first
+            columns.amount_at[columns.amounts] = <double*>(<char*>&line.row + offset)
+            columns.amount_from[columns.amounts] = <const double*>view.buf + first
             columns.amounts += 1
+        PyBuffer_Release(&view)
     return 0
 
 
-cdef int add_row(
-    CostModel model, Row row, fields, offsets, Py_ssize_t first, Py_ssize_t count, const Sums* sums, Known* known,
+cdef void add_lines(
+    CostModel model, Differing* lines, Py_ssize_t length, Known* known, const Sums* sums, Py_ssize_t count,
     unsigned char* uncosted
-) except -1:
-    cdef Py_buffer views[INTEGERS + AMOUNTS]
-    cdef Columns columns
-    cdef Py_ssize_t j
-    memset(views, 0, sizeof(views))
-    try:
-        point_at(&columns, views, &row, fields, offsets, first)
-        with nogil:
-            if known == NULL:
-                add_columns(model, &row, &columns, sums, count, uncosted)
-            else:
-                add_searched(model, &row, &columns, known, sums, count, uncosted)
-    finally:
-        for j in range(INTEGERS + AMOUNTS):
-            PyBuffer_Release(&views[j])
-    return 0
+) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(length):
+        if known == NULL:
+            add_columns(model, &lines[i].row, &lines[i].columns, sums, count, &uncosted[i])
+        else:
+            add_searched(model, &lines[i].row, &lines[i].columns, known, sums, count, &uncosted[i])
 
 
 cdef Sums sums_of(
@@ -352,22 +350,30 @@ cdef class CostModel:
         values for all policies; ``offsets`` the byte offset of each field. Gives what :meth:`totals` gives.
         """
         cdef Sums sums = sums_of(latency_s, energy_j, weight_bytes_out, peak_bytes, macs_out)
+        cdef Py_ssize_t length = template.shape[0]
         cdef Known* known = NULL
+        cdef Differing* lines
         cdef Py_ssize_t i
         latency_s[:] = self.fixed_s
         energy_j[:] = 0.0
         weight_bytes_out[:] = 0.0
         peak_bytes[:] = 0.0
         macs_out[:] = 0.0
+        lines = <Differing*>malloc((length + 1) * sizeof(Differing))
         if self.searches:
             known = <Known*>malloc(SLOTS * sizeof(Known))
-            if known == NULL:
-                raise MemoryError("no memory for the costs of one operator")
         try:
-            for i in range(template.shape[0]):
-                add_row(self, template[i], columns[i], offsets, first, latency_s.shape[0], &sums, known, &uncosted[i])
+            if lines == NULL or (self.searches and known == NULL):
+                raise MemoryError("no memory for the costs of a workload")
+            for i in range(length):
+                lines[i].row = template[i]
+                point_at(&lines[i], columns[i], offsets, first)
+            # Once for all rows: threads that take turns at the interpreter's lock wait longer than a row takes.
+            with nogil:
+                add_lines(self, lines, length, known, &sums, latency_s.shape[0], &uncosted[0])
         finally:
             free(known)
+            free(lines)
 
     def per_row(
         self, const Row[:, ::1] rows, double[:, ::1] latency_s, double[:, ::1] energy_j, double[:, ::1] dram_bytes
