@@ -12,7 +12,7 @@ from torch import fx
 from fxopt.graph import ops
 from fxopt.graph._flow import Atoms, Flow, Labels, barrier, first, replaced, size_of, tie_rows
 
-__all__ = ["channel_shuffle", "index", "pixel_shuffle", "pixel_unshuffle", "repeat", "roll", "stack", "unfold"]
+__all__ = ["channel_shuffle", "flip", "index", "pixel_shuffle", "pixel_unshuffle", "repeat", "roll", "stack", "unfold"]
 
 
 def repeat(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
@@ -57,6 +57,17 @@ def roll(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
         flow.freeze(labels[dim], reason)
         labels[dim] = None
     return labels
+
+
+def flip(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Dimensions the other way round."""
+    source = first(node)
+    if source is None:
+        return barrier(flow, gm, node, reason)
+    turned = {dim % len(size_of(source)) for dim in ops.arguments(node)["dims"]}
+    return [
+        atoms[::-1] if dim in turned and atoms is not None else atoms for dim, atoms in enumerate(flow.labels[source])
+    ]
 
 
 def index(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:

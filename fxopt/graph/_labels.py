@@ -248,6 +248,7 @@ _RULES: dict[str, _Rule] = {
     "expand": views.expand,
     "reshape": views.reshape,
     "reshape_as": views.reshape_as,
+    "flip": copies.flip,
     "index": copies.index,
     "narrow": views.narrow,
     "repeat": copies.repeat,

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import TraceError, VerifyError
 from fxopt.graph import _export, ops
+from fxopt.graph._decompose import decompose
 from fxopt.graph._functionalize import functionalize
 from fxopt.graph._inputs import ExampleInputs, normalize
 from fxopt.graph._modes import depends_on_mode, merge_modes
@@ -147,6 +148,7 @@ def _has_loose_shape(node: fx.Node) -> bool:
 
 def _canonical(gm: fx.GraphModule, model: nn.Module, inputs: ExampleInputs, dynamic: bool) -> fx.GraphModule:
     functionalize(gm)
+    decompose(gm)
     _adopt_state(gm, model)
     gm.meta = {TRACE_META: {"batch": inputs.batch, "dynamic_batch": dynamic}}
     _set_example_values(gm, inputs)

@@ -241,6 +241,7 @@ _NARY_RULES = {
     "stack": ("copy", "stack"),
     "unbind": ("copy", "unbind"),
     "roll": ("copy", "roll"),
+    "flip": ("copy", "flip"),
     "index": ("copy", "index"),
     "gather": ("copy", "barrier"),
     "repeat": ("copy", "repeat"),
