@@ -18,11 +18,13 @@ from fxopt.graph import edit, ops
 from fxopt.graph.channels import ChannelGraph, ChannelGroup, Constant, Mixing, ParameterUse
 from fxopt.passes._masked_norms import MaskedNorm, masked_norm
 
-__all__ = ["choose_removed", "cut", "kept_indices", "mask", "parameter_share", "saved_elements"]
+__all__ = ["choose_removed", "cut", "kept_indices", "laid_out_like", "mask", "parameter_share", "saved_elements"]
 
 Units = npt.NDArray[np.int64]
 Scores = npt.NDArray[np.float64]
 Gone = npt.NDArray[np.bool_]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def choose_removed(group: ChannelGroup, scores: Scores, kept: int) -> Units:
@@ -227,7 +229,18 @@ def _select(tensor: torch.Tensor, uses: Sequence[ParameterUse], gone: Gone) -> t
         kept = np.flatnonzero(~_gone(use.atoms, gone))
         if len(kept) < tensor.shape[use.dim]:
             result = result.index_select(use.dim, torch.as_tensor(kept, device=tensor.device))
-    return None if result is tensor else result
+    return None if result is tensor else laid_out_like(result, tensor)
+
+
+def laid_out_like(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """A tensor channels last in memory if another is: a network that was made so for speed stays so.
+
+    Strides decide. A 1 x 1 or depthwise weight is contiguous in both orders, yet torch chooses kernels by its strides.
+    """
+    form = _CHANNELS_LAST.get(old.dim())
+    if form is None or old.stride() != torch.empty_like(old, device="meta", memory_format=form).stride():
+        return new
+    return new.to(memory_format=form)
 
 
 def _zero(tensor: torch.Tensor, uses: Sequence[ParameterUse], gone: Gone) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from fxopt.graph import eval_mode
 from fxopt.graph.shapes import TRACE_META
 from fxopt.passes._calibrate import batches as batches_of
 from fxopt.passes._calibrate import feed
+from fxopt.passes._cutting import laid_out_like
 from fxopt.passes._fork import fork
 from fxopt.passes._least_squares import Moments, groups_of, input_rows, is_linear, output_rows, positions_of
 
@@ -270,7 +271,7 @@ def _norm_behind(gm: fx.GraphModule, node: fx.Node) -> _BatchNorm | None:
 def _write(module: Any, norm: _BatchNorm | None, weight: torch.Tensor, constant: torch.Tensor | None) -> None:
     """Put a new weight and a constant for the outputs into modules that are nobody else's."""
     old = module.weight
-    found = weight.flatten(0, 1).reshape(old.shape).to(old.dtype)
+    found = laid_out_like(weight.flatten(0, 1).reshape(old.shape).to(old.dtype), old)
     if not bool(torch.isfinite(found).all()):
         return
     module._parameters["weight"] = nn.Parameter(found, old.requires_grad)

@@ -11,6 +11,8 @@ from torch import nn
 
 from fxopt.decisions import Policy
 from fxopt.errors import PassError, PolicyError, UnknownNameError
+from fxopt.evaluate import apply_policy
+from fxopt.graph import trace
 from fxopt.passes import PruneChannels
 from tests.passes.test_prune_channels import prepared, pruned
 from tests.strategies import Cnn, traced
@@ -85,3 +87,23 @@ def test_options_are_checked() -> None:
         PruneChannels(importance="l3")
     with pytest.raises(PassError, match="patterns"):
         PruneChannels(ignore=(3,))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_networks_that_are_channels_last_in_memory_stay_so(last: bool) -> None:
+    torch.manual_seed(0)
+    order = torch.channels_last if last else torch.contiguous_format
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+    )
+    gm = trace(model.to(memory_format=order).eval(), torch.randn(2, 3, 6, 6))
+    step = PruneChannels()
+    space = step.search_space(gm)
+    smaller = apply_policy(gm, [step], space.uniform(0.5), calibration=[(torch.randn(8, 3, 6, 6), torch.zeros(8))])
+    weights = {name: tensor for name, tensor in smaller.named_parameters() if tensor.dim() == 4}
+    assert len(weights) == 4
+    assert weights["2.weight"].shape == (8, 1, 3, 3)
+    for name, weight in weights.items():
+        alike = torch.empty(weight.shape, memory_format=order)
+        assert weight.stride() == alike.stride(), name
