@@ -30,7 +30,7 @@ from fxopt.graph import edit
 from fxopt.lowering import lower
 from fxopt.passes import Canonicalize, PruneChannels
 from fxopt.search import engines, run_search
-from fxopt.training import fit
+from fxopt.training import Distillation, fit
 
 LEARNING_RATES = {"mobilenet_v1": 0.1, "mobilenet_v2": 0.1}
 
@@ -105,7 +105,7 @@ class Experiment:
             epochs=self.options.tune_epochs,
             learning_rate=self.options.tune_rate,
             teacher=self.gm if self.options.distill else None,
-            temperature=4.0,
+            distillation=Distillation(temperature=4.0),
             seed=seed,
         )
         return accuracy(graph, self.data.test)

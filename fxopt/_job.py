@@ -20,7 +20,7 @@ from fxopt._reporting import metrics_of
 from fxopt._selecting import Selector
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
-from fxopt.errors import InfeasibleError, PassError
+from fxopt.errors import FxoptError, InfeasibleError, PassError
 from fxopt.evaluate import Evaluator
 from fxopt.lowering import ParametricWorkload, lower
 from fxopt.passes import Quantize, TunablePass
@@ -28,14 +28,24 @@ from fxopt.passes._fork import own_copy
 from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
 from fxopt.search import SearchResult, engines, run_search
-from fxopt.training import fit, rehearse
+from fxopt.training import FineTuning, History, fit, rehearse
 
 __all__ = ["Job", "Tuning"]
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How to fine-tune what the search has found."""
+    """How to fine-tune what the search has found.
+
+    Attributes:
+        train: Batches of (input, label); None for no fine-tuning.
+        epochs: Epochs.
+        loss: The loss; cross entropy of class scores if None.
+        learning_rate: The highest learning rate.
+        seed: The seed.
+        folder: Where the checkpoint is; None for none.
+        options: Everything else; None distils class scores unless there is a loss of one's own.
+    """
 
     train: Loader | None
     epochs: int
@@ -43,6 +53,17 @@ class Tuning:
     learning_rate: float
     seed: int
     folder: Path | None
+    options: FineTuning | None = None
+
+    def __post_init__(self) -> None:
+        """Look at the options.
+
+        Raises:
+            FxoptError: If they are of another type.
+        """
+        given: Any = self.options
+        if given is not None and not isinstance(given, FineTuning):
+            raise FxoptError(f"fine_tune is a {type(given).__name__}; give a fxopt.training.FineTuning, or None.")
 
     def rehearse(self, original: fx.GraphModule) -> None:
         """Notice what is wrong with data or loss before anything is searched.
@@ -57,30 +78,58 @@ class Tuning:
                 epochs=self.epochs,
                 loss=self.loss,
                 learning_rate=self.learning_rate,
-                teacher=self._teacher(original),
+                **self._distilled(original),
             )
 
-    def run(self, graph: fx.GraphModule, job: Job, policy: Policy, show: Progress) -> bool:
-        """Fine-tune ``graph`` in place, if there is something to train on; whether it was done."""
+    def run(
+        self, graph: fx.GraphModule, job: Job, policy: Policy, judge: Callable[[nn.Module], float], show: Progress
+    ) -> History | None:
+        """Fine-tune ``graph`` in place, if there is something to train on; what happened."""
         if self.train is None or self.epochs < 1:
-            return False
+            return None
+        how = self._options
         show.start("fine-tuning", self.epochs)
-        fit(
+        history = fit(
             graph,
             self.train,
             epochs=self.epochs,
             loss=self.loss,
             learning_rate=self.learning_rate,
-            teacher=self._teacher(job.source),
+            optimizer=how.optimizer,
+            schedule=how.schedule,
+            momentum=how.momentum,
+            weight_decay=how.weight_decay,
+            evaluate=judge if how.early_stop is not None else None,
+            early_stop=how.early_stop,
             checkpoint=None if self.folder is None else self.folder / f"fine-tune-{job.digest_with(policy)}",
             seed=self.seed,
             progress=lambda epoch, _, value: show.advance("fine-tuning", 1, f"loss {value:.4f}"),
+            **self._distilled(job.source),
         )
         show.finish("fine-tuning")
-        return True
+        return history
 
-    def _teacher(self, original: fx.GraphModule) -> fx.GraphModule | None:
-        return original if self.loss is None else None
+    @property
+    def _options(self) -> FineTuning:
+        if self.options is not None:
+            return self.options
+        return FineTuning() if self.loss is None else FineTuning(distillation=None)
+
+    def _distilled(self, original: fx.GraphModule) -> dict[str, Any]:
+        how = self._options.distillation
+        return {} if how is None else {"teacher": original, "distillation": how}
+
+    def told(self, history: History) -> str:
+        """What was done, in a few words."""
+        words = [f"epochs: {len(history.loss)}"]
+        if history.best_epoch:
+            words.append(f"the best is {history.best_epoch}")
+        how = self._options.distillation
+        if how is not None and how.features:
+            words.append(f"feature maps at {len(history.features)} places")
+        if how is not None and how.attention:
+            words.append(f"attention maps at {len(history.attention)} places")
+        return ", ".join(words)
 
 
 class Job:

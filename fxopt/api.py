@@ -30,6 +30,7 @@ from fxopt.passes.quantize import CALIBRATION_META
 from fxopt.progress import Progress, reporter
 from fxopt.report import PassLine, Report
 from fxopt.search import SearchResult, engines
+from fxopt.training import FineTuning
 
 __all__ = ["OptimizationResult", "load", "optimize"]
 
@@ -128,6 +129,7 @@ def optimize(
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     epochs: int = 2,
     learning_rate: float = 0.02,
+    fine_tune: FineTuning | None = None,
     reconstruct: bool | Reconstruction = True,
     seed: int = 0,
     workdir: str | os.PathLike[str] | None = None,
@@ -163,6 +165,9 @@ def optimize(
         loss: ``loss(output, label)`` for fine-tuning; cross entropy by default.
         epochs: Epochs of fine-tuning after the search.
         learning_rate: Its highest learning rate.
+        fine_tune: Its optimizer and schedule, what it learns from the model as it was (class scores, feature maps,
+            attention maps), and when it ends early. None for SGD under a cosine that learns class scores, or nothing
+            where there is a ``loss`` of your own.
         reconstruct: Whether weights behind cut channels are found anew by least squares on ``train``, without training,
             in every trial and at the end; or how.
         seed: Seed of everything random.
@@ -180,7 +185,7 @@ def optimize(
         InfeasibleError: If no policy is within the budget, before anything is trained; says the least possible.
         FxoptError: On bad input; the message says what, where and what to do.
     """
-    chosen = resolve_passes(passes)
+    everything = resolve_passes(passes)
     budgets = Budget.parse_all(budget or {})
     engines.load(engine)
     check_whole(1, trials=trials, parallel=parallel)
@@ -190,14 +195,13 @@ def optimize(
     check_data(train, val, evaluate)
     check_executor(executor)
     folder = Path(workdir) if workdir is not None else None
-    everything = chosen
+    tuning = Tuning(train, epochs, loss, learning_rate, seed, folder, fine_tune)
     selecting, chosen = parted(everything)
     selector = None
     if selecting is not None:
         selector = Selector(selecting, train, epochs, learning_rate, seed, 1.0 / len(everything))
     wanted = objective or BestScore()
     job = Job(model, example_inputs, device, chosen, budgets, folder, show, selector)
-    tuning = Tuning(train, epochs, loss, learning_rate, seed, folder)
     judge = Evaluator(
         job.graph,
         chosen,
@@ -227,8 +231,9 @@ def optimize(
         cut = [one.name for one in chosen if not isinstance(one, Quantize)]
         if cut:
             steps.append(job.step(", ".join(cut), changes_in(job.space, policy), graph, judge))
-        if tuning.run(graph, job, policy, show):
-            steps.append(job.step("fine-tune", f"epochs: {epochs}", graph, judge))
+        history = tuning.run(graph, job, policy, judge.judge, show)
+        if history is not None:
+            steps.append(job.step("fine-tune", tuning.told(history), graph, judge))
 
     copy = own_copy(job.graph)
     final = apply_policy(copy, chosen, policy, calibration=train, reconstruct=reconstruct, between=between).eval()

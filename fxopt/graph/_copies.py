@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["CanonicalGraph", "clone_module", "clone_tree", "fork", "own_copy"]
+__all__ = ["CanonicalGraph", "clone_module", "clone_tree", "fork", "own_copy", "same_modules"]
 
 _OWN_TO_A_GRAPH_MODULE = frozenset(
     ("_graph", "_code", "_lineno_map", "_prologue_start", "_graphmodule_cls_name", "_in_spec", "_out_spec")
@@ -59,9 +59,15 @@ def fork(gm: fx.GraphModule) -> fx.GraphModule:
     Returns:
         A GraphModule that computes the same from the very same tensors.
     """
+    twin = same_modules(gm)
+    _clone_children(gm, twin)
+    return twin
+
+
+def same_modules(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy the nodes of a graph alone; the copy calls the very same modules, and another may be added to it."""
     twin = _empty_twin(gm)
     twin.__dict__.update(_own_containers(_state(gm)))
-    _clone_children(gm, twin)
     twin.graph = _copy_graph(gm.graph)
     return twin
 

@@ -1,0 +1,142 @@
+"""A training on disk: everything that it takes to go on as if it had not been stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fxopt._files import replacing
+from fxopt.errors import FxoptError
+from fxopt.training._options import History
+
+__all__ = ["Checkpoint", "read_tensors", "write_tensors"]
+
+_TOLD = ("loss", "learning_rate", "score", "best_epoch")
+_MODEL, _OPTIMIZER, _BEST = "model.", "optimizer.", "best."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training is kept.
+
+    Attributes:
+        stem: The file, without suffix.
+        settings: What has to be the same for the training to be resumed, JSON-ready.
+    """
+
+    stem: Path
+    settings: Mapping[str, Any]
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        history: History,
+        best: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Write model, optimizer, history and the best weights so far.
+
+        Raises:
+            FxoptError: If it cannot be written; what stood there is untouched.
+        """
+        tensors = {f"{_MODEL}{name}": tensor for name, tensor in model.state_dict().items()}
+        tensors |= {f"{_BEST}{name}": tensor for name, tensor in best.items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            found = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+            tensors |= {f"{_OPTIMIZER}{index}.{key}": value for key, value in found.items()}
+        told = {name: getattr(history, name) for name in _TOLD}
+        metadata = {"history": json.dumps(told), "settings": json.dumps(self.settings)}
+        write_tensors(self.stem, tensors, metadata)
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[History, dict[str, torch.Tensor]]:
+        """Put model and optimizer where they were saved, if they were.
+
+        Returns:
+            History and best weights, both empty if nothing was saved.
+
+        Raises:
+            FxoptError: If the file is no checkpoint of this training; model and optimizer are as they were.
+        """
+        found = read_tensors(self.stem)
+        if found is None:
+            return History(), {}
+        path, tensors, metadata = found
+        with _reading(path):
+            told, settings = json.loads(metadata["history"]), json.loads(metadata["settings"])
+        self._check_settings(path, settings)
+        with _reading(path):
+            history = History(**{name: told[name] for name in _TOLD}, resumed_at=len(told["loss"]))
+            parts = {prefix: _with_prefix(tensors, prefix) for prefix in (_MODEL, _OPTIMIZER, _BEST)}
+            model.load_state_dict(parts[_MODEL])
+            state = optimizer.state_dict()
+            state["state"] = {}
+            for name, tensor in parts[_OPTIMIZER].items():
+                index, _, key = name.partition(".")
+                state["state"].setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict(state)
+        return history, parts[_BEST]
+
+    def _check_settings(self, path: Path, saved: Mapping[str, Any]) -> None:
+        mine = json.loads(json.dumps(self.settings))
+        for name, value in mine.items():
+            if saved.get(name) != value:
+                raise FxoptError(
+                    f"{path} is a checkpoint of a training with {name} = {saved.get(name)}, this one has {value}. "
+                    "Give the same options to resume, or remove the file to start afresh."
+                )
+
+
+def write_tensors(stem: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write ``<stem>.safetensors`` whole or not at all.
+
+    Raises:
+        FxoptError: If it cannot be written; what stood there is untouched.
+    """
+    path = _file(stem)
+    own = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    with replacing(path) as scratch:
+        try:
+            save_file(own, scratch, metadata=dict(metadata or {}))
+        except SafetensorError as failure:
+            raise FxoptError(f"Cannot write {path}: {failure}. Choose a folder that has space.") from failure
+
+
+def read_tensors(stem: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, str]] | None:
+    """Path, tensors and metadata of ``<stem>.safetensors``; None if there is no such file.
+
+    Raises:
+        FxoptError: If it cannot be read.
+    """
+    path = _file(stem)
+    if not path.exists():
+        return None
+    with _reading(path):
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return path, load_file(path), metadata
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as failure:
+        reason = (str(failure).splitlines() or [""])[0]
+        raise FxoptError(f"{path} is no checkpoint of this model: {reason} Remove it to start afresh.") from failure
+
+
+def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _file(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}.safetensors")

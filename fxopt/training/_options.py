@@ -1,0 +1,201 @@
+"""How to train, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from fxopt._schedules import SCHEDULES
+from fxopt.errors import FxoptError, UnknownNameError
+
+__all__ = ["Distillation", "EarlyStop", "FineTuning", "History", "OptimizerName", "ScheduleName"]
+
+OptimizerName: TypeAlias = Literal["sgd", "adamw"]
+ScheduleName: TypeAlias = Literal["cosine", "step", "one-cycle", "constant"]
+
+_OPTIMIZERS = ("sgd", "adamw")
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0.0):
+            raise FxoptError(f"{name} has to be above zero and finite, got {value}.")
+
+
+def _check_not_negative(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0.0):
+            raise FxoptError(f"{name} has to be finite and not below zero, got {value}.")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What a student learns from its teacher, usually the model before it was pruned.
+
+    The loss is ``(1 - logits) * own + logits * soft + features * F + attention * A``, where
+
+    - ``soft`` is the divergence of the class scores, softened by the temperature (Hinton et al. 2015, section 2);
+    - ``F`` is the squared error of a feature map relative to the teacher's, ``|s - t|^2 / |t|^2``, which needs maps of
+      equal shape;
+    - ``A`` is the squared distance of attention maps (Zagoruyko & Komodakis 2017, equation 2): the sum of the squared
+      channels at each position, divided by its norm over all positions of a sample. Channels may differ in number.
+
+    ``F``, taken over the whole batch, and ``A``, a mean over samples, are means over places. Places are nodes that the
+    graphs of teacher and student share by name; those whose shapes do not allow it are left out, and :class:`History`
+    names the others.
+
+    Attributes:
+        logits: Share of the teacher's class scores in the loss, in [0, 1].
+        temperature: Temperature of the class scores.
+        features: Weight of the feature maps, at least 0.
+        attention: Weight of the attention maps, at least 0.
+        sites: Patterns (``fnmatch``) of module paths or names of nodes to compare at. None takes the outputs of blocks:
+            sums of a residual stream, and the last value of each spatial size.
+
+    Raises:
+        FxoptError: If an option is out of range.
+    """
+
+    logits: float = 0.5
+    temperature: float = 2.0
+    features: float = 0.0
+    attention: float = 0.0
+    sites: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not 0.0 <= self.logits <= 1.0:
+            raise FxoptError(f"logits, the share of the teacher's class scores, lies in [0, 1]; got {self.logits!r}.")
+        _check_positive(temperature=self.temperature)
+        _check_not_negative(features=self.features, attention=self.attention)
+        if self.sites is not None:
+            given: Any = self.sites
+            patterns = (given,) if isinstance(given, str) else tuple(given)
+            if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+                raise FxoptError(f"sites takes patterns of module paths or names of nodes, got {self.sites!r}.")
+            object.__setattr__(self, "sites", patterns)
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether values inside the graphs are compared."""
+        return self.features > 0.0 or self.attention > 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher is asked for anything."""
+        return self.looks_inside or self.logits > 0.0
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """When training ends before its last epoch; the weights of the best epoch are then put back.
+
+    Attributes:
+        patience: Epochs that the score may go without being better than the best one.
+        min_delta: By how much it has to be better, at least 0.
+
+    Raises:
+        FxoptError: If an option is out of range.
+    """
+
+    patience: int = 3
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        given: Any = self.patience
+        if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+            raise FxoptError(f"patience is a whole number of epochs, at least 1; got {self.patience!r}.")
+        _check_not_negative(min_delta=self.min_delta)
+
+    def best(self, scores: Sequence[float]) -> int:
+        """The number, from 1, of the epoch with the best score; 0 if there is none yet."""
+        found = 0
+        for number, score in enumerate(scores, start=1):
+            if not found or score > scores[found - 1] + self.min_delta:
+                found = number
+        return found
+
+    def is_over(self, scores: Sequence[float]) -> bool:
+        """Whether the scores have gone without a better one for too long."""
+        return len(scores) - self.best(scores) >= self.patience
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How ``fxopt.optimize`` fine-tunes; see :func:`fit`.
+
+    Attributes:
+        optimizer: "sgd" or "adamw".
+        schedule: How the learning rate goes.
+        momentum: Momentum of SGD, and the first beta of AdamW.
+        weight_decay: Decay of parameters with more than one dimension.
+        distillation: What is learnt from the model as it was before; None for nothing.
+        early_stop: When to end before the last epoch, by the score that the search goes by; None for never.
+
+    Raises:
+        UnknownNameError: If there is no such optimizer or schedule.
+        FxoptError: If a number is out of range.
+    """
+
+    optimizer: OptimizerName = "sgd"
+    schedule: ScheduleName = "cosine"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    distillation: Distillation | None = Distillation()
+    early_stop: EarlyStop | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_names(self.optimizer, self.schedule)
+        if not 0.0 <= self.momentum < 1.0:
+            raise FxoptError(f"momentum lies in [0, 1), got {self.momentum!r}.")
+        _check_not_negative(weight_decay=self.weight_decay)
+
+
+@dataclass
+class History:
+    """What happened in training.
+
+    Attributes:
+        loss: Mean training loss of every epoch.
+        learning_rate: Learning rate at the end of every epoch.
+        score: Score of the model after every epoch, if it was judged.
+        best_epoch: The epoch, from 1, whose weights the model has, if an early stop was asked for; else 0.
+        features: Places where feature maps were compared with a teacher's.
+        attention: Places where attention maps were.
+        resumed_at: How many epochs came from a checkpoint; 0 for a fresh start.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    learning_rate: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    features: list[str] = field(default_factory=list)
+    attention: list[str] = field(default_factory=list)
+    resumed_at: int = 0
+
+
+def check_names(optimizer: str, schedule: str) -> None:
+    """An optimizer and a schedule are known.
+
+    Raises:
+        UnknownNameError: If not; suggests the nearest name.
+    """
+    if optimizer not in _OPTIMIZERS:
+        raise UnknownNameError("optimizer", optimizer, _OPTIMIZERS)
+    if schedule not in SCHEDULES:
+        raise UnknownNameError("schedule", schedule, SCHEDULES)
+
+
+def check_training(epochs: int, learning_rate: float) -> None:
+    """Epochs and learning rate are in range.
+
+    Raises:
+        FxoptError: If not.
+    """
+    if epochs < 0:
+        raise FxoptError(f"epochs has to be at least 0, got {epochs}.")
+    _check_positive(learning_rate=learning_rate)

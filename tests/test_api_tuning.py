@@ -1,0 +1,127 @@
+"""Fine-tuning in the one call: how it is asked for, and what the report tells of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.api import OptimizationResult
+from fxopt.errors import DataError, FxoptError, UnknownNameError
+from fxopt.training import Distillation, EarlyStop, FineTuning
+from tests.optimizing import DATA, EXAMPLE, half_right, make_net, optimize, outcome
+
+
+def tuned(how: FineTuning | None, **options: Any) -> OptimizationResult:
+    known = {"budget": {"macs": 0.6}, "passes": "prune-channels", "train": DATA, "val": DATA, "trials": 2}
+    return optimize(**(known | options), fine_tune=how)
+
+
+def detail(result: OptimizationResult) -> str:
+    return next(step.detail for step in result.report.passes if step.name == "fine-tune")
+
+
+def test_the_default_is_to_learn_class_scores() -> None:
+    default = tuned(None)
+    assert outcome(default) == outcome(tuned(FineTuning()))
+    assert outcome(default) != outcome(tuned(FineTuning(distillation=None)))
+    assert detail(default) == "epochs: 1"
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "adamw"}, {"schedule": "constant"}, {"momentum": 0.5}])
+def test_every_option_counts(change: dict[str, Any]) -> None:
+    assert outcome(tuned(FineTuning(**change))) != outcome(tuned(None))
+
+
+def test_attention_is_compared_where_channels_were_cut() -> None:
+    """Two sizes of positions, 8 x 8 and 4 x 4; all channels are cut, and so no feature map has its shape still."""
+    result = tuned(FineTuning(distillation=Distillation(features=1.0, attention=1.0)))
+    space = result.passes[0].search_space(fxopt.trace(make_net(), EXAMPLE))
+    assert all(result.policy[decision.key] < decision.default for decision in space)
+    assert detail(result) == "epochs: 1, feature maps at 0 places, attention maps at 2 places"
+
+
+def test_an_early_stop_goes_by_the_score_of_the_search() -> None:
+    class Falling:
+        """The original and the cut model are judged before training: scores fall from there on."""
+
+        score = 1.0
+
+        def __call__(self, module: nn.Module) -> float:
+            self.score -= 0.01
+            return self.score
+
+    result = tuned(FineTuning(early_stop=EarlyStop(patience=2)), val=None, evaluate=Falling(), epochs=6)
+    assert detail(result) == "epochs: 3, the best is 1"
+
+
+def test_a_loss_of_ones_own_learns_from_a_teacher_when_asked_to() -> None:
+    def mean_square(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return output.square().mean()
+
+    options: dict[str, Any] = {"loss": mean_square, "val": None, "evaluate": half_right}
+    alone = tuned(None, **options)
+    assert outcome(alone) == outcome(tuned(FineTuning(distillation=None), **options))
+    how = FineTuning(distillation=Distillation(logits=0.0, attention=1.0))
+    assert detail(tuned(how, **options)) == "epochs: 1, attention maps at 2 places"
+
+
+def test_an_interrupted_fine_tuning_goes_on(tmp_path: Path) -> None:
+    class Stopping:
+        def __init__(self, at: int) -> None:
+            self.calls, self.at = 0, at
+
+        def __call__(self, module: nn.Module) -> float:
+            self.calls += 1
+            if self.calls == self.at:
+                raise KeyboardInterrupt
+            return half_right(module)
+
+    how = FineTuning(distillation=Distillation(attention=1.0), early_stop=EarlyStop(patience=2))
+    options: dict[str, Any] = {"val": None, "epochs": 4}
+    whole = tuned(how, **options, evaluate=Stopping(0), workdir=tmp_path / "whole")
+    # The original, two trials, the best again, the cut model: the sixth call is after the first epoch.
+    counted = Stopping(0)
+    tuned(how, **options, evaluate=counted, workdir=tmp_path / "count")
+    with pytest.raises(KeyboardInterrupt):
+        tuned(how, **options, evaluate=Stopping(counted.calls - 2), workdir=tmp_path / "cut")
+    assert list((tmp_path / "cut").glob("fine-tune*"))
+    assert outcome(tuned(how, **options, evaluate=Stopping(0), workdir=tmp_path / "cut")) == outcome(whole)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        (lambda: FineTuning(optimizer="sdg"), UnknownNameError, "Did you mean 'sgd'"),  # type: ignore[arg-type]
+        (lambda: FineTuning(schedule="cosinus"), UnknownNameError, "schedule 'cosinus'"),  # type: ignore[arg-type]
+        (lambda: FineTuning(momentum=1.0), FxoptError, r"momentum lies in \[0, 1\)"),
+        (lambda: FineTuning(weight_decay=-1.0), FxoptError, "weight_decay has to be finite and not below zero"),
+        (lambda: "adamw", FxoptError, "fine_tune is a str"),
+        (lambda: FineTuning(distillation=Distillation(attention=1.0, sites=("layer9",))), UnknownNameError, "layer9"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_searched(how: Any, kind: type[Exception], words: str) -> None:
+    def never(state: object, *_: object) -> None:
+        pytest.fail("a search was begun")
+
+    class Watching:
+        start = advance = finish = never
+
+    with pytest.raises(kind, match=words):
+        tuned(how(), progress=Watching())
+
+
+def test_scores_that_cannot_be_distilled_say_what_to_do() -> None:
+    with pytest.raises(DataError, match=r"Distillation\(logits=0\)"):
+        tuned(
+            FineTuning(),
+            model=nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(0)),
+            loss=lambda output, label: output.square().mean(),
+            val=None,
+            evaluate=lambda module: 1.0,
+            budget=None,
+        )
