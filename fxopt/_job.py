@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +205,9 @@ class Job:
         if not len(self.space):
             self._check_nothing_to_decide()
             return None
-        return Constraint(self.space, self.costs, self.limits, [budget.metric for budget in self.budgets])
+        metrics = [budget.metric for budget in self.budgets]
+        costs = self.workload.index_costs(self.target, self.space, metrics)
+        return Constraint(self.space, costs, self.limits, metrics, by_index=costs.at)
 
     def _check_nothing_to_decide(self) -> None:
         for budget, limit, cost in zip(self.budgets, self.limits, self.achieved(self.graph), strict=True):
@@ -218,11 +220,6 @@ class Job:
                     limit=float(limit),
                     least=least,
                 )
-
-    def costs(self, policies: Sequence[Policy]) -> npt.NDArray[np.float64]:
-        """Cost of every policy in every budgeted metric, shape (policies, metrics)."""
-        estimate = self.workload.estimate(self.target, policies)
-        return np.stack([estimate.metric(budget.metric) for budget in self.budgets], axis=1)
 
     def search(
         self,

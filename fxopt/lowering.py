@@ -18,6 +18,7 @@ from torch import fx
 
 from fxopt._lowering.bits import BitTable
 from fxopt._lowering.build import Builder, Row
+from fxopt._lowering.by_index import IndexCosts
 from fxopt._lowering.choices import OperatorTable, OperatorWorkload, lower_choices, no_blocks
 from fxopt._lowering.forms import Forms, Size
 from fxopt.decisions import Policy, SearchSpace
@@ -31,6 +32,7 @@ from fxopt.targets.rows import FLOAT_BITS, OpKind, default_rows
 __all__ = [
     "BitTable",
     "Choices",
+    "IndexCosts",
     "OperatorTable",
     "OperatorWorkload",
     "ParametricWorkload",
@@ -211,6 +213,25 @@ class ParametricWorkload:
             PolicyError: If the space decides something else, or layers that the graph does not have.
         """
         return BitTable(self, target, space)
+
+    def index_costs(self, target: Target, space: SearchSpace, metrics: Sequence[str]) -> IndexCosts:
+        """Costs of policies by choice indices, for :class:`fxopt.decisions.Constraint`; see :class:`IndexCosts`.
+
+        Args:
+            target: The target.
+            space: What policies decide: channels, bits or sparsity.
+            metrics: What is costed, by the names that budgets use.
+
+        Raises:
+            PolicyError: If the space decides sites that the graph does not have.
+            UnsupportedError: If the target has no figures for a metric.
+        """
+        return IndexCosts(self, target, space, metrics)
+
+    def sites_of(self, size: Size) -> set[str]:
+        """The channel sites that a size depends on."""
+        sites = list(self.channel_sites)
+        return {sites[group] for form in size.forms for group in self._forms.groups_of(form)}
 
     def columns(self, choices: Choices) -> ColumnWorkload:
         """The rows of some policies, kept as what differs between them.

@@ -84,6 +84,10 @@ class Forms:
         form = _Form(fixed, tuple((group, count // self._sizes[group]) for group, count in counted))
         return Size(1, (self._known.setdefault(form, len(self._known)),), size)
 
+    def groups_of(self, form: int) -> set[int]:
+        """Indices of the groups whose channels a form sums."""
+        return {group for group, count in list(self._known)[form].terms if count}
+
     def evaluate(self, kept: Ints) -> Ints:
         """Every form for every policy.
 
