@@ -15,7 +15,7 @@ from fxopt import targets
 from fxopt.data import Loader, first_batch
 from fxopt.errors import DataError, PassError, SearchError, TargetError
 from fxopt.export import host_fingerprint, onnxruntime_profiler
-from fxopt.passes import Quantize, TunablePass
+from fxopt.passes import PruneChannels, Quantize, SelectOperators, SparsifyWeights, TunablePass
 from fxopt.progress import Progress
 
 __all__ = ["PassLike", "check_data", "check_executor", "check_weights", "check_whole", "load_target", "resolve_passes"]
@@ -36,6 +36,12 @@ def resolve_passes(passes: Sequence[PassLike]) -> tuple[TunablePass, ...]:
             raise PassError(f"passes names {made.name!r} twice; a pass decides about a model once.")
         if any(isinstance(other, Quantize) for other in found):
             raise PassError(f"passes names {made.name!r} behind 'quantize', whose graph is final; put 'quantize' last.")
+        if isinstance(made, (PruneChannels, SelectOperators)) and any(
+            isinstance(one, SparsifyWeights) for one in found
+        ):
+            raise PassError(
+                f"passes names {made.name!r} behind 'sparsify-weights', whose zeros it would fill; put it before."
+            )
         found.append(made)
     if not found:
         raise PassError("passes is empty; name at least one, such as 'prune-channels'.")

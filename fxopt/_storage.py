@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -23,6 +23,8 @@ from fxopt.decisions import Policy
 from fxopt.errors import FxoptError, PolicyError
 from fxopt.evaluate import apply_policy
 from fxopt.graph import as_args, eval_mode, trace
+from fxopt.graph.packing import Packed, pack, unpack
+from fxopt.graph.sparsity import pattern_of, sparse_sites
 from fxopt.passes import Canonicalize, TunablePass
 from fxopt.passes._fork import own_copy
 
@@ -32,6 +34,9 @@ _SCHEMA = 1
 _RECIPE = "recipe.json"
 _POLICY = "policy.json"
 _WEIGHTS = "model.safetensors"
+_PACKED = "packed"
+_VALUES = ":values"
+_POSITIONS = ":positions"
 
 
 def traced(model: nn.Module | ExportedProgram, example_inputs: object) -> fx.GraphModule:
@@ -72,10 +77,10 @@ def save(
 ) -> None:
     """Write everything that :func:`load` needs to ``folder``; the recipe, which tells the files' digests, last."""
     leaves, spec = pytree.tree_flatten(as_args(example_inputs))
-    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    tensors, shapes = _packed(model)
     with replacing(folder / _WEIGHTS) as scratch:
         try:
-            save_file(tensors, scratch)
+            save_file(tensors, scratch, {_PACKED: json.dumps(shapes)} if shapes else None)
         except SafetensorError as failure:
             raise FxoptError(f"Cannot write {folder / _WEIGHTS}: {failure}. Choose a folder with space.") from failure
     policy.save(folder / _POLICY)
@@ -87,6 +92,31 @@ def save(
         "digests": {name: _file_digest(folder / name) for name in (_WEIGHTS, _POLICY)},
     }
     write_text(folder / _RECIPE, json.dumps(recipe, indent=1))
+
+
+def _packed(model: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a model, those of sparse layers in their stored form, and the shapes of these by name."""
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
+    shapes: dict[str, Any] = {}
+    for site, choice in sparse_sites(model).items():
+        name = f"{site}.weight"
+        packed = pack(tensors[name], pattern_of(choice))
+        if packed is not None:
+            shapes[name] = list(tensors.pop(name).shape)
+            tensors[name + _VALUES], tensors[name + _POSITIONS] = packed.values, packed.positions
+    return tensors, shapes
+
+
+def _unpacked(path: Path, graph: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors of a file by name, those of sparse layers in the shape that the graph has."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        shapes: Any = json.loads((file.metadata() or {}).get(_PACKED, "{}"))
+    sparse = sparse_sites(graph)
+    for name, shape in shapes.items():
+        packed = Packed(tensors.pop(name + _VALUES), tensors.pop(name + _POSITIONS))
+        tensors[name] = unpack(packed, tuple(shape), pattern_of(sparse[name.removesuffix(".weight")]))
+    return tensors
 
 
 def load(folder: Path, model: nn.Module | ExportedProgram) -> fx.GraphModule:
@@ -136,8 +166,8 @@ def _load_state_dict(
 def _with_weights(folder: Path, graph: fx.GraphModule) -> fx.GraphModule:
     """Give the graph tensors of its own, holding the saved values."""
     try:
-        saved = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError) as failure:
+        saved = _unpacked(folder / _WEIGHTS, graph)
+    except (SafetensorError, OSError, KeyError, ValueError) as failure:
         raise FxoptError(f"Cannot read {folder / _WEIGHTS}: {failure}. Save the result again.") from failure
     mine = graph.state_dict()
     wrong = sorted(set(saved) ^ set(mine)) or [name for name in mine if _form(mine[name]) != _form(saved[name])]

@@ -23,11 +23,12 @@ from fxopt._lowering.choices import OperatorTable, OperatorWorkload, lower_choic
 from fxopt._lowering.forms import Forms, Size
 from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import PolicyError
+from fxopt.graph.packing import position_bytes
 from fxopt.graph.sparsity import Pattern, pattern_of
 from fxopt.passes import SelectOperators
 from fxopt.targets import ColumnWorkload, Estimate, Target, Workload
 from fxopt.targets.base import join_estimates
-from fxopt.targets.rows import FLOAT_BITS, OpKind, default_rows
+from fxopt.targets.rows import FLOAT_BITS, Floats, OpKind, default_rows
 
 __all__ = [
     "BitTable",
@@ -263,7 +264,7 @@ class ParametricWorkload:
             held = sum((_evaluated(value, sizes, known) for value in row.held), np.zeros(1, np.int64))
             amounts = {"held": held.astype(np.float64), "live_bytes": live / 8.0}
             if row.layer is not None:
-                amounts["weight_density"] = self._density(row, fields, choices)
+                amounts |= self._sparsity(row, fields, choices)
             varying = {}
             for name, column in ({name: column.astype(np.int32) for name, column in fields.items()} | amounts).items():
                 if len(column) == count > 1:
@@ -327,23 +328,23 @@ class ParametricWorkload:
                 bits[self._index(self._layer_index, decision.kind, decision.site)] = table[column].T
         return Choices(kept, bits, count, sparsity if patterns else None, tuple(patterns))
 
-    def _density(self, row: Row, fields: Mapping[str, Ints], choices: Choices) -> npt.NDArray[np.float64]:
-        """Part of a layer's weights that are not zero, for every policy; (1,) where all agree."""
+    def _sparsity(self, row: Row, fields: Mapping[str, Ints], choices: Choices) -> dict[str, npt.NDArray[np.float64]]:
+        """Part of a layer's weights that stay and bytes of their positions, for every policy; (1,) where all agree."""
         now = self._sparse[row.layer] if row.layer is not None else None
         codes = None if choices.sparsity is None else choices.sparsity[row.layer]
         if codes is None and now is None:
-            return np.ones(1)
+            return {}
         known = {name: np.array([value.constant], np.int64) for name, value in row.fields.items()} | dict(fields)
         one = np.ones(1, np.int64)
         depth, height, width = (known.get(f"kernel_{side}", one) for side in "dhw")
         taps = depth * height * width
         unknowns, outputs = known["c"] // known.get("groups", one) * taps, known["k"]
-        whole = outputs * unknowns
-        found = np.ones(1) if now is None else now.count(outputs, unknowns, taps) / whole
+        found = (np.ones(1), np.zeros(1)) if now is None else _stored(now, outputs, unknowns, taps)
         for code, pattern in enumerate(choices.patterns):
             if codes is not None and (codes == code).any():
-                found = np.where(codes == code, pattern.count(outputs, unknowns, taps) / whole, found)
-        return np.asarray(found, np.float64)
+                mine = _stored(pattern, outputs, unknowns, taps)
+                found = np.where(codes == code, mine[0], found[0]), np.where(codes == code, mine[1], found[1])
+        return {"weight_density": found[0], "position_bytes": found[1]}
 
     def _blocks(self, policies: Iterable[Policy] | Choices) -> Iterator[Choices]:
         if isinstance(policies, Choices):
@@ -394,6 +395,13 @@ class ParametricWorkload:
             yield alive
             for index in dying.get(row, ()):
                 alive = alive - _evaluated(self.values[index].size, sizes, known) * demands[index]
+
+
+def _stored(pattern: Pattern, outputs: Ints, unknowns: Ints, taps: Ints) -> tuple[Floats, Floats]:
+    """Part of the weights that stay, and bytes of their positions; none where all stay."""
+    whole = outputs * unknowns
+    kept = pattern.count(outputs, unknowns, taps)
+    return kept / whole, np.where(kept < whole, position_bytes(pattern, outputs, unknowns, taps), 0.0)
 
 
 def _evaluated(size: Size, sizes: Ints, known: dict[Size, Ints]) -> Ints:

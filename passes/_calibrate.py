@@ -15,8 +15,9 @@ from fxopt.errors import DataError, PassError, TraceError
 from fxopt.graph import as_args
 from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
 from fxopt.graph.shapes import TRACE_META
+from fxopt.graph.sparsity import sparse_sites
 
-__all__ = ["OUTPUT_MOMENTS", "as_normalized", "batches", "feed", "refuse_quantized", "synthetic_batch"]
+__all__ = ["OUTPUT_MOMENTS", "as_normalized", "batches", "feed", "refuse_quantized", "refuse_sparse", "synthetic_batch"]
 
 OUTPUT_MOMENTS = "output_moments"
 """Attribute of a layer that batch norm was folded into: mean and standard deviation of its outputs, by channel."""
@@ -36,6 +37,19 @@ def refuse_quantized(gm: fx.GraphModule, name: str) -> None:
                 f"Pass {name!r} takes floating-point graphs, and {path!r} is quantized already; start from the graph "
                 "before it was quantized."
             )
+
+
+def refuse_sparse(gm: fx.GraphModule, name: str) -> None:
+    """Refuse a graph with zeros among its weights that other weights would take the places of.
+
+    Raises:
+        PassError: Naming a layer.
+    """
+    for path in sparse_sites(gm):
+        raise PassError(
+            f"Pass {name!r} makes new weights, and those of {path!r} were zeroed by 'sparsify-weights' already; zero "
+            "weights of its result instead."
+        )
 
 
 def batches(loader: Iterable[Any]) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from fxopt.decisions import Capabilities, Decision, Policy, SearchSpace
 from fxopt.errors import PassError
 from fxopt.graph import verify
 from fxopt.graph.channels import ChannelGraph, analyze
-from fxopt.passes._calibrate import refuse_quantized
+from fxopt.passes._calibrate import refuse_quantized, refuse_sparse
 from fxopt.passes._channel_sites import allowed, as_bounds, checked, choices, matched, operator_at
 from fxopt.passes._cutting import Units, choose_removed, cut, kept_indices, mask, parameter_share, saved_elements
 from fxopt.passes._explain import COLUMNS, ChannelCut, Explanation
@@ -85,9 +85,11 @@ class PruneChannels(TunablePass):
         the largest choice is. The features are those of AMC; see :class:`fxopt.passes._features.LayerFeatures`.
 
         Raises:
-            PassError: If a pattern matches no module, bounds contradict each other, or layers are quantized already.
+            PassError: If a pattern matches no module, bounds contradict each other, or layers are quantized or sparse
+                already.
         """
         refuse_quantized(graph_module, self.name)
+        refuse_sparse(graph_module, self.name)
         tile = math.lcm(self.round_to, capabilities.channel_tile if capabilities else 1)
         verify(graph_module)
         channels = analyze(graph_module)
@@ -134,12 +136,13 @@ class PruneChannels(TunablePass):
         return Policy(policy)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Nothing is quantized yet.
+        """Nothing is quantized or sparse yet.
 
         Raises:
             PassError: If something is.
         """
         refuse_quantized(graph_module, self.name)
+        refuse_sparse(graph_module, self.name)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Cut what the policy says.

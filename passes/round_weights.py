@@ -15,6 +15,7 @@ from fxopt.errors import PassError
 from fxopt.graph import edit, eval_mode
 from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer, WeightQuantizer
 from fxopt.graph.grids import held
+from fxopt.graph.sparsity import sparse_sites
 from fxopt.passes._calibrate import synthetic_batch
 from fxopt.passes._fork import fork
 from fxopt.passes._least_squares import Moments, groups_of, input_rows, output_rows, positions_of
@@ -42,7 +43,7 @@ class RoundWeights(Pass):
     3. A bias for which the mean output is that of the float graph: bias correction (Nagel et al. 2019, section 4.2).
 
     Weights become new parameters on their grid. Transposed convolutions, layers that are called more than once or share
-    a weight, and weights that are binary, codebooks or on their grid already stay as they are.
+    a weight, sparse layers, and weights that are binary, codebooks or on their grid already stay as they are.
 
     Attributes:
         calibration: As for :class:`~fxopt.passes.Quantize`; None takes standard normal numbers, for tests of speed.
@@ -174,10 +175,11 @@ def _layers(gm: fx.GraphModule, most_unknowns: int) -> dict[str, fx.Node]:
     for module in gm.modules():
         for tensor in module._parameters.values():
             weights[id(tensor)] = weights.get(id(tensor), 0) + 1
+    sparse = sparse_sites(gm)
     found = {}
     for path, nodes in calls.items():
         module = gm.get_submodule(path)
-        if len(nodes) > 1 or not isinstance(module, QuantizedLayer) or module.weight_axis != 0:
+        if len(nodes) > 1 or not isinstance(module, QuantizedLayer) or module.weight_axis != 0 or path in sparse:
             continue
         quantizer = module.weight_quantizer
         if not isinstance(quantizer, WeightQuantizer) or quantizer.is_binary or weights[id(module.weight)] > 1:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from fxopt.decisions import Capabilities, Choice, Decision, SearchSpace
 from fxopt.errors import PassError, PolicyError, UnknownNameError
 from fxopt.graph import verify
-from fxopt.passes._calibrate import refuse_quantized
+from fxopt.passes._calibrate import refuse_quantized, refuse_sparse
 from fxopt.passes._operator_patterns import PATTERNS, Block, Pattern, find_blocks, register_pattern
 from fxopt.passes._operator_rewrite import SITE_META, Chosen, make, offered, replace_blocks
 from fxopt.passes._operator_weights import inherit, initialize
@@ -120,9 +120,10 @@ class SelectOperators(TunablePass):
         """One decision for every block that has more than one candidate; the default is what the block computes.
 
         Raises:
-            PassError: If layers are quantized already, or a pattern of ``ignore`` matches no site.
+            PassError: If layers are quantized or sparse already, or a pattern of ``ignore`` matches no site.
         """
         refuse_quantized(graph_module, self.name)
+        refuse_sparse(graph_module, self.name)
         verify(graph_module)
         decisions = []
         for block in self.blocks(graph_module):
@@ -178,12 +179,13 @@ class SelectOperators(TunablePass):
         return self._find(graph_module)[1]
 
     def requires(self, graph_module: fx.GraphModule) -> None:
-        """Nothing is quantized yet.
+        """Nothing is quantized or sparse yet.
 
         Raises:
             PassError: If something is.
         """
         refuse_quantized(graph_module, self.name)
+        refuse_sparse(graph_module, self.name)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Replace the blocks that the policy decides otherwise than they are.

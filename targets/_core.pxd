@@ -14,7 +14,9 @@ cdef class CostModel:
     cdef readonly bint searches
     cdef readonly bint shares_memory
     cdef readonly bint computes_curves
+    cdef readonly bint stores_otherwise
     cdef Cost cost(self, const Row* row) noexcept nogil
     cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil
     cdef double dram_bytes(self, const Row* row) noexcept nogil
     cdef double peak_bytes(self, const Row* row) noexcept nogil
+    cdef double size_bytes(self, const Row* row) noexcept nogil

@@ -1,21 +1,20 @@
 """The loops under every cost model: a scalar cost per row, totals and per-row arrays over batches of policies.
 
-A model is a cdef class that derives from CostModel and overrides ``cost``, ``dram_bytes`` if it fetches again, and
-``peak_bytes`` if operators share memory between what they read and write.
+A model is a cdef class that derives from CostModel and overrides ``cost``, ``dram_bytes`` if it fetches again,
+``peak_bytes`` if operators share memory between what they read and write, and ``size_bytes`` if it has a form of its
+own for weights.
 Everything that is the same on all hardware (fused rows, sizes, MACs, rows without a model) is done here, once.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.math cimport NAN, isfinite
-from libc.stddef cimport size_t
+from libc.math cimport NAN
 from libc.stdint cimport int32_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from fxopt.targets._blocks cimport BLOCK, Block, Columns, Values, fill, load, put, take
 from fxopt.targets._rows cimport (
-    CURVE, ELEMENTWISE, FLAGS, FLAT, INTEGERS, KINDS, MAX_BITS, Row, is_among, is_gemm, larger, macs,
-    stored_bytes, traffic_bytes,
+    CURVE, ELEMENTWISE, INTEGERS, Row, dense_bytes, larger, macs, stored_bytes, traffic_bytes,
 )
 
 
@@ -43,6 +42,8 @@ cdef struct Known:
     # What one row cost when the fields that differ had these values.
     int32_t integers[INTEGERS]
     double held
+    double weight_density
+    double position_bytes
     Cost cost
     double stored_bytes
     double macs
@@ -73,18 +74,32 @@ cdef inline Sums sums_at(const Sums* sums, Py_ssize_t first) noexcept nogil:
     return result
 
 
+cdef inline double size_of(CostModel model, const Row* row) noexcept nogil:
+    return model.size_bytes(row) if model.stores_otherwise else stored_bytes(row)
+
+
 cdef inline void add_policy(
     CostModel model, const Row* row, const Sums* sums, Py_ssize_t p, unsigned char* uncosted
 ) noexcept nogil:
     cdef Cost cost = settled(model, row, uncosted)
     sums.latency_s[p] += cost.latency_s
     sums.energy_j[p] += cost.energy_j
-    sums.weight_bytes[p] += stored_bytes(row)
+    sums.weight_bytes[p] += size_of(model, row)
     sums.peak_bytes[p] = larger(model.peak_bytes(row), sums.peak_bytes[p])
     sums.macs[p] += macs(row)
 
 
+cdef void add_other_sizes(CostModel model, const Block* block, const Sums* sums) noexcept nogil:
+    cdef Row row = block.row
+    cdef Py_ssize_t p
+    for p in range(block.count):
+        take(&row, block, p)
+        sums.weight_bytes[p] += size_of(model, &row)
+        sums.macs[p] += macs(&row)
+
+
 cdef inline void add_sizes(const Block* block, bint in_one_group, const Sums* sums) noexcept nogil:
+    # Of a dense row: what the policies of a block share has no zeros.
     cdef Row row = block.row
     cdef double[BLOCK] stored
     cdef double[BLOCK] work
@@ -93,7 +108,7 @@ cdef inline void add_sizes(const Block* block, bint in_one_group, const Sums* su
         take(&row, block, p)
         if in_one_group:
             row.groups = 1
-        stored[p] = stored_bytes(&row)
+        stored[p] = dense_bytes(&row)
         work[p] = macs(&row)
     for p in range(block.count):
         sums.weight_bytes[p] += stored[p]
@@ -127,7 +142,9 @@ cdef void add_block(CostModel model, const Block* block, const Sums* sums, unsig
             sums.energy_j[p] += energy_j[p] if is_costed else 0.0
         uncosted[0] |= 1 - are_costed
     add_peaks(model, block, sums)
-    if block.in_one_group:
+    if model.stores_otherwise or block.row.position_bytes != 0.0:
+        add_other_sizes(model, block, sums)
+    elif block.in_one_group:
         add_sizes(block, True, sums)
     else:
         add_sizes(block, False, sums)
@@ -143,17 +160,24 @@ cdef inline const Known* look_up(CostModel model, const Row* row, const Columns*
     for j in range(columns.integers):
         key = (key ^ <uint32_t>columns.integer_at[j][0]) * <uint32_t>0x9E3779B1
     slot = &known[(key >> 16) & (SLOTS - 1)]
-    same = slot.used and slot.held == row.held
+    same = (
+        slot.used
+        and slot.held == row.held
+        and slot.weight_density == row.weight_density
+        and slot.position_bytes == row.position_bytes
+    )
     for j in range(columns.integers):
         same &= slot.integers[j] == columns.integer_at[j][0]
         slot.integers[j] = columns.integer_at[j][0]
     if same:
         return slot
     slot.held = row.held
+    slot.weight_density = row.weight_density
+    slot.position_bytes = row.position_bytes
     slot.used = 1
     slot.uncosted = 0
     slot.cost = settled(model, row, &slot.uncosted)
-    slot.stored_bytes = stored_bytes(row)
+    slot.stored_bytes = size_of(model, row)
     slot.macs = macs(row)
     return slot
 
@@ -265,6 +289,7 @@ cdef class CostModel:
         computes_curves: Whether activations with a curve (h-swish, SiLU) cost something even where they are marked as
             fused; set by subclasses.
         shares_memory: Whether ``peak_bytes`` is overridden; set by subclasses.
+        stores_otherwise: Whether ``size_bytes`` is overridden; set by subclasses.
     """
 
     def __init__(self, bint fuses):
@@ -274,6 +299,7 @@ cdef class CostModel:
         self.searches = False
         self.shares_memory = False
         self.computes_curves = False
+        self.stores_otherwise = False
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
         """Cost of one row by itself; NaN where the model has no figures.
@@ -307,6 +333,11 @@ cdef class CostModel:
     cdef double peak_bytes(self, const Row* row) noexcept nogil:
         """Bytes of activations that are held while one row runs: all that are alive, unless the model knows better."""
         return row.live_bytes
+
+    cdef double size_bytes(self, const Row* row) noexcept nogil:
+        """Bytes that the parameters of one row add to the model's size: what a packed file takes, unless the model
+        knows better."""
+        return stored_bytes(row)
 
     def totals(
         self,
@@ -401,85 +432,10 @@ cdef class CostModel:
                 for i in range(rows.shape[1]):
                     activation_bytes[p, i] = self.peak_bytes(&rows[p, i])
 
-
-cdef inline bint is_sound(const Row* row) noexcept nogil:
-    cdef const int32_t* integers = <const int32_t*>row
-    cdef int32_t least = 1
-    cdef Py_ssize_t j
-    # All integers after the flags are sizes or counts.
-    for j in range(FLAGS, INTEGERS):
-        least = integers[j] if integers[j] < least else least
-    if least < 1 or row.kind < 0 or row.kind >= KINDS:
-        return False
-    if ((row.fused | row.transposed | row.bias | row.reused) & ~1) != 0:
-        return False
-    if row.activation < 0 or row.activation > CURVE:
-        return False
-    if row.weight_bits > MAX_BITS or row.activation_bits > MAX_BITS or row.output_bits > MAX_BITS:
-        return False
-    if not (0.0 < row.weight_density <= 1.0 and 0.0 < row.activation_density <= 1.0):
-        return False
-    if not (row.live_bytes >= 0.0 and isfinite(row.live_bytes) and row.held >= 0.0 and isfinite(row.held)):
-        return False
-    if is_among(row, FLAT) and row.groups * row.kernel_d * row.kernel_h * row.kernel_w != 1:
-        return False
-    if is_gemm(row) and (row.in_d != 1 or row.in_w != 1 or row.out_d != 1 or row.out_w != 1):
-        return False
-    return row.groups == 1 or (row.c % row.groups == 0 and row.k % row.groups == 0)
-
-
-def first_fault(const Row[:, ::1] rows):
-    """(policy, row) of the first row that no cost can be given for, or None if all are sound."""
-    cdef Py_ssize_t p, i
-    cdef Py_ssize_t bad_policy = -1
-    cdef Py_ssize_t bad_row = -1
-    with nogil:
-        for p in range(rows.shape[0]):
-            for i in range(rows.shape[1]):
-                if not is_sound(&rows[p, i]):
-                    bad_policy = p
-                    bad_row = i
-                    break
-            if bad_policy >= 0:
-                break
-    return None if bad_policy < 0 else (bad_policy, bad_row)
-
-
-def row_layout():
-    """Name and byte offset of every field of the C struct, in order, and its size under the name ''."""
-    cdef Row row
-    cdef size_t base = <size_t>&row
-    return {
-        "kind": <size_t>&row.kind - base,
-        "fused": <size_t>&row.fused - base,
-        "transposed": <size_t>&row.transposed - base,
-        "bias": <size_t>&row.bias - base,
-        "reused": <size_t>&row.reused - base,
-        "activation": <size_t>&row.activation - base,
-        "inputs": <size_t>&row.inputs - base,
-        "n": <size_t>&row.n - base,
-        "c": <size_t>&row.c - base,
-        "k": <size_t>&row.k - base,
-        "groups": <size_t>&row.groups - base,
-        "in_d": <size_t>&row.in_d - base,
-        "in_h": <size_t>&row.in_h - base,
-        "in_w": <size_t>&row.in_w - base,
-        "out_d": <size_t>&row.out_d - base,
-        "out_h": <size_t>&row.out_h - base,
-        "out_w": <size_t>&row.out_w - base,
-        "kernel_d": <size_t>&row.kernel_d - base,
-        "kernel_h": <size_t>&row.kernel_h - base,
-        "kernel_w": <size_t>&row.kernel_w - base,
-        "stride_d": <size_t>&row.stride_d - base,
-        "stride_h": <size_t>&row.stride_h - base,
-        "stride_w": <size_t>&row.stride_w - base,
-        "dilation": <size_t>&row.dilation - base,
-        "weight_bits": <size_t>&row.weight_bits - base,
-        "activation_bits": <size_t>&row.activation_bits - base,
-        "output_bits": <size_t>&row.output_bits - base,
-        "weight_density": <size_t>&row.weight_density - base,
-        "activation_density": <size_t>&row.activation_density - base,
-        "held": <size_t>&row.held - base,
-        "live_bytes": <size_t>&row.live_bytes - base,
-        "": sizeof(Row),
-    }
+    def sizes(self, const Row[:, ::1] rows, double[:, ::1] parameter_bytes):
+        """Fill the bytes that the parameters of each row add to the model's size, per policy and row."""
+        cdef Py_ssize_t p, i
+        with nogil:
+            for p in range(rows.shape[0]):
+                for i in range(rows.shape[1]):
+                    parameter_bytes[p, i] = size_of(self, &rows[p, i])

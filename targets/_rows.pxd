@@ -28,7 +28,7 @@ cdef enum:
     KINDS = 12
     FLAGS = 6               # kind and the flags at the head of Row
     INTEGERS = 27           # the int32 fields of Row
-    AMOUNTS = 4             # its double fields
+    AMOUNTS = 5             # its double fields
     MAX_BITS = 32           # 32 stands for floating point
     # Sets of kinds, bit i for kind i.
     CONVS = (1 << 0) | (1 << 1)
@@ -71,6 +71,7 @@ cdef struct Row:
     double activation_density
     double held
     double live_bytes
+    double position_bytes
 
 
 cdef extern from *:
@@ -78,6 +79,11 @@ cdef extern from *:
     #define FXOPT_TWO_TO_52 4503599627370496.0
     """
     const double TWO_TO_52 "FXOPT_TWO_TO_52"
+
+
+cdef inline double larger(double a, double b) noexcept nogil:
+    # One instruction where fmax would be a call; b if a is NaN.
+    return a if a > b else b
 
 
 cdef inline double in_volume(const Row* row) noexcept nogil:
@@ -163,9 +169,18 @@ cdef inline double weight_bytes(const Row* row) noexcept nogil:
     return weights(row) * row.weight_bits / 8.0 + 4.0 * (bias_elements(row) + row.held)
 
 
-cdef inline double stored_bytes(const Row* row) noexcept nogil:
-    # Parameters that nothing has stored before.
+cdef inline double dense_bytes(const Row* row) noexcept nogil:
+    # Parameters that nothing has stored before, zeros like any weight.
     return 0.0 if row.reused else weight_bytes(row)
+
+
+cdef inline double stored_bytes(const Row* row) noexcept nogil:
+    # The same with the nonzero weights and their positions alone, where that is less.
+    cdef double zeros
+    if row.reused or row.position_bytes == 0.0:
+        return dense_bytes(row)
+    zeros = weights(row) * (1.0 - row.weight_density) * row.weight_bits / 8.0
+    return weight_bytes(row) - larger(zeros - row.position_bytes, 0.0)
 
 
 cdef inline double traffic_bytes(const Row* row) noexcept nogil:
@@ -181,8 +196,3 @@ cdef inline int32_t compute_bits(const Row* row) noexcept nogil:
     # The wider operand decides which arithmetic runs; without weights there are activations alone.
     cdef int32_t weight_bits = row.weight_bits * is_among(row, WITH_BIAS)
     return weight_bits if weight_bits > row.activation_bits else row.activation_bits
-
-
-cdef inline double larger(double a, double b) noexcept nogil:
-    # One instruction where fmax would be a call; b if a is NaN.
-    return a if a > b else b

@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 def distinct(rows: Rows) -> Rows:
     """The different operators among ``rows``, shape (n,), in order of first appearance.
 
-    What does not change a measured time is set to one value: whether the row is fused, densities, live bytes.
+    What does not change a measured time is set to one value: whether the row is fused, densities, amounts.
     """
     flat = np.ravel(rows)
     # Rows are compared by their bytes, of which those between fields are nobody's: they stay zero here.
@@ -39,7 +39,7 @@ def distinct(rows: Rows) -> Rows:
         plain[name] = flat[name]
     plain["fused"] = plain["reused"] = 0
     plain["weight_density"] = plain["activation_density"] = 1.0
-    plain["held"] = plain["live_bytes"] = 0.0
+    plain["held"] = plain["live_bytes"] = plain["position_bytes"] = 0.0
     _, first = np.unique(plain.view(np.dtype((np.void, ROW_DTYPE.itemsize))), return_index=True)
     return plain[np.sort(first)]
 

@@ -15,7 +15,7 @@ import numpy as np
 from fxopt.decisions import Capabilities
 from fxopt.errors import TargetError, UnknownNameError, UnsupportedError
 from fxopt.targets._core import CostModel
-from fxopt.targets.rows import ROW_DTYPE, ColumnWorkload, Floats, Rows, Workload, compute_bits, macs, stored_bytes
+from fxopt.targets.rows import ROW_DTYPE, ColumnWorkload, Floats, Rows, Workload, compute_bits, macs
 
 __all__ = ["METRICS", "Estimate", "RowCosts", "Status", "Target", "TargetInfo", "join_estimates"]
 
@@ -340,4 +340,6 @@ def _per_row(model: CostModel, rows: Rows) -> RowCosts:
     energy = energy_j if model.has_energy else None
     held_bytes = np.empty(rows.shape, np.float64)
     model.held_bytes(rows, held_bytes)
-    return RowCosts(latency_s, energy, dram_bytes, stored_bytes(rows), held_bytes, macs(rows))
+    sizes = np.empty(rows.shape, np.float64)
+    model.sizes(rows, sizes)
+    return RowCosts(latency_s, energy, dram_bytes, sizes, held_bytes, macs(rows))

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxopt.errors import FxoptError, TargetError
-from fxopt.targets._core import first_fault, row_layout
+from fxopt.targets._soundness import first_fault, row_layout
 
 __all__ = [
     "FLOAT_BITS",
@@ -81,7 +81,7 @@ _SIZES = (
 )
 _BITS = ("weight_bits", "activation_bits", "output_bits")
 _DENSITIES = ("weight_density", "activation_density")
-_AMOUNTS = ("held", "live_bytes")
+_AMOUNTS = ("held", "live_bytes", "position_bytes")
 
 ROW_DTYPE: np.dtype[np.void] = np.dtype(
     [(name, np.int32) for name in ("kind", *_FLAGS, "activation", *_SIZES, *_BITS)]
@@ -97,8 +97,9 @@ convolution; or a COPY that rearranges elements, rather than put tensors side by
 reduction; for EMBEDDING the number of entries), ``k`` (output channels or columns), ``groups``, sizes of input, output,
 kernel and stride in three dimensions (1 where absent; LINEAR and MATMUL hold the rows per sample in ``in_h`` and
 ``out_h``), ``dilation`` (the largest of a kernel's), bits (32: floating point), densities in (0, 1], ``held`` (elements
-of parameters besides weights and bias that no earlier row holds: those of a norm, or an embedding of positions), and
-``live_bytes``, the bytes of all activations that are alive while the row runs.
+of parameters besides weights and bias that no earlier row holds: those of a norm, or an embedding of positions),
+``live_bytes``, the bytes of all activations that are alive while the row runs, and ``position_bytes``, the bytes that
+tell where the weights stand that are not zero (0: zeros are stored like any weight, whatever the density).
 """
 
 
@@ -117,7 +118,7 @@ _check_layout()
 
 
 def default_rows(count: int) -> Rows:
-    """``count`` rows of kind UNKNOWN with every size 1, every bit-width 32, dense, no live bytes."""
+    """``count`` rows of kind UNKNOWN with every size 1, every bit-width 32, dense, no amounts."""
     rows = np.zeros(count, ROW_DTYPE)
     rows["kind"] = OpKind.UNKNOWN
     for name in _SIZES:
@@ -219,8 +220,8 @@ class ColumnWorkload:
 
     Args:
         template: One row for each operator, shape (rows,).
-        columns: For each row the fields that differ from policy to policy; int32 or float64 (``held`` and
-            ``live_bytes``), shape (policies,).
+        columns: For each row the fields that differ from policy to policy; int32 or float64 (densities
+            and amounts), shape (policies,).
         names: A name for each row.
         policies: Number of policies.
 
@@ -379,8 +380,14 @@ def weight_bytes(rows: Rows) -> Floats:
 
 
 def stored_bytes(rows: Rows) -> Floats:
-    """Bytes that the parameters of each row add to the model's size: none where the weights are an earlier row's."""
-    return np.where(rows["reused"] == 1, 0.0, weight_bytes(rows))
+    """Bytes that the parameters of each row add to the model's size: none where the weights are an earlier row's.
+
+    Where the positions of weights that are not zero are told, those weights and the positions alone are stored, if that
+    is less.
+    """
+    zeros = weights(rows) * (1.0 - rows["weight_density"]) * rows["weight_bits"] / 8.0
+    saved = np.where(rows["position_bytes"] > 0.0, np.maximum(zeros - rows["position_bytes"], 0.0), 0.0)
+    return np.where(rows["reused"] == 1, 0.0, weight_bytes(rows) - saved)
 
 
 def parameters(rows: Rows) -> Floats:

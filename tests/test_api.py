@@ -332,6 +332,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[FxoptError], str]] = {
     "no passes": ({"passes": None}, PassError, "NoneType"),
     "not tunable": ({"passes": (3,)}, PassError, "decides nothing"),
     "twice": ({"passes": ("quantize", "quantize")}, PassError, "twice"),
+    "zeros first": ({"passes": ("sparsify-weights", "prune-channels")}, PassError, "whose zeros it would fill"),
     "order": ({"passes": ("quantize", "prune-channels")}, PassError, "put 'quantize' last"),
     "engine": ({"engine": "evolutoin"}, UnknownNameError, "'evolution'"),
     "no engine": ({"engine": None}, UnknownNameError, "engine"),

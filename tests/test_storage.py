@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,7 +21,7 @@ from fxopt import _storage
 from fxopt.api import OptimizationResult
 from fxopt.decisions import Policy
 from fxopt.errors import FxoptError, PolicyError
-from fxopt.passes import PruneChannels, Quantize
+from fxopt.passes import PruneChannels, Quantize, SparsifyWeights
 
 EXAMPLE = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 FILES = {"model.safetensors", "policy.json", "recipe.json", "report.json", "report.html"}
@@ -283,3 +284,35 @@ def test_a_digest_tells_graphs_apart() -> None:
     others = [make_net().apply(forget), make_net(Otherwise), make_net(width=8)]
     digests = {_storage.digest_of(_storage.traced(model, EXAMPLE)) for model in others}
     assert len({_storage.digest_of(first), *digests}) == 4
+
+
+def test_sparse_weights_are_saved_in_the_bytes_that_the_report_tells(tmp_path: Path) -> None:
+    passes = SparsifyWeights(patterns=("2:4", "kernel:2"))
+    result = fxopt.optimize(
+        make_net(width=64),
+        EXAMPLE,
+        target="pixel1",
+        budget={"size": 0.4},
+        passes=passes,
+        trials=4,
+        verify_on_host=False,
+    )
+    assert result.report.after.size_bytes <= 0.4 * result.report.before.size_bytes
+    folder = result.save(tmp_path)
+    again = fxopt.load(folder, make_net(width=64))
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    stored = load_file(folder / "model.safetensors")
+    # Batch norm's running figures and its count of batches are state, not parameters.
+    sizes = {name: one.numel() * one.element_size() for name, one in stored.items() if "running" not in name}
+    assert sum(sizes.values()) - sizes["norm.num_batches_tracked"] == result.report.after.size_bytes
+    tensors = {name: one for name, one in stored.items() if name != "second.weight:values"}
+    for broken in (tensors, stored | {"second.weight:values": torch.ones(1)}):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            told = file.metadata()
+        save_file(broken, folder / "model.safetensors", told)
+        recipe = json.loads((folder / "recipe.json").read_text())
+        recipe["digests"]["model.safetensors"] = _storage._file_digest(folder / "model.safetensors")
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        with pytest.raises(FxoptError, match=r"Cannot read .*Save the result again"):
+            fxopt.load(folder, make_net(width=64))

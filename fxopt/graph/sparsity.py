@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,13 +18,13 @@ from torch import fx
 
 from fxopt.errors import PolicyError
 
-__all__ = ["SPARSITY_META", "Pattern", "pattern_of", "sparse_sites"]
+__all__ = ["SPARSITY_META", "Counts", "Pattern", "pattern_of", "sparse_sites"]
 
 SPARSITY_META = "fxopt_sparsity"
 """Key of ``gm.meta`` under which a graph says which layers are sparse: the choice by module path."""
 
 _TEXT = re.compile(r"(kernel|[1-9][0-9]*):([1-9][0-9]*)")
-Counts = npt.NDArray[np.int64]
+Counts: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,13 @@ class Pattern:
             whole = outputs * unknowns
             left: Counts = whole - np.floor(self.fraction * whole).astype(np.int64)
             return left
-        block = taps if not self.block else np.full_like(unknowns, self.block)
+        block = self.block_size(taps)
         found: Counts = outputs * (unknowns // block * np.minimum(self.kept, block) + unknowns % block)
         return found
+
+    def block_size(self, taps: Counts) -> Counts:
+        """Weights that are counted together where no fraction decides: a block, or a kernel of ``taps``."""
+        return np.full_like(taps, self.block) if self.block else taps
 
     def mask(self, weight: torch.Tensor) -> torch.Tensor:
         """Which weights stay, those of largest magnitude; of equal ones the first. Same shape, bool.

@@ -11,17 +11,33 @@ arithmetic, so bits do not matter: a float model costs what its dense 4-bit form
 connected layers; convolutions run as one matrix-vector product for each output pixel, which keeps the weights where
 they are and counts every nonzero product once. Operators without MACs have no model here: a host computes them.
 
+What it stores are entries of 8 bits, a shared value's number and the zeros before it, at most 15; a longer run takes
+entries of zeros in between. Rows of a matrix are dealt out to the elements, and for each column every element has a
+pointer of 16 bits. Of a column an element holds ``rows = outputs / elements`` weights:
+
+    entries = density * sum over j = 0 ... rows / 16 of (rows - 16 j) * (1 - density)^(16 j)    expected, a column
+    bytes   = elements * columns * (entries + 2)
+
+which takes zeros to be strewn at random. A dense layer takes an entry for every weight.
+
 Source: Han et al., "EIE: efficient inference engine on compressed deep neural network" (ISCA 2016).
 """
 
 from cython cimport final
-from libc.math cimport NAN
+from libc.math cimport NAN, pow
 
 from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
-from fxopt.targets._rows cimport MATMUL, WITH_MACS, Row, is_among, macs
+from fxopt.targets._rows cimport (
+    MATMUL, WITH_BIAS, WITH_MACS, Row, bias_elements, dense_bytes, is_among, kernel_volume, macs,
+)
 
 from fxopt.targets.parameters import Parameter
+
+cdef enum:
+    RUN = 16                # weights that one index of 4 bits steps over, with its own
+    ENTRY_BYTES = 1
+    POINTER_BYTES = 2
 
 PARAMETERS = {
     "elements": Parameter("count", "processing elements"),
@@ -38,6 +54,7 @@ cdef class Model(CostModel):
 
     cdef double seconds_per_product
     cdef double watts
+    cdef double elements
 
     def __init__(self, values, bint fuses):
         CostModel.__init__(self, fuses)
@@ -45,12 +62,30 @@ cdef class Model(CostModel):
         self.seconds_per_product = (1.0 + values["padding"]) / rate
         self.watts = values["power"]
         self.has_energy = True
+        self.elements = values["elements"]
+        self.stores_otherwise = True
 
     cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
         cost_block(self, block, latency_s, energy_j)
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
         return formula(self, row)
+
+    cdef double size_bytes(self, const Row* row) noexcept nogil:
+        cdef double rows, columns, entries, left, share
+        if row.reused or not is_among(row, WITH_BIAS):
+            return dense_bytes(row)
+        rows = <double>row.k / row.groups / self.elements
+        columns = row.c * kernel_volume(row)
+        entries = 0.0
+        left = rows
+        share = row.weight_density
+        while left > 0.0 and share > 0.0:
+            entries += share * left
+            share *= pow(1.0 - row.weight_density, RUN)
+            left -= RUN
+        entries *= ENTRY_BYTES
+        return self.elements * columns * (entries + POINTER_BYTES) + 4.0 * (bias_elements(row) + row.held)
 
     cdef double dram_bytes(self, const Row* row) noexcept nogil:
         return 0.0

@@ -15,6 +15,8 @@ by way of a buffer of one output channel, and an elementwise operator writes ove
          = alive - min(input, output)                               of an elementwise operator
 
 That takes an input that nothing else reads later, as in the usual blocks; a row does not tell.
+
+Kernels read weights from flash, where they lie as they are: zeros take what any weight takes.
 """
 
 from cython cimport final
@@ -23,8 +25,8 @@ from libc.math cimport NAN
 from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
-    DEPTHWISE, ELEMENTWISE, MAX_BITS, UNKNOWN, WITH_MACS, Row, compute_bits, in_elements, in_volume, is_among, larger,
-    macs, out_elements, out_volume,
+    DEPTHWISE, ELEMENTWISE, MAX_BITS, UNKNOWN, WITH_MACS, Row, compute_bits, dense_bytes, in_elements, in_volume,
+    is_among, larger, macs, out_elements, out_volume,
 )
 
 from fxopt.targets.parameters import BIT_CLASSES, Parameter, by_bits
@@ -67,12 +69,16 @@ cdef class Model(CostModel):
         self.item_s = 1.0 / (values["clock"] * values["item_per_cycle"])
         self.in_place = values["in_place"] != 0.0
         self.shares_memory = self.in_place
+        self.stores_otherwise = True
 
     cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
         cost_block(self, block, latency_s, energy_j)
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
         return formula(self, row)
+
+    cdef double size_bytes(self, const Row* row) noexcept nogil:
+        return dense_bytes(row)
 
     cdef double peak_bytes(self, const Row* row) noexcept nogil:
         cdef double read, written, shared

@@ -52,6 +52,7 @@ def random_rows(rng: np.random.Generator, count: int) -> Rows:
         rows[name] = rng.uniform(0.01, 1.0, count)
     rows["live_bytes"] = rng.uniform(0.0, 1e7, count)
     rows["held"] = rng.integers(0, 1000, count)
+    rows["position_bytes"] = rng.choice([0, 0, 10, 1000, 100_000], count)
     groups = rng.choice([1, 1, 2, 3, 8], count)
     flat = np.isin(rows["kind"], [OpKind.LINEAR, OpKind.MATMUL, OpKind.EMBEDDING])
     rows["groups"] = np.where(flat, 1, groups)

@@ -39,9 +39,14 @@ def template() -> Rows:
 
 
 def columns(count: int, seed: int, bits: bool) -> ColumnWorkload:
-    """Channels, groups and what follows of ``count`` policies; some cut a depthwise convolution to a plain one."""
+    """Channels, groups and what follows of ``count`` policies; some cut a depthwise convolution to a plain one.
+
+    By the seed no weight is zero, some are, or each policy has zeros of its own.
+    """
     rng = np.random.default_rng(seed)
     rows, found = template(), []
+    if seed % 3:
+        rows["weight_density"], rows["position_bytes"] = 0.3, 40.0
     for row in rows:
         size = rng.integers(1, 80, count).astype(np.int32)
         fields: dict[str, np.ndarray] = {"c": size * row["groups"]}
@@ -57,6 +62,9 @@ def columns(count: int, seed: int, bits: bool) -> ColumnWorkload:
             widths = ("weight_bits", "activation_bits", "output_bits")
             fields |= {name: rng.choice([2, 4, 8, 16, 32], count).astype(np.int32) for name in widths}
         fields |= {"held": rng.uniform(0, 99, count), "live_bytes": rng.uniform(0, 1e6, count)}
+        if seed % 3 == 2:
+            fields["weight_density"] = rng.choice([0.1, 0.5, 1.0], count)
+            fields["position_bytes"] = rng.choice([0.0, 30.0, 1e6], count)
         found.append(fields)
     return ColumnWorkload(rows, found, [f"row {i}" for i in range(len(rows))], count)
 

@@ -38,6 +38,29 @@ def test_a_frame_of_the_compressed_alexnet() -> None:
     assert estimate.energy_j[0] == pytest.approx(0.6 / 18_800, rel=0.01)
 
 
+def test_what_is_stored_are_entries_of_values_and_runs() -> None:
+    # The formula against weights strewn at random, encoded one by one.
+    rng = np.random.default_rng(0)
+    outputs, columns, elements = 4000, 50, 48
+    for density in (0.5, 0.09, 0.02):
+        entries = 0
+        stays = rng.random((outputs, columns)) < density
+        for element in range(elements):
+            for column in stays[element::elements].T:
+                gaps = np.diff(np.flatnonzero(column), prepend=-1) - 1
+                entries += len(gaps) + int((gaps // 16).sum())
+        row = make_row(OpKind.LINEAR, c=columns, k=outputs, weight_density=density, bias=1)
+        found = np.empty((1, 1))
+        family("eie").Model(VALUES, False).sizes(row.reshape(1, 1), found)
+        assert found[0, 0] == pytest.approx(entries + 2 * columns * elements + 4 * outputs, rel=0.02)
+
+
+def test_a_dense_layer_takes_an_entry_for_every_weight() -> None:
+    rows = conv(64, 96, 14, 3, groups=2)
+    # 96 / 2 * 64 * 9 entries; two bytes for each of 64 * 9 columns and 64 elements
+    assert load("eie").estimate(workload(rows)).weight_bytes[0] == pytest.approx(27_648 + 73_728)
+
+
 def test_what_has_no_model_is_listed() -> None:
     product = make_row(OpKind.MATMUL, c=8, k=8, in_h=8, out_h=8)
     estimate = load("eie").estimate(workload(conv(8, 8, 4), product, make_row(OpKind.POOL)))

@@ -125,6 +125,12 @@ def test_models_that_do_not_fit_are_told() -> None:
     assert "policies" not in "".join(target.caveats(workload(over)))
 
 
+def test_zeros_lie_in_flash_like_any_weight() -> None:
+    sparse = make_row(OpKind.LINEAR, c=100, k=100, weight_density=0.1, position_bytes=600, **BYTES)
+    assert load("stm32h743").estimate(workload(sparse)).weight_bytes[0] == 10_000
+    assert load("pixel1").estimate(workload(sparse)).weight_bytes[0] == 1_600
+
+
 def test_figures_are_checked() -> None:
     with pytest.raises(ParameterError, match="no figure for any width"):
         family("mcu").Model({key: value for key, value in VALUES.items() if "mac" not in key}, False)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fxopt.errors import FxoptError, TargetError
 from fxopt.targets import ROW_DTYPE, OpKind, Workload, default_rows, make_row
 from fxopt.targets import rows as r
-from fxopt.targets._core import row_layout
+from fxopt.targets._soundness import row_layout
 from fxopt.targets.models.linear_cpu import Model
 from tests.targets.oracle import conv, random_rows, workload
 
@@ -23,7 +23,7 @@ BITS = ("weight_bits", "activation_bits", "output_bits")
 
 def test_dtype_has_the_layout_of_the_struct() -> None:
     layout = row_layout()
-    assert layout.pop("") == ROW_DTYPE.itemsize == 144
+    assert layout.pop("") == ROW_DTYPE.itemsize == 152
     assert [*layout] == [*(ROW_DTYPE.names or ())]
     assert [*layout.values()] == [ROW_DTYPE.fields[name][1] for name in layout]
 
@@ -125,6 +125,23 @@ def test_parameters_count_where_they_are_stored() -> None:
     assert r.weight_bytes(rows).tolist() == [24 + 32, 24 + 32, 160.0]
 
 
+def test_nonzero_weights_and_their_positions_are_stored_where_that_is_less() -> None:
+    # 48 weights, of which 12 stay: 6 bytes of a bit each, 12 to 48 bytes of values; 8 biases of 4 bytes
+    sparse = {"bias": 1, "weight_density": 0.25}
+    rows = np.concatenate(
+        [
+            conv(6, 8, 10, **sparse, position_bytes=6),
+            conv(6, 8, 10, **sparse, position_bytes=6, weight_bits=8),
+            conv(6, 8, 10, **sparse, position_bytes=6, weight_bits=1),
+            conv(6, 8, 10, **sparse),
+            conv(6, 8, 10, **sparse, position_bytes=6, reused=1),
+        ]
+    )
+    assert r.stored_bytes(rows).tolist() == [48 + 6 + 32, 12 + 6 + 32, 6 + 32, 192 + 32, 0]
+    # kernels read all of them
+    assert r.weight_bytes(rows).tolist() == [192 + 32, 48 + 32, 6 + 32, 192 + 32, 192 + 32]
+
+
 def test_one_policy_and_many() -> None:
     one = Workload(np.concatenate([conv(3, 8, 4), conv(8, 8, 4)]), ["a", "b"])
     assert (one.policies, len(one), one.rows.shape) == (1, 2, (1, 2))
@@ -173,7 +190,7 @@ BAD = [
     *((name, value) for name in ("fused", "transposed", "bias") for value in (-1, 2)),
     *(("activation", value) for value in (-1, 3)),
     *((name, value) for name in ("weight_density", "activation_density") for value in (0.0, -0.5, 1.5, np.nan)),
-    *(("live_bytes", value) for value in (-1.0, np.nan, np.inf)),
+    *((name, value) for name in ("live_bytes", "position_bytes") for value in (-1.0, np.nan, np.inf)),
 ]
 
 
