@@ -1,158 +1,159 @@
-"""Accuracy of a small network on Fashion-MNIST at half of its multiply-accumulates, before and after a fine-tune.
+"""Accuracy of a small network on Fashion-MNIST at half of its cost, before and after a fine-tune.
 
-Uniform cuts are recovered in four ways: nothing, batch norm estimated anew, least squares from moments gathered once,
-and least squares in order. Policies that an engine searched (each trial with least squares in order, judged on held-out
-training images) stand beside them. What is told is accuracy on the test images, which no search has seen.
+A uniform cut recovered in four ways (nothing, batch norm estimated anew, least squares from moments gathered once, in
+order), and policies that engines searched at an equal number of trials, judged on held-out training images; each seed
+is that of the search and of the fine-tune. What is told is accuracy on the test images, which no search has seen.
 
-    .venv/bin/python benchmarks/prune_accuracy.py --network mobilenet_v2 --engine evolution --trials 40 > accuracy.json
+Each result is a line of the file ``--parts``, and each search has its journal beside it: the same command goes on where
+it was stopped, and ``--engines`` and ``--seeds`` cut it into pieces that may run one after the other. What is printed
+at the end is everything in the file.
+
+    .venv/bin/python benchmarks/prune_accuracy.py --network mobilenet_v1 --parts v1.jsonl > accuracy.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import statistics
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
-from common import fashion
 from common.output import finish, progress
-from torch import fx
+from common.pruning import LEARNING_RATES, Experiment, Setting
 
-import fxopt
-from fxopt import targets
-from fxopt.decisions import Constraint, Policy
-from fxopt.evaluate import Evaluator, Reconstruction, accuracy, apply_policy
-from fxopt.graph import edit
-from fxopt.lowering import lower
-from fxopt.passes import Canonicalize, PruneChannels
-from fxopt.search import engines, run_search
-from fxopt.training import Distillation, fit
+from fxopt.evaluate import accuracy
 
-LEARNING_RATES = {"mobilenet_v1": 0.1, "mobilenet_v2": 0.1}
+ENGINES = ("uniform", "random", "greedy", "exact", "evolution", "reinforce", "ddpg")
+MEANS = (
+    "held_out",
+    "test_from_moments",
+    "test_in_order",
+    "test_tuned",
+    "cost",
+    "speedup",
+    "search_cpu_s",
+    "engine_cpu_s",
+)
 
 
-class Experiment:
-    """One network, its data, and what its policies cost and are worth."""
+class Parts:
+    """Results so far, a line of a file each."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.data = fashion.data()
-        make = getattr(fashion, options.network)
-        name, rate = options.network, LEARNING_RATES[options.network]
-        self.model = fashion.trained(name, make, self.data, options.epochs, rate)
-        self.gm: fx.GraphModule = Canonicalize()(fxopt.trace(self.model, torch.randn(2, 1, 28, 28))).graph_module
-        self.prune = PruneChannels(round_to=options.round_to)
-        self.space = self.prune.search_space(self.gm)
-        self.workload = lower(self.gm)
-        self.target = targets.load("pixel1")
-        self.whole = float(self.macs([self.space.default()])[0])
-        limit = np.array([options.budget * self.whole])
-        self.constraint = Constraint(self.space, lambda policies: self.macs(policies)[:, None], limit, ["macs"])
-        self.least_squares = Reconstruction(samples=1500, rows=options.rows)
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
+        self.done: list[dict[str, Any]] = [json.loads(line) for line in lines]
 
-    def macs(self, policies: Any) -> np.ndarray[Any, Any]:
-        """Multiply-accumulates of policies."""
-        return np.asarray(self.workload.estimate(self.target, policies).metric("macs"))
+    def add(self, key: dict[str, Any], make: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+        """The result of a key, made unless it is there."""
+        for one in self.done:
+            if all(one.get(name) == value for name, value in key.items()):
+                return one
+        self.done.append({**key, **make(*args)})
+        progress(json.dumps(self.done[-1]))
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.done[-1]) + "\n")
+        return self.done[-1]
 
-    def uniform(self) -> Policy:
-        """The largest fraction for all groups that is within the budget."""
-        fractions = np.linspace(0.2, 1.0, 161)
-        policies = [self.space.uniform(float(fraction)) for fraction in fractions]
-        within = np.flatnonzero(self.macs(policies) <= self.options.budget * self.whole)
-        return policies[int(within[-1])]
 
-    def applied(self, policy: Policy, how: bool | Reconstruction, *, norms: bool = True) -> fx.GraphModule:
-        """The pruned network, recovered without training."""
-        calibration = self.data.train if norms or how else None
-        return apply_policy(self.gm, [self.prune], policy, calibration=calibration, reconstruct=how)
+def recoveries(run: Experiment) -> dict[str, Any]:
+    """The largest uniform cut within the budget, recovered in four ways."""
+    policy = run.uniform()
+    return {
+        "test_dense": accuracy(run.gm, run.data.test),
+        "dense_cost": run.whole,
+        "cost": float(run.costs([policy])[0] / run.whole),
+        "test_cut": run.told(policy, False, norms=False),
+        "test_batch_norm": run.told(policy, False),
+        "test_from_moments": run.told(policy, run.from_moments),
+        "test_in_order": run.told(policy, run.least_squares),
+    }
 
-    def told(self, policy: Policy, how: bool | Reconstruction, *, norms: bool = True) -> float:
-        """Its test accuracy."""
-        return accuracy(self.applied(policy, how, norms=norms), self.data.test)
 
-    def searched(self, engine: str, seed: int) -> tuple[Policy, dict[str, Any]]:
-        """The best policy that an engine finds, and what is to be told of the search."""
-        begin = time.process_time()
-        judge = Evaluator(
-            self.gm,
-            [self.prune],
-            train=self.data.train,
-            val=self.data.held_out,
-            reconstruct=self.least_squares,
-            seed=seed,
-        )
-        found = run_search(
-            engines.create(engine, self.space, self.constraint, seed),
-            judge,
-            self.options.trials,
-            progress=lambda state: progress(
-                f"{engine}: trial {state.trials}, best {state.best.score if state.best else None}"
-            ),
-        )
-        spent = time.process_time() - begin
-        return found.policy, {"seed": seed, "held_out": found.score, "trials": len(found.trials), "cpu_s": spent}
+def searched(run: Experiment, engine: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What an engine finds, and what it is worth on the test images without training."""
+    # A walk of so many fractions as there are trials; other engines take the options that compare-engines gives them.
+    given = {"steps": options.trials} if engine == "uniform" else None
+    folder = None if options.parts is None else options.parts.with_suffix("")
+    found = run.searched(engine, seed, options.trials, folder, given)
+    policy = run.policy(found["policy"])
+    found["test_from_moments"] = run.told(policy, run.from_moments)
+    found["test_in_order"] = run.told(policy, run.least_squares)
+    return found
 
-    def tuned(self, policy: Policy, seed: int) -> float:
-        """Test accuracy after fine-tuning."""
-        graph = edit.own_copy(self.applied(policy, self.least_squares))
-        fit(
-            graph,
-            fashion.data(seed=seed + 1).train,
-            epochs=self.options.tune_epochs,
-            learning_rate=self.options.tune_rate,
-            teacher=self.gm if self.options.distill else None,
-            distillation=Distillation(temperature=4.0),
-            seed=seed,
-        )
-        return accuracy(graph, self.data.test)
+
+def tuned(run: Experiment, found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What fine-tuning makes of it."""
+    begin = time.process_time()
+    policy = run.policy(found["policy"])
+    score = run.tuned(policy, found["seed"], options.tune_epochs, options.tune_rate, distill=options.distill)
+    return {"test_tuned": score, "tune_cpu_s": time.process_time() - begin}
+
+
+def summary(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means and standard deviations over the seeds, a row an engine."""
+    rows = []
+    for engine in dict.fromkeys(part["engine"] for part in parts if "engine" in part):
+        mine = [part for part in parts if part.get("engine") == engine]
+        row: dict[str, Any] = {"engine": engine}
+        for name in MEANS:
+            values = [part[name] for part in mine if name in part]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                row[name] = {"mean": statistics.fmean(values), "spread": spread, "seeds": len(values)}
+        for name in ("largest_steps_left", "highest_cost"):
+            row[name] = max(part[name] for part in mine if name in part)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=sorted(LEARNING_RATES), default="mobilenet_v2")
     parser.add_argument("--epochs", type=int, default=7, help="epochs of the dense network")
+    parser.add_argument("--dense-seed", type=int, default=0)
+    parser.add_argument("--metric", default="macs")
+    parser.add_argument("--target", default="pixel1", help="whose cost it is, and for latency whose tile")
     parser.add_argument("--budget", type=float, default=0.5)
-    parser.add_argument("--engine", default="evolution")
-    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--round-to", type=int, default=4)
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of search and fine-tune")
+    parser.add_argument("--trials", type=int, default=120)
     parser.add_argument("--rows", type=int, default=15_000)
-    parser.add_argument("--round-to", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=1, help="seeds of search and fine-tune")
+    parser.add_argument("--samples", type=int, default=1500)
+    parser.add_argument("--judged", type=int, default=1000, help="held-out images that a trial looks at")
+    parser.add_argument("--judge", choices=("cross-entropy", "accuracy"), default="cross-entropy")
+    parser.add_argument("--in-order", action="store_true", help="trials take least squares in order")
     parser.add_argument("--tune-epochs", type=int, default=2)
     parser.add_argument("--tune-rate", type=float, default=0.05)
     parser.add_argument("--distill", action="store_true")
+    parser.add_argument("--speed", action="store_true", help="measure the found policies in onnxruntime")
+    parser.add_argument("--parts", type=Path, help="a .jsonl file of results, to go on from")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    run = Experiment(options)
-    uniform = run.uniform()
-    results: dict[str, Any] = {
-        "dense": accuracy(run.gm, run.data.test),
-        "macs": run.whole,
-        "uniform": {
-            "macs": float(run.macs([uniform])[0] / run.whole),
-            "cut": run.told(uniform, False, norms=False),
-            "batch_norm": run.told(uniform, False),
-            "from_moments": run.told(uniform, Reconstruction(sequential=False, samples=1500, rows=options.rows)),
-            "in_order": run.told(uniform, run.least_squares),
-        },
-    }
-    progress(str(results))
-    searched = []
-    for seed in range(options.seeds):
-        policy, about = run.searched(options.engine, seed)
-        about["macs"] = float(run.macs([policy])[0] / run.whole)
-        about["test"] = run.told(policy, run.least_squares)
-        about["policy"] = {site: kept for (_, site), kept in policy.items()}
-        progress(str(about))
-        if options.tune_epochs:
-            about["tuned"] = run.tuned(policy, seed)
-            progress(f"tuned: {about['tuned']}")
-        searched.append(about)
-    results[options.engine] = searched
-    finish("prune_accuracy", results, **vars(options))
+    run = Experiment(Setting(**{field.name: getattr(options, field.name) for field in fields(Setting)}))
+    about = {"setting": asdict(run.setting)}
+    parts = Parts(options.parts)
+    parts.add({"what": "recoveries", **about}, recoveries, run)
+    for seed in (int(seed) for seed in options.seeds.split(",")):
+        for engine in filter(None, options.engines.split(",")):
+            key = {"engine": engine, "seed": seed, "trials_asked": options.trials, **about}
+            found = parts.add({"what": "search", **key}, searched, run, engine, seed, options)
+            if options.tune_epochs:
+                how = {name: vars(options)[name] for name in ("tune_epochs", "tune_rate", "distill")}
+                parts.add({"what": "tune", **key, **how}, tuned, run, found, options)
+            if options.speed:
+                parts.add({"what": "speed", **key}, run.speed, run.policy(found["policy"]), torch.randn(2, 1, 28, 28))
+    setting_told = {key: str(value) for key, value in vars(options).items()}
+    finish("prune_accuracy", {"engines": summary(parts.done), "parts": parts.done}, **setting_told)
 
 
 if __name__ == "__main__":

@@ -111,24 +111,27 @@ def data(batch_size: int = 128, seed: int = 0) -> Data:
     return Data(replace(train, inputs=inputs[:-HELD_OUT], labels=labels[:-HELD_OUT]), held, test)
 
 
-def trained(name: str, make: Callable[[], nn.Module], found: Data, epochs: int, learning_rate: float) -> nn.Module:
-    """A network with trained weights, from the folder of kept ones if they are there."""
+def trained(
+    name: str, make: Callable[[], nn.Module], found: Data, epochs: int, learning_rate: float, seed: int = 0
+) -> nn.Module:
+    """A network with trained weights, from the folder of kept ones if they are there; channels last in memory."""
     default = Path.home() / ".cache" / "fxopt" / "benchmarks"
     place = Path(os.environ.get("FXOPT_BENCHMARK_CACHE", default))
-    path = place / f"{name}-{epochs}-epochs.safetensors"
-    torch.manual_seed(0)
+    path = place / f"{name}-{epochs}-epochs{f'-seed-{seed}' if seed else ''}.safetensors"
+    torch.manual_seed(seed)
     model = make()
     if path.is_file():
         model.load_state_dict(load_file(path))
-        return model.eval()
+        return model.to(memory_format=torch.channels_last).eval()
     fit(
-        model,
-        found.train,
+        model.to(memory_format=torch.channels_last),
+        replace(found.train, seed=seed),
         epochs=epochs,
         learning_rate=learning_rate,
+        seed=seed,
         progress=lambda epoch, total, loss: progress(f"{name}: epoch {epoch} of {total}, loss {loss:.4f}"),
     )
     place.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), path)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
     progress(f"{name}: test accuracy {accuracy(model, found.test):.4f}")
     return model
