@@ -11,23 +11,22 @@ import numpy.typing as npt
 from fxopt.decisions import Constraint, Policy, SearchSpace
 from fxopt.errors import SearchError
 from fxopt.search._engine import FAILED, Engine
-from fxopt.search._uniform import uniform_policies
+from fxopt.search._uniform import founders
 
 __all__ = ["EvolutionEngine"]
 
-_UNIFORM_STEPS = 20
 _ATTEMPTS_AT_NEW = 8
 
 
 class EvolutionEngine(Engine):
     """Keeps the best policies and breeds new ones from them.
 
-    The first ``population`` proposals are a few uniform policies, the heuristic to improve on, and random
-    ones. After that each proposal is a child: two parents, each the best of ``tournament`` members drawn
-    from the population, are crossed with probability ``crossover`` (every decision from either parent),
-    else one of them is taken; then each decision mutates with probability ``mutation``, at least one of
-    them, half the time to a neighbouring choice and half the time to any. Everything is projected to the
-    constraint in a random order of decisions. Policies that were proposed before are bred again.
+    The first ``population`` proposals are a few uniform policies, the largest within the budget first, which is the
+    heuristic to improve on, and random ones. After that each proposal is a child: two parents, each the best of
+    ``tournament`` members drawn from the population, are crossed with probability ``crossover`` (every decision from
+    either parent), else one of them is taken; then each decision mutates with probability ``mutation``, at least one
+    of them, half the time to a neighbouring choice and half the time to any. Everything is projected to the constraint
+    in a random order of decisions. Policies that were proposed before are bred again.
 
     Args:
         space: What can be decided.
@@ -124,7 +123,7 @@ class EvolutionEngine(Engine):
 
     def _founder(self, number: int, *, first: bool) -> Policy:
         if self._uniform is None:
-            self._uniform = uniform_policies(self.space, self.constraint, _UNIFORM_STEPS)[: self.population // 4]
+            self._uniform = founders(self.space, self.constraint, max(1, self.population // 4))
         if first and number < len(self._uniform):
             return self._uniform[number]
         return self.space.sample(self.rng)

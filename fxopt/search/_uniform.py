@@ -11,7 +11,10 @@ from fxopt.decisions import Constraint, Policy, SearchSpace
 from fxopt.errors import SearchError
 from fxopt.search._engine import Engine
 
-__all__ = ["UniformEngine", "uniform_policies"]
+__all__ = ["UniformEngine", "founders", "uniform_policies"]
+
+_STEPS = 20
+_FINER = 32
 
 
 def uniform_policies(space: SearchSpace, constraint: Constraint | None, steps: int) -> list[Policy]:
@@ -32,6 +35,23 @@ def uniform_policies(space: SearchSpace, constraint: Constraint | None, steps: i
         first = int(within.argmax()) if within.any() else len(row) - 1
         ranked.extend((abs(i - first), turn, i, policy) for i, policy in enumerate(row))
     return [policy for *_, policy in sorted(ranked, key=lambda entry: entry[:3])]
+
+
+def founders(space: SearchSpace, constraint: Constraint | None, count: int) -> list[Policy]:
+    """Uniform policies to start a search from: the largest within the constraint, then its neighbours.
+
+    Where channels are decided alone, the largest is looked for between the steps of :func:`uniform_policies`, too.
+    """
+    if count < 1:
+        return []
+    walk = uniform_policies(space, constraint, _STEPS)
+    kinds = {decision.kind for decision in space}
+    if constraint is None or kinds != {"channels"}:
+        return walk[:count]
+    between = [space.uniform(1.0 - i / (_STEPS * _FINER)) for i in range(_STEPS * _FINER)]
+    within = np.flatnonzero(constraint.feasible(between))
+    first = [between[int(within[0])]] if len(within) else []
+    return list(dict.fromkeys([*first, *walk]))[:count]
 
 
 class UniformEngine(Engine):

@@ -88,6 +88,34 @@ def test_uniform_gives_the_same_whatever_the_batch() -> None:
     assert len(set(one)) == len(one)
 
 
+FINE = SearchSpace([Decision("channels", f"conv{i}", tuple(range(1, 101)), 100) for i in range(4)])
+
+
+@pytest.mark.parametrize("name", ["random", "evolution"])
+def test_a_search_starts_from_the_largest_uniform_policy_within_the_budget(name: str) -> None:
+    """4 x 61 = 244 of at most 246; steps of a twentieth would stop at 4 x 60."""
+    constraint = Constraint(FINE, total, 246.0)
+    for seed in range(2):
+        first, second = run(engines.create(name, FINE, constraint, seed), 2)
+        assert set(first.values()) == {61}
+        assert second != first
+    assert run(engines.create(name, FINE), 1) == [FINE.default()]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_what_random_draws_does_not_depend_on_where_it_starts_or_on_batches(batch: int) -> None:
+    constraint = Constraint(FINE, total, 246.0)
+    alone = run(engines.create("random", FINE, constraint, uniform=0), 8)
+    asked: list[Policy] = []
+    engine = engines.create("random", FINE, constraint, uniform=2)
+    while len(asked) < 8:
+        asked += engine.ask(batch)
+    assert asked[2:8] == alone[2:]
+    assert asked[0] != alone[0]
+    with pytest.raises(SearchError, match="uniform=-1"):
+        engines.create("random", FINE, uniform=-1)
+
+
 # Greedy.
 
 
@@ -283,7 +311,7 @@ def test_an_unknown_engine_is_suggested_a_name() -> None:
 def test_an_unknown_option_lists_the_known() -> None:
     with pytest.raises(SearchError, match=r"no option 'popsize'; its options are population, tournament, crossover"):
         engines.create("evolution", CHANNELS, popsize=3)
-    with pytest.raises(SearchError, match="its options are none"):
+    with pytest.raises(SearchError, match="its options are uniform"):
         engines.create("random", CHANNELS, popsize=3)
 
 
