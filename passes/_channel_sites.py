@@ -50,14 +50,14 @@ def matched(gm: fx.GraphModule, channels: ChannelGraph, patterns: Iterable[str],
         PassError: If a pattern matches no module.
     """
     patterns = tuple(patterns)
+    if not patterns:
+        return {}
     paths = [path for path, _ in gm.named_modules() if path]
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
             nearest = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.5)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise PassError(f"The pattern {pattern!r} of {option} matches no module.{hint}")
-    if not patterns:
-        return {}
     found: dict[str, list[str]] = {}
     for group in channels.groups:
         around = {path for use in group.members if use.role != "in" for path in _ancestry(use.path)}

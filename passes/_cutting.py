@@ -67,18 +67,19 @@ def cut(gm: fx.GraphModule, channels: ChannelGraph, removed: Units) -> None:
     before = _output_shapes(gm)
     gone = _table(removed)
     sizes = {node: _size_after(channels, node, gone) for node in gm.graph.nodes}
-    _replace_tensors(gm, channels.parameters, lambda tensor, uses: _select(tensor, uses, gone))
+    copies: dict[str, nn.Module] = {}
+    _replace_tensors(gm, channels.parameters, lambda tensor, uses: _select(tensor, uses, gone), copies)
     done: set[str] = set()
     for node in gm.graph.find_nodes(op="call_module"):
         if str(node.target) not in done:
             done.add(str(node.target))
-            _resize(gm, node, sizes)
+            _resize(gm, node, sizes, copies)
     for node in gm.graph.nodes:
         if ops.semantics(gm, node).flow == "attention":
             _keep_scale(node, sizes)
     for constant in channels.constants:
         _count_anew(constant, _kept(constant.atoms, gone))
-    edit.finish(gm)
+    edit.finish(gm, resized=True)
     after = _output_shapes(gm)
     if after != before:
         raise PassError(f"Cutting would change the outputs from {before} to {after}; add the last layers to ignore.")
@@ -122,7 +123,7 @@ def mask(gm: fx.GraphModule, channels: ChannelGraph, removed: Units) -> None:
     """
     gone = _table(removed)
     weights = [use for use in channels.parameters if use.role in ("out", "in")]
-    _replace_tensors(gm, weights, lambda tensor, uses: _zero(tensor, uses, gone))
+    _replace_tensors(gm, weights, lambda tensor, uses: _zero(tensor, uses, gone), {})
     for node in list(gm.graph.find_nodes(op="call_module")):
         _mask_norm(gm, channels, node, gone)
     masks: dict[bytes, fx.Node] = {}
@@ -188,10 +189,11 @@ def _by_tensor(uses: Sequence[ParameterUse]) -> dict[tuple[str, str], list[Param
     return found
 
 
-def _replace_tensors(gm: fx.GraphModule, uses: Sequence[ParameterUse], change: Any) -> None:
+def _replace_tensors(
+    gm: fx.GraphModule, uses: Sequence[ParameterUse], change: Any, copies: dict[str, nn.Module]
+) -> None:
     """Put changed tensors into copies of their modules; a tensor under several names stays one tensor."""
     changed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    copies: dict[str, nn.Module] = {}
     for (path, name), held in _by_tensor(uses).items():
         tensor = _tensor(gm, held[0])
         if id(tensor) not in changed:
@@ -199,12 +201,11 @@ def _replace_tensors(gm: fx.GraphModule, uses: Sequence[ParameterUse], change: A
         new = changed[id(tensor)][1]
         if new is tensor:
             continue
-        if path not in copies:
-            copies[path] = _own_copy(gm, path)
-        if name in copies[path]._parameters:
-            copies[path]._parameters[name] = new  # type: ignore[assignment]
+        copy = _own_copy(gm, path, copies)
+        if name in copy._parameters:
+            copy._parameters[name] = new  # type: ignore[assignment]
         else:
-            copies[path]._buffers[name] = new
+            copy._buffers[name] = new
 
 
 def _as_kind(value: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
@@ -214,13 +215,14 @@ def _as_kind(value: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
-def _own_copy(gm: fx.GraphModule, path: str) -> nn.Module:
-    """The module at a path to write into: a copy in its place, or the graph module itself."""
+def _own_copy(gm: fx.GraphModule, path: str, copies: dict[str, nn.Module]) -> nn.Module:
+    """The module at a path to write into: a copy in its place, made once, or the graph module itself."""
     if not path:
         return gm
-    copy = edit.clone_module(gm.get_submodule(path))
-    edit.replace_module(gm, path, copy)
-    return copy
+    if path not in copies:
+        copies[path] = edit.clone_module(gm.get_submodule(path))
+        edit.replace_module(gm, path, copies[path])
+    return copies[path]
 
 
 def _select(tensor: torch.Tensor, uses: Sequence[ParameterUse], gone: Gone) -> torch.Tensor | None:
@@ -265,7 +267,9 @@ def _size_after(channels: ChannelGraph, node: fx.Node, gone: Gone) -> tuple[int,
     return tuple(sizes)
 
 
-def _resize(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[fx.Node, tuple[int, ...]]) -> None:
+def _resize(
+    gm: fx.GraphModule, node: fx.Node, sizes: Mapping[fx.Node, tuple[int, ...]], copies: dict[str, nn.Module]
+) -> None:
     """Set the attributes that tell a module's sizes, on a copy of it if one changes."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not sizes[source] or not sizes[node]:
@@ -274,7 +278,7 @@ def _resize(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[fx.Node, tuple[int
     wanted = _attributes(module, sizes[source], sizes[node])
     stale = {name: value for name, value in wanted.items() if getattr(module, name) != value}
     if stale:
-        copy = _own_copy(gm, str(node.target))
+        copy = _own_copy(gm, str(node.target), copies)
         for name, value in stale.items():
             setattr(copy, name, value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -70,10 +71,10 @@ def _features(gm: fx.GraphModule, node: fx.Node) -> dict[str, float] | None:
     if not isinstance(read, torch.Tensor) or not isinstance(made, torch.Tensor) or weight is None:
         return None
     kind = ops.semantics(gm, node).kind
-    macs = made[:1].numel() * weight.numel() / made.shape[1 if kind == "conv" else -1]
+    macs = math.prod(made.shape[1:]) * weight.numel() / made.shape[1 if kind == "conv" else -1]
     shared = {"macs": float(macs), "weights": float(weight.numel())}
     if kind == "linear":
-        positions = float(read[0].numel() // read.shape[-1]) if read.dim() > 1 else 1.0
+        positions = float(math.prod(read.shape[1:-1])) if read.dim() > 1 else 1.0
         size = {"n": made.shape[-1], "c": read.shape[-1], "h": positions, "w": 1, "stride": 0, "k": 1}
         return {"type": 1.0, **{name: float(value) for name, value in size.items()}, **shared}
     height = read.shape[-2] if read.dim() > 3 else 1

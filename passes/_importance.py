@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -60,6 +60,10 @@ class Importance(ABC):
             PassError: If the weights do not allow for a ranking.
         """
 
+    def all_scores(self, gm: fx.GraphModule, groups: Sequence[ChannelGroup]) -> list[Scores]:
+        """The scores of several groups; to be overridden where that is less work than one after the other."""
+        return [self.scores(gm, group) for group in groups]
+
 
 @dataclass(frozen=True)
 class Magnitude(Importance):
@@ -87,14 +91,29 @@ class Magnitude(Importance):
 
     def scores(self, gm: fx.GraphModule, group: ChannelGroup) -> Scores:
         """See :class:`Importance`."""
-        readers = [use for use in group.members if use.role == "in"]
-        makers = [use for use in group.members if use.role == "out"]
-        first, second = (readers, makers) if self.of == "readers" else (makers, readers)
-        total = np.zeros(group.size)
-        for use, tensor in _tensors(gm, first or second or group.members):
-            values = tensor.abs() if self.order == 1 else tensor.square()
-            total += _by_unit(group, use, _finite(use, _sums(values, use.dim)))
-        return total if self.order == 1 else np.sqrt(total)
+        return self.all_scores(gm, [group])[0]
+
+    def all_scores(self, gm: fx.GraphModule, groups: Sequence[ChannelGroup]) -> list[Scores]:
+        """See :class:`Importance`; every tensor is read once, however many groups it has channels of."""
+        roles = ("in", "out") if self.of == "readers" else ("out", "in")
+        size = 1 + max((int(group.units.max(initial=0)) for group in groups), default=0)
+        totals: dict[str, Scores] = {}
+        seen: set[tuple[Any, ...]] = set()
+        chosen = []
+        for group in groups:
+            role = next((role for role in roles if any(use.role == role for use in group.members)), "")
+            total = totals.setdefault(role, np.zeros(size))
+            fresh = [use for use in group.members if use.role == (role or use.role) and (role, id(use)) not in seen]
+            seen.update((role, id(use)) for use in fresh)
+            for use, tensor in _tensors(gm, fresh, detached=False):
+                if (role, id(tensor), use.dim) not in seen:
+                    seen.add((role, id(tensor), use.dim))
+                    sums = _finite(use, _sums_of_powers(tensor.detach(), use.dim, self.order))
+                    counts = (use.atoms >= 0) & (use.atoms < size)
+                    total += np.bincount(use.atoms[counts], sums[counts], size)
+            chosen.append((role, group))
+        found = [totals[role][group.units] for role, group in chosen]
+        return found if self.order == 1 else [np.sqrt(scores) for scores in found]
 
 
 @dataclass(frozen=True)
@@ -314,20 +333,21 @@ def as_importance(given: object) -> Importance:
     raise PassError(f"importance takes a name, an Importance or a function of a graph and a group, got {given!r}.")
 
 
-def checked_scores(importance: Importance, gm: fx.GraphModule, group: ChannelGroup) -> Scores:
-    """The scores of a group's units.
+def checked_scores(importance: Importance, gm: fx.GraphModule, groups: Sequence[ChannelGroup]) -> list[Scores]:
+    """The scores of the units of some groups.
 
     Raises:
         PassError: If they are not one finite number for each unit.
     """
-    found = importance.scores(gm, group)
-    if found.shape != (group.size,):
-        raise PassError(
-            f"The importance of {group.site!r} has shape {found.shape}; give one number for each of its "
-            f"{group.size} units."
-        )
-    if not np.isfinite(found).all():
-        raise PassError(f"The importance of {group.site!r} is NaN or infinite for some units; repair it.")
+    found = importance.all_scores(gm, groups)
+    for group, scores in zip(groups, found, strict=True):
+        if scores.shape != (group.size,):
+            raise PassError(
+                f"The importance of {group.site!r} has shape {scores.shape}; give one number for each of its "
+                f"{group.size} units."
+            )
+        if not np.isfinite(scores).all():
+            raise PassError(f"The importance of {group.site!r} is NaN or infinite for some units; repair it.")
     return found
 
 
@@ -355,6 +375,34 @@ def _sums(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """The sum at each index of a dimension."""
     others = [axis for axis in range(tensor.dim()) if axis != dim]
     return tensor.sum(others, dtype=torch.float64) if others else tensor.double()
+
+
+_ROWS, _PIECE, _SMALL = 16, 1 << 20, 1 << 15
+"""Rows that are summed in single precision, elements looked at at once, and elements that are not worth the trouble."""
+
+
+def _sums_of_powers(tensor: torch.Tensor, dim: int, order: int) -> torch.Tensor:
+    """The sum of magnitudes (order 1) or squares (order 2) at each index of a dimension, in double precision.
+
+    Large tensors are read piece by piece, so that no copy of them is made, and :data:`_ROWS` numbers at a time are
+    added up in the tensor's own precision: the sum is right within 1e-6 in float32, in a third of the time.
+    """
+    power: Any = torch.abs if order == 1 else torch.square
+    count = math.prod(tensor.shape[:dim])
+    plain = tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous()
+    if not plain or tensor.numel() < _SMALL or count < _ROWS:
+        return _sums(power(tensor), dim)
+    rows = tensor.view(count, -1)
+    width = rows.shape[1]
+    step = max(_ROWS, _PIECE // width // _ROWS * _ROWS)
+    total = rows.new_zeros(width, dtype=torch.float64)
+    space = torch.empty_like(rows[:step])
+    for piece in torch.split(rows, step):
+        values = power(piece, out=space[: len(piece)])
+        whole = len(piece) // _ROWS * _ROWS
+        total += values[:whole].view(-1, _ROWS, width).sum(1).sum(0, dtype=torch.float64)
+        total += values[whole:].sum(0, dtype=torch.float64)
+    return total.view(tensor.shape[dim], -1).sum(1)
 
 
 def _finite(use: ParameterUse, values: torch.Tensor, what: str = "values") -> Rows:

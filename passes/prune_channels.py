@@ -123,8 +123,8 @@ class PruneChannels(TunablePass):
         groups = analyze(graph_module).by_site()
         importance = as_importance(self.importance)
         found = {}
-        for decision in space:
-            scores = checked_scores(importance, graph_module, groups[decision.site])
+        every_score = checked_scores(importance, graph_module, [groups[decision.site] for decision in space])
+        for decision, scores in zip(space, every_score, strict=True):
             found[decision] = scores / max(float(np.abs(scores).mean()), 1e-300)
         every = np.sort(np.concatenate(list(found.values()) or [np.zeros(1)]))[::-1]
         threshold = every[min(len(every), max(1, round(fraction * len(every)))) - 1]
@@ -243,10 +243,14 @@ class PruneChannels(TunablePass):
         """Ids of the units that go."""
         kept_out, limits = self._kept_out(gm, channels), self._limits(gm, channels)
         groups, importance = channels.by_site(), as_importance(self.importance)
-        removed: list[Units] = []
+        cut_to: dict[str, int] = {}
         for (_, site), choice in self.own_choices.items():
             kept = checked(site, choice, channels, kept_out, limits.get(site))
-            group = groups.get(site)
-            if group is not None and kept < group.size:
-                removed.append(choose_removed(group, checked_scores(importance, gm, group), kept))
+            if site in groups and kept < groups[site].size:
+                cut_to[site] = kept
+        smaller = [groups[site] for site in cut_to]
+        scores = checked_scores(importance, gm, smaller)
+        removed = [
+            choose_removed(group, its, kept) for group, its, kept in zip(smaller, scores, cut_to.values(), strict=True)
+        ]
         return np.concatenate(removed) if removed else np.zeros(0, dtype=np.int64)

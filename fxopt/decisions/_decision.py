@@ -29,6 +29,8 @@ def as_choice(value: object) -> Choice:
     Raises:
         ValueError: If ``value`` is no choice; the text says why.
     """
+    if type(value) is int:
+        return value
     if isinstance(value, str):
         return str(value)
     if type(value).__name__ in ("bool", "bool_"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 from torch import fx, nn
@@ -19,6 +20,13 @@ class CanonicalGraph(fx.GraphModule):
 
     torch's own deep copy rebuilds the description of how arguments are packed, which is deprecated and warns.
     """
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module at a path; torch's own looks up every name of it three times over."""
+        module: nn.Module | None = self
+        for name in target.split(".") if target else ():
+            module = None if module is None else module._modules.get(name)
+        return super().get_submodule(target) if module is None else module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         twin = _empty_twin(self)
@@ -124,4 +132,14 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def _own_containers(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: copy.copy(value) if isinstance(value, (dict, list, set)) else value for name, value in state.items()}
+    found = dict(state)
+    for name, value in state.items():
+        if type(value) in _PLAIN:
+            found[name] = value.copy()
+        elif isinstance(value, _CONTAINERS):
+            found[name] = copy.copy(value)
+    return found
+
+
+_PLAIN = frozenset((dict, list, set, OrderedDict))
+_CONTAINERS = (dict, list, set)

@@ -100,32 +100,34 @@ def analyze(gm: fx.GraphModule) -> ChannelGraph:
         loose = np.where(np.isin(unit_of, cuttable), unit_of, FROZEN)
     else:
         loose[:] = FROZEN
-    translate = lambda atoms: None if atoms is None else _translated(loose, atoms)  # noqa: E731
+    cut = _Translation(loose)
     return ChannelGraph(
         groups=groups,
         frozen=frozen,
-        constants=tuple(_translate_constants(flow.constants, loose)),
-        mixings=tuple(Mixing(m.node, m.argument, m.dim, _translated(loose, m.atoms)) for m in flow.mixings),
-        parameters=tuple(_translate_use(use, loose) for use in flow.uses),
-        _labels={node: _translate_labels(labels, translate) for node, labels in flow.labels.items()},
+        constants=tuple(_translate_constants(flow.constants, cut)),
+        mixings=tuple(Mixing(m.node, m.argument, m.dim, cut.of(m.atoms)) for m in flow.mixings),
+        parameters=tuple(cut.of_use(use) for use in flow.uses),
+        _labels={node: _translate_labels(labels, cut) for node, labels in flow.labels.items()},
     )
 
 
 def _link_shared_parameters(gm: fx.GraphModule, flow: Flow) -> None:
     """One tensor under several names is cut the same way everywhere, or not at all."""
-    modules = dict(gm.named_modules(remove_duplicate=False))
-    seen: dict[int, dict[int, ParameterUse]] = {}
-    holders: dict[int, set[tuple[str, str]]] = {}
+    names = {(use.path, use.name) for use in flow.uses}
+    tensor_of = {(path, name): id(getattr(gm.get_submodule(path), name)) for path, name in names}
+    seen: dict[tuple[int, int], ParameterUse] = {}
+    holders: dict[int, list[tuple[str, str]]] = {}
     for use in flow.uses:
-        tensor = getattr(modules[use.path], use.name)
-        first = seen.setdefault(id(tensor), {}).setdefault(use.dim, use)
+        tensor = tensor_of[use.path, use.name]
+        first = seen.setdefault((tensor, use.dim), use)
         if first is not use:
             flow.link(first.atoms, use.atoms, f"shared parameter {use.path}.{use.name}")
-        holders.setdefault(id(tensor), set()).add((use.path, use.name))
+    for holder, tensor in sorted(tensor_of.items()):
+        holders.setdefault(tensor, []).append(holder)
+    shared = {tensor for tensor, held in holders.items() if len(held) > 1}
     labelled = {(use.path, use.name, use.dim) for use in flow.uses}
-    for use in flow.uses:
-        tensor = getattr(modules[use.path], use.name)
-        for path, name in holders[id(tensor)]:
+    for use in flow.uses if shared else ():
+        for path, name in holders[tensor_of[use.path, use.name]]:
             if (path, name, use.dim) not in labelled:
                 flow.freeze(use.atoms, f"shared parameter {path}.{name}")
 
@@ -221,12 +223,16 @@ def _groups(
     unit_of_component[component] = unit_of
     found: tuple[list[ChannelGroup], list[ChannelGroup]] = ([], [])
     taken: dict[str, int] = {}
+    units_of, held_by = _Translation(unit_of), {}
     for piece, first in zip(pieces, chosen.tolist(), strict=True):
         site = _site(makers[int(maker[position[piece].min()])])
         taken[site] = taken.get(site, 0) + 1
         name = site if taken[site] == 1 else f"{site}#{taken[site]}"
         units = np.sort(unit_of_component[components[piece]])
-        held = tuple(_translate_use(flow.uses[index], unit_of) for index in members[first])
+        for index in members[first]:
+            if index not in held_by:
+                held_by[index] = units_of.of_use(flow.uses[index])
+        held = tuple(held_by[index] for index in members[first])
         group = ChannelGroup(name, units, held, reasons.get(first), residual.get(first))
         found[first in reasons].append(group)
     return tuple(found[0]), tuple(found[1])
@@ -246,29 +252,40 @@ def _members(flow: Flow, component: Units, chosen: Units) -> dict[int, list[int]
     return members
 
 
-def _translated(table: Units, atoms: Units) -> Units:
-    return np.where(atoms == FROZEN, FROZEN, table[atoms])
+class _Translation:
+    """Unit ids for atoms by a table. Operators hand the same arrays on; each is translated once."""
+
+    def __init__(self, table: Units) -> None:
+        self._table = np.append(table, FROZEN)
+        self._known: dict[int, tuple[Units, Units]] = {}
+
+    def of(self, atoms: Units) -> Units:
+        """The unit of every atom."""
+        known = self._known.get(id(atoms))
+        if known is None:
+            # The atoms are kept with what they became, so that nothing else gets their id.
+            known = self._known[id(atoms)] = (atoms, self._table[atoms])
+        return known[1]
+
+    def of_use(self, use: ParameterUse) -> ParameterUse:
+        return ParameterUse(use.path, use.name, use.dim, use.role, self.of(use.atoms))
 
 
-def _translate_use(use: ParameterUse, table: Units) -> ParameterUse:
-    return ParameterUse(use.path, use.name, use.dim, use.role, _translated(table, use.atoms))
-
-
-def _translate_constants(constants: Sequence[Constant], table: Units) -> list[Constant]:
+def _translate_constants(constants: Sequence[Constant], cut: _Translation) -> list[Constant]:
     found = []
     for constant in constants:
-        atoms = _translated(table, constant.atoms)
+        atoms = cut.of(constant.atoms)
         if (atoms != FROZEN).any():
             found.append(Constant(constant.node, constant.argument, constant.position, atoms))
     return found
 
 
-def _translate_labels(labels: Any, translate: Any) -> Any:
+def _translate_labels(labels: Any, cut: _Translation) -> Any:
     result = []
     for item in labels:
         if isinstance(item, list):
-            result.append(_translate_labels(item, translate))
+            result.append(_translate_labels(item, cut))
             continue
-        atoms = translate(item)
+        atoms = None if item is None else cut.of(item)
         result.append(None if atoms is None or not (atoms != FROZEN).any() else atoms)
     return result

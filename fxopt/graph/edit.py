@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxopt.errors import VerifyError
 from fxopt.graph._copies import clone_module, fork, own_copy
+from fxopt.graph._resizing import propagate_sizes
 from fxopt.graph.shapes import propagate, shape
 
 __all__ = [
@@ -165,19 +166,25 @@ def _is_taken(gm: fx.GraphModule, path: str) -> bool:
         return False
 
 
-def finish(gm: fx.GraphModule) -> None:
+def finish(gm: fx.GraphModule, resized: bool = False) -> None:
     """End a sequence of edits: remove dead nodes, lint, recompile, recompute shapes.
+
+    Args:
+        gm: The edited graph.
+        resized: Whether the edits changed numbers of channels and nothing else: parameters are smaller, and attributes
+            and arguments tell their new sizes. Shapes are found a good deal faster then.
 
     Raises:
         VerifyError: If the edited graph is malformed or its shapes do not fit; the message names the node.
     """
     try:
-        gm.graph.eliminate_dead_code()
-        gm.graph.lint()
+        # It lints before it looks for dead nodes.
+        if gm.graph.eliminate_dead_code():
+            gm.graph.lint()
     except (RuntimeError, ValueError) as failure:
         raise VerifyError(f"The edited graph is malformed: {failure}") from failure
     gm.recompile()
-    propagate(gm)
+    (propagate_sizes if resized else propagate)(gm)
 
 
 def _last_input(gm: fx.GraphModule, after: fx.Node) -> fx.Node:

@@ -73,7 +73,7 @@ def register_function(name: str, semantics: OpSemantics) -> None:
 def semantics(gm: fx.GraphModule, node: fx.Node) -> OpSemantics:
     """The meaning of a node; a barrier if the table does not know the operator."""
     if node.op == "call_module":
-        return _module_semantics(type(_called(gm, str(node.target))))
+        return _module_semantics(type(gm.get_submodule(str(node.target))))
     if node.op in ("placeholder", "get_attr", "output"):
         return _ENDS[node.op]
     if isinstance(node.target, torch._ops.OpOverload):
@@ -107,14 +107,6 @@ def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
 def is_known(module: nn.Module) -> bool:
     """Whether a module is one that the table knows, of whatever it is made."""
     return _module_semantics(type(module)).kind != BARRIER.kind
-
-
-def _called(gm: fx.GraphModule, path: str) -> nn.Module:
-    """``gm.get_submodule(path)``, which looks up every name of the path three times over."""
-    module: nn.Module | None = gm
-    for name in path.split("."):
-        module = None if module is None else module._modules.get(name)
-    return gm.get_submodule(path) if module is None else module
 
 
 def _module_semantics(cls: type[nn.Module]) -> OpSemantics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,15 @@ from fxopt.graph import ops
 from fxopt.graph._copies import clone_tree
 from fxopt.graph._quiet import quiet_loggers
 
-__all__ = ["TRACE_META", "eval_mode", "propagate", "shape", "values_at_batch"]
+__all__ = [
+    "TRACE_META",
+    "ShapeInterpreter",
+    "eval_mode",
+    "placeholder_values",
+    "propagate",
+    "shape",
+    "values_at_batch",
+]
 
 TRACE_META = "fxopt"
 """Key of ``gm.meta`` under which a traced graph keeps its example batch."""
@@ -41,19 +49,19 @@ def propagate(gm: fx.GraphModule) -> None:
     Raises:
         VerifyError: If a placeholder has no value or a node does not fit its inputs; the message names the node.
     """
-    for node, value in _run(gm, _placeholder_values(gm)).items():
+    for node, value in ShapeInterpreter(gm).values(placeholder_values(gm)).items():
         node.meta["val"] = value
 
 
 def values_at_batch(gm: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
     """Fake values of every node if the example batch were ``batch``; the graph itself is left alone."""
     example = gm.meta.get(TRACE_META, {}).get("batch", 0)
-    values = _placeholder_values(gm)
+    values = placeholder_values(gm)
     if batch == example and all("val" in node.meta for node in gm.graph.nodes):
         return {node: node.meta["val"] for node in gm.graph.nodes}
     if batch == example or not example:
-        return _run(gm, values)
-    return _run(gm, values, _BatchInterpreter(gm, batch))
+        return ShapeInterpreter(gm).values(values)
+    return _BatchInterpreter(gm, batch).values(values)
 
 
 @contextlib.contextmanager
@@ -69,7 +77,12 @@ def eval_mode(module: torch.nn.Module) -> Iterator[None]:
             submodule.training = training
 
 
-def _placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+def placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
+    """Fake values of the inputs.
+
+    Raises:
+        VerifyError: If one has none.
+    """
     values = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         if "val" not in node.meta:
@@ -78,7 +91,7 @@ def _placeholder_values(gm: fx.GraphModule) -> dict[fx.Node, Any]:
     return values
 
 
-class _ShapeInterpreter(fx.Interpreter):
+class ShapeInterpreter(fx.Interpreter):
     """Runs the graph on fake tensors and remembers each node's value.
 
     Parameters and buffers are replaced by fakes made for this run: the model's own may be written to (a counter in a
@@ -92,7 +105,18 @@ class _ShapeInterpreter(fx.Interpreter):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._modules: dict[int, torch.nn.Module] = {}
 
+    def values(self, inputs: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        """The value of every node, from those of the inputs."""
+        with self.mode, torch.no_grad(), quiet_loggers():
+            self.run(*[self.fresh(value) for value in inputs.values()], enable_io_processing=False)
+        return self.found
+
     def run_node(self, n: fx.Node) -> Any:
+        """Run one node.
+
+        Raises:
+            VerifyError: If it does not fit its inputs.
+        """
         try:
             value = super().run_node(n)
         except Exception as failure:
@@ -109,6 +133,7 @@ class _ShapeInterpreter(fx.Interpreter):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
     def fetch_attr(self, target: str) -> Any:
+        """The fake of a parameter or buffer, or a copy of a module that holds fakes."""
         held = super().fetch_attr(target)
         if not isinstance(held, torch.nn.Module):
             return self._faked(held)
@@ -133,7 +158,7 @@ _BY_SAMPLE = ("unary", "broadcast", "cat")
 _TOLD_SIZES = ("reshape", "expand", "constant")
 
 
-class _BatchInterpreter(_ShapeInterpreter):
+class _BatchInterpreter(ShapeInterpreter):
     """Runs a graph at another batch size.
 
     Operators that treat every sample alike need not be run: their values are as before but for the batch. In a graph of
@@ -195,13 +220,3 @@ class _BatchInterpreter(_ShapeInterpreter):
     def _resized(self, value: Any) -> Any:
         told = isinstance(value, (list, tuple)) and len(value) > 0 and value[0] == self._example
         return [self._batch, *value[1:]] if told else value
-
-
-def _run(
-    gm: fx.GraphModule, values: dict[fx.Node, Any], interpreter: _ShapeInterpreter | None = None
-) -> dict[fx.Node, Any]:
-    interpreter = interpreter or _ShapeInterpreter(gm)
-    with interpreter.mode, torch.no_grad(), quiet_loggers():
-        inputs = [interpreter.fresh(value) for value in values.values()]
-        interpreter.run(*inputs, enable_io_processing=False)
-    return interpreter.found

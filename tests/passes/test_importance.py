@@ -37,7 +37,7 @@ def batches(count: int = 3) -> list[Any]:
 
 def scores(importance: Any) -> np.ndarray[Any, Any]:
     gm, group = network()
-    return checked_scores(as_importance(importance), gm, group)
+    return checked_scores(as_importance(importance), gm, [group])[0]
 
 
 def test_magnitudes_of_readers_and_makers() -> None:
