@@ -7,6 +7,7 @@ import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -60,7 +61,7 @@ class SparsifyWeights(TunablePass):
                 raise PassError(str(failure)) from failure
 
     def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
-        """One decision for every layer with a weight of its own.
+        """One decision for every layer with a weight of its own: to stay as it is, or to have more zeros than it has.
 
         Raises:
             PassError: If a pattern of ``ignore`` matches no module, or layers are quantized already.
@@ -69,6 +70,7 @@ class SparsifyWeights(TunablePass):
         verify(graph_module)
         refuse_quantized(graph_module, self.name)
         ignored = self._ignored(graph_module)
+        sparse = sparse_sites(graph_module)
         decisions = []
         for path, node in _layers(graph_module).items():
             if path in ignored:
@@ -76,8 +78,10 @@ class SparsifyWeights(TunablePass):
             weight: Any = graph_module.get_submodule(path).weight
             taps = weight[0, 0].numel()
             fitting = [one for one in self.patterns if taps > 1 or not one.startswith("kernel")]
-            current = sparse_sites(graph_module).get(path, 0.0)
-            choices: tuple[Choice, ...] = tuple(dict.fromkeys((current, *self.fractions, *fitting)))
+            current = sparse.get(path, 0.0)
+            offered: tuple[Choice, ...] = (*self.fractions, *fitting)
+            fewer = [one for one in offered if _kept(weight, one) < _kept(weight, current)]
+            choices: tuple[Choice, ...] = tuple(dict.fromkeys((current, *fewer)))
             features = {"weights": weight.numel(), "outputs": len(weight), "kernel": taps}
             kind = ops.semantics(graph_module, node).kind
             decisions.append(Decision("sparsity", path, choices, current, features, kind))
@@ -141,6 +145,12 @@ def _zero(gm: fx.GraphModule, site: str, choice: Choice) -> None:
             "the layer out with ignore."
         )
     edit.replace_tensor(gm, f"{site}.weight", weight.detach() * pattern_of(choice).mask(weight))
+
+
+def _kept(weight: torch.Tensor, choice: Choice) -> int:
+    """How many weights stay."""
+    sizes = (np.array([size]) for size in (len(weight), weight[0].numel(), weight[0, 0].numel()))
+    return int(pattern_of(choice).count(*sizes)[0])
 
 
 def _layers(gm: fx.GraphModule) -> dict[str, fx.Node]:

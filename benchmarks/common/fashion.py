@@ -111,13 +111,25 @@ def data(batch_size: int = 128, seed: int = 0) -> Data:
     return Data(replace(train, inputs=inputs[:-HELD_OUT], labels=labels[:-HELD_OUT]), held, test)
 
 
-def trained(
-    name: str, make: Callable[[], nn.Module], found: Data, epochs: int, learning_rate: float, seed: int = 0
-) -> nn.Module:
-    """A network with trained weights, from the folder of kept ones if they are there; channels last in memory."""
+def cache() -> Path:
+    """The folder of trained networks; made if it is not there."""
     default = Path.home() / ".cache" / "fxopt" / "benchmarks"
     place = Path(os.environ.get("FXOPT_BENCHMARK_CACHE", default))
-    path = place / f"{name}-{epochs}-epochs{f'-seed-{seed}' if seed else ''}.safetensors"
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def trained(
+    name: str,
+    make: Callable[[], nn.Module],
+    found: Data,
+    epochs: int,
+    learning_rate: float,
+    seed: int = 0,
+    weight_decay: float = 1e-4,
+) -> nn.Module:
+    """A network with trained weights, from the folder of kept ones if they are there; channels last in memory."""
+    path = cache() / f"{name}-{epochs}-epochs{f'-seed-{seed}' if seed else ''}.safetensors"
     torch.manual_seed(seed)
     model = make()
     if path.is_file():
@@ -128,10 +140,10 @@ def trained(
         replace(found.train, seed=seed),
         epochs=epochs,
         learning_rate=learning_rate,
+        weight_decay=weight_decay,
         seed=seed,
         progress=lambda epoch, total, loss: progress(f"{name}: epoch {epoch} of {total}, loss {loss:.4f}"),
     )
-    place.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
     progress(f"{name}: test accuracy {accuracy(model, found.test):.4f}")
     return model

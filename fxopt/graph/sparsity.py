@@ -25,6 +25,8 @@ SPARSITY_META = "fxopt_sparsity"
 
 _TEXT = re.compile(r"(kernel|[1-9][0-9]*):([1-9][0-9]*)")
 Counts: TypeAlias = npt.NDArray[np.int64]
+Magnitudes: TypeAlias = npt.NDArray[np.floating[Any]]
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,19 @@ class Pattern:
         Args:
             weight: Shape (outputs, channels, ...).
         """
-        magnitude = weight.detach().abs()
+        held = weight.detach().abs().cpu()
+        # NumPy has no bfloat16; widening changes no order.
+        magnitude: Magnitudes = (held.float() if held.dtype == torch.bfloat16 else held).flatten(1).numpy()
         if not self.kept:
-            flat = magnitude.flatten()
-            zeros = int(np.floor(self.fraction * flat.numel()))
-            return _largest(flat[None], flat.numel() - zeros).reshape(weight.shape)
-        rows = magnitude.flatten(1)
-        block = self.block or max(1, weight[0, 0].numel())
-        whole = rows.shape[1] // block * block
-        stay = torch.ones_like(rows, dtype=torch.bool)
-        blocks = rows[:, :whole].reshape(-1, block)
-        stay[:, :whole] = _largest(blocks, min(self.kept, block)).reshape(len(rows), whole)
-        return stay.reshape(weight.shape)
+            zeros = int(np.floor(self.fraction * magnitude.size))
+            stay = _largest(magnitude.reshape(1, -1), magnitude.size - zeros)
+        else:
+            block = self.block or max(1, weight[0, 0].numel())
+            whole = magnitude.shape[1] // block * block
+            stay = np.ones(magnitude.shape, np.bool_)
+            blocks = magnitude[:, :whole].reshape(-1, block)
+            stay[:, :whole] = _largest(blocks, min(self.kept, block)).reshape(len(stay), whole)
+        return torch.from_numpy(stay).reshape(weight.shape).to(weight.device)
 
 
 def pattern_of(choice: Any) -> Pattern:
@@ -109,8 +112,13 @@ def sparse_sites(module: torch.nn.Module) -> dict[str, Any]:
     return dict(module.meta.get(SPARSITY_META, {})) if isinstance(module, fx.GraphModule) else {}
 
 
-def _largest(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Whether each value is among the ``count`` largest of its row."""
-    order = rows.argsort(dim=1, descending=True, stable=True)
-    stay = torch.zeros_like(rows, dtype=torch.bool)
-    return stay.scatter_(1, order[:, :count], True)
+def _largest(rows: Magnitudes, count: int) -> Mask:
+    """Whether each value is among the ``count`` largest of its row, of equal ones the first; no row is sorted."""
+    least = np.partition(rows, rows.shape[1] - count, axis=1)[:, rows.shape[1] - count, None]
+    stay: Mask = rows >= least
+    crowded = np.flatnonzero(stay.sum(axis=1) > count)
+    if len(crowded):
+        equal = rows[crowded] == least[crowded]
+        left = count - (rows[crowded] > least[crowded]).sum(axis=1, keepdims=True)
+        stay[crowded] &= ~equal | (equal.cumsum(axis=1) <= left)
+    return stay

@@ -146,6 +146,14 @@ def test_layers_can_be_left_out() -> None:
         SparsifyWeights(ignore=("nothing",)).search_space(gm)
 
 
+def test_a_sparse_layer_is_offered_more_zeros_alone() -> None:
+    step = SparsifyWeights(fractions=(0.3, 0.5, 0.75), patterns=("2:4", "1:4", "kernel:2"))
+    sparse = SparsifyWeights(Policy({("sparsity", "3"): "2:4"}))(small()).graph_module
+    choices = {decision.site: decision.choices for decision in step.search_space(sparse)}
+    assert choices["3"] == ("2:4", 0.75, "1:4", "kernel:2")
+    assert choices["6"] == (0.0, 0.3, 0.5, 0.75, "2:4", "1:4")
+
+
 def test_kernels_of_one_weight_have_no_pattern() -> None:
     gm = trace(nn.Sequential(nn.Conv2d(4, 4, 1)).eval(), torch.randn(2, 4, 3, 3))
     (decision,) = SPARSIFY.search_space(gm)
