@@ -14,12 +14,36 @@ from torch import fx
 from fxopt.decisions import Capabilities, Choice, Decision, SearchSpace
 from fxopt.errors import PassError, PolicyError
 from fxopt.graph import edit, ops, verify
+from fxopt.graph.packing import packed_bytes
 from fxopt.graph.sparsity import SPARSITY_META, pattern_of, sparse_sites
 from fxopt.passes._calibrate import refuse_quantized
 from fxopt.passes._least_squares import is_linear
 from fxopt.passes.base import PassResult, TunablePass
 
-__all__ = ["SparsifyWeights"]
+__all__ = ["SparseLayer", "SparsifyWeights"]
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """What becomes of the weight of one layer.
+
+    Attributes:
+        site: Module path.
+        choice: What the policy says, or what the layer is already.
+        weights: Number of weights.
+        kept: How many stay.
+        dense_bytes: What they all take.
+        stored_bytes: What is stored: values and positions, or all where that is no more.
+        reason: Why the layer cannot be decided about, or None if it can.
+    """
+
+    site: str
+    choice: Choice
+    weights: int
+    kept: int
+    dense_bytes: int
+    stored_bytes: int
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +111,33 @@ class SparsifyWeights(TunablePass):
             decisions.append(Decision("sparsity", path, choices, current, features, kind))
         return SearchSpace(decisions)
 
+    def explain(self, graph_module: fx.GraphModule) -> list[SparseLayer]:
+        """What the policy makes of every layer with weights, in graph order, before anything is zeroed.
+
+        Raises:
+            PolicyError: If the policy does not fit the graph.
+            PassError: If a pattern of ``ignore`` matches no module.
+        """
+        chosen = self._chosen(graph_module)
+        own, ignored, sparse = _layers(graph_module), self._ignored(graph_module), sparse_sites(graph_module)
+        found = {}
+        for node in graph_module.graph.find_nodes(op="call_module"):
+            path = str(node.target)
+            if ops.semantics(graph_module, node).kind not in ("conv", "linear") or path in found:
+                continue
+            module: Any = graph_module.get_submodule(path)
+            reason = "ignored" if path in ignored else None
+            if path not in own:
+                reason = (
+                    "its weight is another's too" if is_linear(module) else f"{type(module).__name__} is not zeroed"
+                )
+            choice = chosen.get(path, sparse.get(path, 0.0))
+            weight: torch.Tensor = module.weight
+            size = packed_bytes(pattern_of(choice), weight.shape, 8 * weight.element_size())
+            whole = weight.numel() * weight.element_size()
+            found[path] = SparseLayer(path, choice, weight.numel(), _kept(weight, choice), whole, size, reason)
+        return list(found.values())
+
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Nothing is quantized yet.
 
@@ -102,6 +153,18 @@ class SparsifyWeights(TunablePass):
             PolicyError: If the policy names a layer that has no weight of its own, or no pattern.
             PassError: If a weight is not finite, or a pattern of ``ignore`` matches no module.
         """
+        sparse = sparse_sites(graph_module)
+        changed = {site: one for site, one in self._chosen(graph_module).items() if one != sparse.get(site, 0.0)}
+        if not changed:
+            return PassResult(graph_module, False)
+        for site, choice in changed.items():
+            _zero(graph_module, site, choice)
+        graph_module.meta[SPARSITY_META] = dict(sorted({**sparse, **changed}.items()))
+        edit.finish(graph_module)
+        return PassResult(graph_module, True)
+
+    def _chosen(self, graph_module: fx.GraphModule) -> dict[str, Choice]:
+        """What the policy chooses for each layer, which the graph was found to have."""
         layers = _layers(graph_module)
         ignored = self._ignored(graph_module)
         sparse = sparse_sites(graph_module)
@@ -117,14 +180,7 @@ class SparsifyWeights(TunablePass):
                 pattern_of(choice)
             except PolicyError as failure:
                 raise PolicyError(f"At {site!r}: {failure}") from failure
-        changed = {site: choice for site, choice in chosen.items() if choice != sparse.get(site, 0.0)}
-        if not changed:
-            return PassResult(graph_module, False)
-        for site, choice in changed.items():
-            _zero(graph_module, site, choice)
-        graph_module.meta[SPARSITY_META] = dict(sorted({**sparse, **changed}.items()))
-        edit.finish(graph_module)
-        return PassResult(graph_module, True)
+        return chosen
 
     def _ignored(self, gm: fx.GraphModule) -> set[str]:
         paths = [path for path, _ in gm.named_modules() if path]

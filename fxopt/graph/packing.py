@@ -30,7 +30,7 @@ import torch
 
 from fxopt.graph.sparsity import Counts, Pattern
 
-__all__ = ["Packed", "pack", "position_bytes", "unpack"]
+__all__ = ["Packed", "pack", "packed_bytes", "position_bytes", "unpack"]
 
 Bits: TypeAlias = npt.NDArray[np.uint8]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -62,6 +62,19 @@ def position_bytes(pattern: Pattern, outputs: Counts, unknowns: Counts, taps: Co
     return found
 
 
+def packed_bytes(pattern: Pattern, shape: tuple[int, ...], bits: int) -> int:
+    """Whole bytes that a weight takes in its stored form, or densely where that is no more.
+
+    Args:
+        pattern: What stays of it.
+        shape: Its shape (outputs, channels, ...).
+        bits: Bits of a value.
+    """
+    form = _Form.of(pattern, shape)
+    whole = (math.prod(shape) * bits + 7) // 8
+    return min(whole, (form.kept * bits + 7) // 8 + form.bytes)
+
+
 def pack(weight: torch.Tensor, pattern: Pattern) -> Packed | None:
     """A weight in its stored form.
 
@@ -76,8 +89,8 @@ def pack(weight: torch.Tensor, pattern: Pattern) -> Packed | None:
     mask = pattern.mask(held)
     if bool((held[~mask] != 0).any()):
         return None
-    form = _Form.of(pattern, held.shape)
-    if form.kept * held.element_size() + form.bytes >= held.numel() * held.element_size():
+    form, size = _Form.of(pattern, held.shape), held.element_size()
+    if packed_bytes(pattern, held.shape, 8 * size) == held.numel() * size:
         return None
     return Packed(held[mask].contiguous(), torch.from_numpy(np.packbits(form.encode(mask.cpu().numpy()))))
 

@@ -18,6 +18,7 @@ from fxopt.graph.packing import pack
 from fxopt.graph.sparsity import pattern_of
 from fxopt.lowering import lower
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, RoundWeights, SelectOperators, SparsifyWeights
+from fxopt.passes.sparsify_weights import SparseLayer
 from fxopt.targets.rows import stored_bytes
 from fxopt.training import fit, keep_zeros
 
@@ -144,6 +145,31 @@ def test_layers_can_be_left_out() -> None:
         SparsifyWeights({("sparsity", "3"): 0.5}, ignore=("3",))(gm)
     with pytest.raises(PassError, match="matches no module"):
         SparsifyWeights(ignore=("nothing",)).search_space(gm)
+
+
+def test_what_becomes_of_every_layer_is_told_before() -> None:
+    gm = small()
+    policy = Policy({("sparsity", "0"): "kernel:2", ("sparsity", "6"): 0.75})
+    told = SparsifyWeights(policy, ignore=("3",)).explain(gm)
+    # 8 kernels of 9: 16 values, places of 4 bits; 96 weights: 24 values, of whose positions 2 bits are written as
+    # they are, in 24 * 3 + 95 // 4 = 95 bits, one less than a bitmap.
+    expected = [
+        SparseLayer("0", "kernel:2", 72, 16, 288, 64 + 8),
+        SparseLayer("3", 0.0, 288, 288, 1152, 1152, "ignored"),
+        SparseLayer("6", 0.75, 96, 24, 384, 96 + 12),
+    ]
+    assert told == expected
+    assert zeros(gm, "0") == 0
+    sparse = SparsifyWeights(policy)(gm).graph_module
+    assert [one.choice for one in SparsifyWeights().explain(sparse)] == ["kernel:2", 0.0, 0.75]
+
+
+def test_what_cannot_be_decided_about_is_told_with_the_reason() -> None:
+    first, second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+    second.weight = first.weight
+    gm = trace(nn.Sequential(first, second, nn.ConvTranspose2d(4, 4, 2)).eval(), torch.randn(2, 4, 3, 3))
+    reasons = [one.reason for one in SparsifyWeights().explain(gm)]
+    assert reasons == ["its weight is another's too"] * 2 + ["ConvTranspose2d is not zeroed"]
 
 
 def test_a_sparse_layer_is_offered_more_zeros_alone() -> None:
