@@ -29,8 +29,9 @@ from fxopt.data import (
 from fxopt.decisions import Policy
 from fxopt.errors import DataError, SearchError
 from fxopt.graph import eval_mode, trace
-from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, TunablePass
+from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, RoundWeights, TunablePass
 from fxopt.passes._calibrate import feed, synthetic_batch
+from fxopt.passes._findings import Findings
 from fxopt.passes._fork import fork
 from fxopt.passes._reconstruction import Reconstruction, Reconstructor
 from fxopt.passes.base import PassResult
@@ -233,6 +234,7 @@ class Evaluator:
         self._rewriting = threading.Lock()
         self._reconstruct = reconstruct
         self._reconstructor: Reconstructor | None = None
+        self._shared: tuple[fx.GraphModule, tuple[TunablePass, ...]] | None = None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._train = None if train is None else _settling_batches(train, reconstruct)
@@ -318,7 +320,7 @@ class Evaluator:
         if self._source is None:
             raise SearchError("This evaluation cannot leave its process; give an executor of threads.")
         kept = {name: value for name, value in self.__dict__.items() if name != "_rewriting"}
-        return {**kept, "_gm": None, "_val": self._part, "_scores": {}, "_reconstructor": None}
+        return {**kept, "_gm": None, "_val": self._part, "_scores": {}, "_reconstructor": None, "_shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Come alive in another process; the graph is traced when it is needed."""
@@ -342,12 +344,22 @@ class Evaluator:
     def _rewritten(self, policy: Policy) -> fx.GraphModule:
         # The fake tensors that shapes are propagated with belong to one mode, which threads must not share.
         with self._rewriting:
-            graph = self._graph()
+            graph, passes = self._prepared()
             how = self._reconstructor or self._reconstruct
             if self._reconstructor is None and how is not False and self._train is not None and self._cuts(policy):
                 options = how if isinstance(how, Reconstruction) else None
                 how = self._reconstructor = Reconstructor(graph, _InputsOnly(self._train), options)
-            return apply_policy(graph, self._passes, policy, calibration=self._train, reconstruct=how)
+            return apply_policy(graph, passes, policy, calibration=self._train, reconstruct=how)
+
+    def _prepared(self) -> tuple[fx.GraphModule, tuple[TunablePass, ...]]:
+        """The graph to rewrite, and the passes; where bits alone are decided, trials share what quantizing it finds."""
+        if self._shared is None:
+            graph, passes = self._graph(), self._passes
+            if all(isinstance(one, Quantize) for one in passes):
+                graph = FoldBatchNorm()(graph.eval()).graph_module
+                passes = tuple(replace(one, findings=_findings(one)) for one in passes if isinstance(one, Quantize))
+            self._shared = graph, passes
+        return self._shared
 
     def _cuts(self, policy: Policy) -> bool:
         return any(isinstance(one, PruneChannels) for one in self._passes) and any(k == "channels" for k, _ in policy)
@@ -366,6 +378,14 @@ class Evaluator:
             scale = float(wanted.double().norm())
             errors.append(float((mine.double() - wanted.double()).norm()) / max(scale, 1e-12))
         return math.fsum(errors) / len(errors)
+
+
+def _findings(one: Quantize) -> Findings:
+    """What trials find of the graph they all quantize."""
+    if not one.rounding:
+        return Findings()
+    how = RoundWeights()
+    return Findings(Reconstruction(False, how.samples, how.rows, how.ridge, how.most_unknowns, seed=one.seed))
 
 
 _GRAPHS: dict[str, fx.GraphModule] = {}

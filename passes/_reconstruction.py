@@ -127,6 +127,12 @@ class Reconstructor:
                 self._restore_from_moments(twin, kept)
         return twin
 
+    def moments(self) -> dict[str, Moments]:
+        """Moments of the inputs and outputs of every layer of the graph that there is room for, by its path."""
+        with torch.no_grad(), eval_mode(self._gm):
+            self._wanted = self._wanted or self._gather()
+        return {path: wanted.moments for path, wanted in self._wanted.items() if wanted.moments is not None}
+
     def _gather(self) -> dict[str, _Wanted]:
         """One pass of the samples through the graph before the cut."""
         admitted = self._admitted()

@@ -12,12 +12,14 @@ from torch import fx
 from fxopt.decisions import FLOAT_BITS, Capabilities, Decision, SearchSpace
 from fxopt.errors import DataError, PassError
 from fxopt.graph import edit, eval_mode, ops
-from fxopt.graph.fake_quantize import ActivationQuantizer, observing, quantize_layer
+from fxopt.graph.fake_quantize import ActivationQuantizer, observing
 from fxopt.graph.grids import PLAIN_ACTIVATIONS, PLAIN_WEIGHTS, ActivationScheme, WeightScheme
 from fxopt.passes._calibrate import as_normalized, batches, feed, refuse_quantized, synthetic_batch
+from fxopt.passes._findings import Findings, Site
 from fxopt.passes._placement import Point, place
 from fxopt.passes._sites import BITS, FLOAT, check_sharing, check_weights, decide, kind_of, layers
 from fxopt.passes.base import PassResult, TunablePass
+from fxopt.passes.round_weights import RoundWeights
 
 __all__ = ["BITS", "CALIBRATION_META", "DEFAULT_RECIPE", "FLOAT", "Quantize"]
 
@@ -55,6 +57,11 @@ class Quantize(TunablePass):
         activations: The same for activations.
         ends: Bits of the first and the last layer: their only choice in the search space, and what they get without a
             policy. None treats them as all others.
+        rounding: Whether the integers of weights are found by :class:`~fxopt.passes.RoundWeights` on the calibration
+            data, for outputs that stay near; else they are the nearest.
+        findings: What earlier passes with the same data and options found of the same graph, and what this one finds:
+            a search gives one to all its trials. With ``rounding`` each layer is then rounded for the inputs that it
+            gets in the float graph, once for all policies.
 
     Example:
         >>> from fxopt.passes import FoldBatchNorm, Pipeline, Quantize
@@ -70,6 +77,8 @@ class Quantize(TunablePass):
     weights: WeightScheme = PLAIN_WEIGHTS
     activations: ActivationScheme = PLAIN_ACTIVATIONS
     ends: tuple[int, int] | None = None
+    rounding: bool = False
+    findings: Findings | None = field(default=None, compare=False, repr=False, metadata={"saved": False})
 
     def __post_init__(self) -> None:
         """Take mappings for schemes.
@@ -128,15 +137,18 @@ class Quantize(TunablePass):
         check_weights(graph_module, chosen)
         check_sharing(graph_module, chosen)
         inputs = {path: activation for path, (_, activation) in chosen.items() if activation != FLOAT_BITS}
+        findings = self.findings or Findings()
+        findings.begin(graph_module, self._data(graph_module))
         _split_silu(graph_module, inputs)
-        points = place(graph_module, inputs)
-        quantizers = _insert(graph_module, points, self.activations)
+        sites = _insert(graph_module, place(graph_module, inputs), self.activations)
         graph_module.recompile()
-        self._calibrate(graph_module, quantizers)
+        self._calibrate(graph_module, sites, findings)
         for path, bits in chosen.items():
-            layer = quantize_layer(graph_module.get_submodule(path), *bits, self.weights)
+            layer = findings.layer(graph_module.get_submodule(path), path, bits, self.weights)
             edit.replace_module(graph_module, path, layer)
         edit.finish(graph_module)
+        if self.rounding and self.findings is None:
+            RoundWeights(self.calibration, seed=self.seed).call(graph_module)
         return PassResult(graph_module, True)
 
     def _chosen(self, gm: fx.GraphModule) -> dict[str, tuple[int, int]]:
@@ -159,15 +171,27 @@ class Quantize(TunablePass):
     def _decisions(self, gm: fx.GraphModule) -> list[Decision]:
         return [decide(gm, node, index) for index, node in enumerate(layers(gm))]
 
-    def _calibrate(self, gm: fx.GraphModule, quantizers: list[tuple[str, ActivationQuantizer]]) -> None:
-        if not quantizers:
+    def _data(self, gm: fx.GraphModule) -> Iterable[Any]:
+        if self.calibration is not None:
+            return self.calibration
+        return [synthetic_batch(gm, torch.Generator().manual_seed(self.seed))]
+
+    def _calibrate(self, gm: fx.GraphModule, sites: list[Site], findings: Findings) -> None:
+        if not sites:
             gm.meta[CALIBRATION_META] = {"source": "none: weights alone are quantized", "batches": 0, "samples": 0}
             return
+        unseen = findings.unseen(sites)
+        if unseen:
+            findings.source = self._observe(gm)
+        findings.settle(sites, calibrated=bool(unseen))
+        gm.meta[CALIBRATION_META] = dict(findings.source)
+
+    def _observe(self, gm: fx.GraphModule) -> dict[str, object]:
+        """Let the quantizers see the calibration data; give what it was."""
         count = samples = known = 0
         with torch.no_grad(), eval_mode(gm), observing(gm):
             if self.calibration is None:
-                generator = torch.Generator().manual_seed(self.seed)
-                args, kwargs = feed(gm, synthetic_batch(gm, generator), "The synthetic batch")
+                args, kwargs = feed(gm, next(iter(self._data(gm))), "The synthetic batch")
                 with as_normalized(gm) as known:
                     gm(*args, **kwargs)
             else:
@@ -180,12 +204,10 @@ class Quantize(TunablePass):
                     samples += _samples(args, kwargs)
                 if not count:
                     raise DataError("The calibration loader is empty; give one that yields at least one batch.")
-        for site, quantizer in quantizers:
-            quantizer.settle(site)
         source = "loader" if self.calibration is not None else f"synthetic: standard normal, seed {self.seed}"
         if known:
             source += f"; outputs of {known} layers as their batch norms say"
-        gm.meta[CALIBRATION_META] = {"source": source, "batches": count, "samples": samples}
+        return {"source": source, "batches": count, "samples": samples}
 
 
 S = TypeVar("S", WeightScheme, ActivationScheme)
@@ -212,8 +234,8 @@ def _split_silu(gm: fx.GraphModule, chosen: Container[str]) -> None:
     found = [node for node in gm.graph.nodes if _is_silu(gm, node) and _follows(node, chosen)]
     for node in found:
         source = node.args[0]
-        gate = edit.insert_function(gm, torch.ops.aten.sigmoid.default, source, (source,))
-        product = edit.insert_function(gm, torch.ops.aten.mul.Tensor, gate, (source, gate))
+        gate = edit.insert_function(gm, torch.ops.aten.sigmoid.default, source, (source,), f"{node.name}_gate")
+        product = edit.insert_function(gm, torch.ops.aten.mul.Tensor, gate, (source, gate), f"{node.name}_product")
         edit.replace_uses(node, product)
         edit.erase(gm, node)
     if found:
@@ -229,13 +251,11 @@ def _follows(node: fx.Node, chosen: Container[str]) -> bool:
     return isinstance(source, fx.Node) and source.op == "call_module" and str(source.target) in chosen
 
 
-def _insert(
-    gm: fx.GraphModule, points: Iterable[Point], scheme: ActivationScheme
-) -> list[tuple[str, ActivationQuantizer]]:
-    """Insert a quantizer at every point, one module at several paths where a grid is shared; give each and its site."""
+def _insert(gm: fx.GraphModule, points: Iterable[Point], scheme: ActivationScheme) -> list[Site]:
+    """Insert a quantizer at every point, one module at several paths where a grid is shared."""
     device = next((parameter.device for parameter in gm.parameters()), torch.device("cpu"))
     at: dict[tuple[fx.Node, int], ActivationQuantizer] = {}
-    sites: list[tuple[str, ActivationQuantizer]] = []
+    members: dict[ActivationQuantizer, list[fx.Node]] = {}
     readers_of: dict[fx.Node, list[tuple[fx.Node, Point]]] = {}
     for point in points:
         shared = at.get((point.grid_of, point.bits)) if point.grid_of is not None else None
@@ -245,14 +265,16 @@ def _insert(
         path = edit.free_path(gm, f"{_QUANTIZERS}.{_site(point.node).replace('.', '_')}")
         inserted = edit.insert_module(gm, path, quantizer, after=point.node, args=(point.node,))
         readers_of.setdefault(point.node, []).append((inserted, point))
-        if shared is None:
-            sites.append((f"the value of {_site(point.node)!r}", quantizer))
+        members.setdefault(quantizer, []).append(point.node)
     for node, group in readers_of.items():
         quantized = [inserted for inserted, _ in group]
         for inserted, point in group:
             others = [user for user in node.users if user not in point.readers]
             edit.replace_uses(node, inserted, except_=[*others, *quantized])
-    return sites
+    return [
+        Site(quantizer, f"the value of {_site(nodes[0])!r}", tuple(node.name for node in nodes))
+        for quantizer, nodes in members.items()
+    ]
 
 
 def _site(node: fx.Node) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +12,16 @@ from torch import fx, nn
 
 from fxopt.errors import PassError
 from fxopt.graph import edit, eval_mode
-from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer, WeightQuantizer
-from fxopt.graph.grids import held
+from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
 from fxopt.graph.sparsity import sparse_sites
 from fxopt.passes._calibrate import synthetic_batch
 from fxopt.passes._fork import fork
-from fxopt.passes._least_squares import Moments, groups_of, input_rows, output_rows, positions_of
+from fxopt.passes._least_squares import Moments, input_rows, output_rows, positions_of
 from fxopt.passes._reconstruction import Reconstruction, _read, _total, _walk
+from fxopt.passes._rounding import can_be_rounded, rounded_layer
 from fxopt.passes.base import Pass, PassResult
 
 __all__ = ["RoundWeights"]
-
-_SWEEPS = 3
 
 
 @dataclass(frozen=True)
@@ -141,29 +138,9 @@ class RoundWeights(Pass):
             Moments.of(input_rows(layer, one[source], at), y)
             for one, at, y in zip(values, positions, outputs, strict=True)
         )
-        old = layer.weight.detach().double().flatten(1)
-        old = old.reshape(groups_of(layer), -1, old.shape[1])
-        has_bias = layer.bias is not None
-        weight, _ = moments.fit(old, self.ridge, has_bias)
-        second = moments.xx / moments.count
-        mean = moments.x / moments.count
-        if has_bias:
-            second = torch.baddbmm(second, mean[:, :, None], mean[:, None, :], alpha=-1)
-        second = _damped(second, self.ridge)
-        quantizer = copy.deepcopy(layer.weight_quantizer)
-        quantizer.calibrate(weight.flatten(0, 1).reshape(layer.weight.shape).float())
-        rounded = _rounded(weight, second, quantizer)
-        if not bool(torch.isfinite(rounded).all()):
-            return
-        new = edit.clone_module(layer)
-        new._modules["weight_quantizer"] = quantizer
-        # Once more through the quantizer, so that the weight is on its grid to the last bit.
-        found = quantizer(rounded.flatten(0, 1).reshape(layer.weight.shape).to(layer.weight.dtype))
-        new._parameters["weight"] = nn.Parameter(found, layer.weight.requires_grad)
-        if has_bias and moments.y is not None:
-            bias = moments.y / moments.count - (rounded @ mean[:, :, None]).squeeze(2)
-            new._parameters["bias"] = nn.Parameter(bias.flatten().to(layer.bias.dtype), layer.bias.requires_grad)
-        edit.replace_module(gm, str(node.target), new)
+        new = rounded_layer(layer, moments, self.ridge)
+        if new is not None:
+            edit.replace_module(gm, str(node.target), new)
 
 
 def _layers(gm: fx.GraphModule, most_unknowns: int) -> dict[str, fx.Node]:
@@ -179,14 +156,14 @@ def _layers(gm: fx.GraphModule, most_unknowns: int) -> dict[str, fx.Node]:
     found = {}
     for path, nodes in calls.items():
         module = gm.get_submodule(path)
-        if len(nodes) > 1 or not isinstance(module, QuantizedLayer) or module.weight_axis != 0 or path in sparse:
+        if len(nodes) > 1 or path in sparse or not can_be_rounded(module, most_unknowns):
             continue
-        quantizer = module.weight_quantizer
-        if not isinstance(quantizer, WeightQuantizer) or quantizer.is_binary or weights[id(module.weight)] > 1:
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        if weights[id(weight)] > 1:
             continue
         with torch.no_grad():
-            done = torch.equal(quantizer(module.weight), module.weight)
-        if not done and module.weight[0].numel() <= most_unknowns:
+            done = torch.equal(module.weight_quantizer(weight), weight)  # type: ignore[operator]
+        if not done:
             found[path] = nodes[0]
     return found
 
@@ -200,71 +177,3 @@ def _without_grids(gm: fx.GraphModule) -> fx.GraphModule:
         elif isinstance(module, QuantizedLayer):
             edit.replace_module(plain, path, module.to_float())
     return plain
-
-
-def _damped(second: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Moments with something on the diagonal, so that they can be inverted and inputs that are dead do not matter."""
-    diagonal = second.diagonal(dim1=1, dim2=2)
-    unit = diagonal.mean(1, keepdim=True)
-    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-    damped = second.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(max(ridge, 1e-4) * unit)
-    return damped
-
-
-def _rounded(weight: torch.Tensor, second: torch.Tensor, quantizer: WeightQuantizer) -> torch.Tensor:
-    """Weights on the grid of a quantizer, by second moments of their inputs; both by group, float64.
-
-    Args:
-        weight: Shape (groups, outputs of a group, unknowns).
-        second: Shape (groups, unknowns, unknowns), positive definite.
-        quantizer: The quantizer, calibrated.
-    """
-    groups, outputs, _ = weight.shape
-    scale = quantizer.scale.detach().double().reshape(groups, outputs)
-    zero = torch.zeros_like(scale)
-    if quantizer.zero_point is not None:
-        zero = quantizer.zero_point.double().reshape(groups, outputs)
-
-    def nearest(column: torch.Tensor) -> torch.Tensor:
-        return held(column, scale, zero, quantizer.bounds)
-
-    order = second.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
-    columns = order[:, None, :].expand_as(weight)
-    moments = second.gather(1, order[:, :, None].expand_as(second)).gather(2, order[:, None, :].expand_as(second))
-    sorted_weight = weight.gather(2, columns)
-    one, other = (
-        _descend(start, sorted_weight, moments, nearest)
-        for start in (_by_columns(sorted_weight, moments, nearest), nearest(sorted_weight.movedim(2, 0)).movedim(0, 2))
-    )
-    losses = [
-        (((found - sorted_weight) @ moments) * (found - sorted_weight)).sum(2, keepdim=True) for found in (one, other)
-    ]
-    return torch.empty_like(weight).scatter_(2, columns, torch.where(losses[0] <= losses[1], one, other))
-
-
-def _by_columns(weight: torch.Tensor, moments: torch.Tensor, nearest: Any) -> torch.Tensor:
-    """GPTQ: every column's error is taken over by the columns behind it."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    left, rounded = weight.clone(), torch.empty_like(weight)
-    for column in range(weight.shape[2]):
-        now = left[:, :, column]
-        rounded[:, :, column] = nearest(now)
-        error = (now - rounded[:, :, column]) / upper[:, column, column, None]
-        left[:, :, column:] -= error[:, :, None] * upper[:, None, column, column:]
-    return rounded
-
-
-def _descend(rounded: torch.Tensor, weight: torch.Tensor, moments: torch.Tensor, nearest: Any) -> torch.Tensor:
-    """Every integer in turn to where the error is least with all others as they are."""
-    rounded = rounded.clone()
-    gradient = (rounded - weight) @ moments
-    for _ in range(_SWEEPS):
-        for column in range(weight.shape[2]):
-            step = gradient[:, :, column] / moments[:, column, column, None]
-            better = nearest(rounded[:, :, column] - step)
-            change = better - rounded[:, :, column]
-            gradient += change[:, :, None] * moments[:, None, column, :]
-            rounded[:, :, column] = better
-    return rounded

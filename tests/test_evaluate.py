@@ -331,3 +331,12 @@ def test_what_judges_is_told(graph: fx.GraphModule) -> None:
         lambda: make_evaluator(graph, train=make_data()),
     ]
     assert [make().score_name for make in names] == ["accuracy", "evaluate", "data-free: minus output error"]
+
+
+def test_trials_of_bits_read_data_once_and_score_what_a_policy_gives_alone(graph: fx.GraphModule) -> None:
+    passes, data = (Quantize(weights={"method": "mse"}),), make_data()
+    judge = Evaluator(graph, passes, train=data, val=data)
+    for bits in ((8, 8), (4, 4), (3, 8)):
+        policy = Policy({("bits", site): bits for site in ("first", "second", "last")})
+        alone = apply_policy(graph, passes, policy, calibration=list(data))
+        assert judge.score(policy) == accuracy(alone, data)

@@ -125,3 +125,13 @@ def test_bad_input_is_refused() -> None:
         sensitivities(gm, SearchSpace([Decision("bits", "z", ((8, 8),), (8, 8))]), x)
     with pytest.raises(DataError, match="NaN"):
         sensitivities(gm, space, torch.full_like(x, float("nan")))
+
+
+def test_weights_rounded_by_moments_lose_less_than_the_nearest() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 1, 6, 6) + 0.2 * torch.randn(64, 3, 6, 6)
+    gm = trace(Net().eval(), x[:2])
+    space = Quantize().search_space(gm, Capabilities({"*": ((2, 32), (3, 32), (32, 32))}))
+    nearest, rounded = (sensitivities(gm, space, x, rounding=rounding) for rounding in (False, True))
+    assert sum(map(sum, rounded)) < 0.9 * sum(map(sum, nearest))
+    assert all(table[-1] == 0.0 for table in rounded)

@@ -121,6 +121,17 @@ class ActivationQuantizer(_Quantizer):
             values = values.reshape(-1)
             self._histogram.add(values[:: -(-values.numel() // _SAMPLED)].cpu())
 
+    @property
+    def observed(self) -> tuple[float, float, Histogram | None]:
+        """What was observed: least and largest value, and how often each occurred. Another quantizer can take it."""
+        return float(self.minimum), float(self.maximum), self._histogram
+
+    @observed.setter
+    def observed(self, found: tuple[float, float, Histogram | None]) -> None:
+        self.minimum.fill_(found[0])
+        self.maximum.fill_(found[1])
+        self._histogram = found[2]
+
     @torch.no_grad()
     def settle(self, site: str = "an activation") -> None:
         """Take scale and zero point from what was observed.

@@ -119,10 +119,12 @@ def insert_module(gm: fx.GraphModule, path: str, module: nn.Module, after: fx.No
     return node
 
 
-def insert_function(gm: fx.GraphModule, target: Callable[..., Any], after: fx.Node, args: Sequence[Any]) -> fx.Node:
-    """Call the ATen operator ``target`` with ``args`` right after the node ``after``."""
+def insert_function(
+    gm: fx.GraphModule, target: Callable[..., Any], after: fx.Node, args: Sequence[Any], name: str | None = None
+) -> fx.Node:
+    """Call the ATen operator ``target`` with ``args`` right after ``after``, by ``name`` if that is free."""
     with gm.graph.inserting_after(_last_input(gm, after)):
-        return gm.graph.call_function(target, tuple(args))
+        return gm.graph.create_node("call_function", target, tuple(args), name=name)
 
 
 def replace_uses(node: fx.Node, new: fx.Node, except_: Sequence[fx.Node] = ()) -> None:

@@ -23,7 +23,7 @@ from fxopt.testing import PassConformance, TunablePassConformance
 from tests.strategies import Cnn, Transformer, networks, traced
 
 IMAGE = (2, 3, 8, 8)
-SILU = ("sigmoid_default", "Q(sigmoid_default)", "mul_tensor", "Q(mul_tensor)")
+SILU = ("act_gate", "Q(act_gate)", "act_product", "Q(act_product)")
 
 
 class TestQuantize(TunablePassConformance):

@@ -13,7 +13,7 @@ from fxopt.errors import DataError, PassError
 from fxopt.graph import trace
 from fxopt.graph.fake_quantize import QuantizedLayer, WeightQuantizer, WeightScheme
 from fxopt.passes import FoldBatchNorm, Quantize, RoundWeights
-from fxopt.passes.round_weights import _damped, _rounded
+from fxopt.passes._rounding import _damped, _rounded
 from fxopt.testing import PassConformance
 
 
