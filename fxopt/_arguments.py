@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
@@ -15,10 +16,21 @@ from fxopt import targets
 from fxopt.data import Loader, first_batch
 from fxopt.errors import DataError, PassError, SearchError, TargetError
 from fxopt.export import host_fingerprint, onnxruntime_profiler
+from fxopt.objectives import BestScore, Objective
 from fxopt.passes import PruneChannels, Quantize, SelectOperators, SparsifyWeights, TunablePass
 from fxopt.progress import Progress
 
-__all__ = ["PassLike", "check_data", "check_executor", "check_weights", "check_whole", "load_target", "resolve_passes"]
+__all__ = [
+    "PassLike",
+    "check_data",
+    "check_executor",
+    "check_weights",
+    "check_whole",
+    "load_target",
+    "resolve_passes",
+    "terms_of",
+    "wanted_objective",
+]
 
 PassLike: TypeAlias = str | TunablePass
 
@@ -46,6 +58,22 @@ def resolve_passes(passes: Sequence[PassLike]) -> tuple[TunablePass, ...]:
     if not found:
         raise PassError("passes is empty; name at least one, such as 'prune-channels'.")
     return tuple(found)
+
+
+def wanted_objective(objective: Objective | None) -> Objective:
+    if objective is not None and not (hasattr(objective, "reward") and hasattr(objective, "check")):
+        raise SearchError(
+            f"objective is a {type(objective).__name__}; give one of fxopt.objectives, such as SmallestCost(0.97)."
+        )
+    return objective or BestScore()
+
+
+def terms_of(**options: object) -> dict[str, str]:
+    """Options in words for journals, the same in every process; of an object that has none, its type."""
+    return {
+        name: repr(value) if dataclasses.is_dataclass(value) or isinstance(value, bool) else type(value).__name__
+        for name, value in options.items()
+    }
 
 
 def load_target(target: str | os.PathLike[str] | targets.Target, show: Progress) -> targets.Target:

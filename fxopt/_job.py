@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,8 +231,9 @@ class Job:
         executor: Executor | None,
         parallel: int,
         show: Progress,
+        terms: Mapping[str, str],
     ) -> SearchResult | None:
-        """Search the space; None if there is nothing to decide."""
+        """Search the space; None if there is nothing to decide. ``terms`` are what else the scores depend on."""
         if not len(self.space):
             return None
         searcher = engines.create(engine, self.space, self.constraint, seed)
@@ -244,13 +245,17 @@ class Job:
             journal=folder / "journal.jsonl" if folder else None,
             executor=executor,
             parallel=parallel,
-            context={"model": self.digest, "target": self.target.name, "judge": judge.score_name},
+            context=self.context(judge, terms),
             progress=lambda state: show.advance(
                 "search", 1, f"best {state.best.score:.4f}" if state.best and state.best.score is not None else ""
             ),
         )
         show.finish("search")
         return found
+
+    def context(self, judge: Evaluator, terms: Mapping[str, str]) -> dict[str, str]:
+        """What scores depend on besides the policy, for journals."""
+        return {"model": self.digest, "target": self.target.name, "judge": judge.score_name, **terms}
 
     def digest_with(self, policy: Policy) -> str:
         """A short name for what the policy makes of the model."""

@@ -14,7 +14,16 @@ import torch
 from torch import fx, nn
 
 from fxopt import _storage, targets
-from fxopt._arguments import PassLike, check_data, check_executor, check_whole, load_target, resolve_passes
+from fxopt._arguments import (
+    PassLike,
+    check_data,
+    check_executor,
+    check_whole,
+    load_target,
+    resolve_passes,
+    terms_of,
+    wanted_objective,
+)
 from fxopt._job import Job, Tuning
 from fxopt._reporting import build_report, changes_in, export_data, notes_on
 from fxopt._selecting import Selector, parted
@@ -23,7 +32,7 @@ from fxopt.decisions import Budget, Policy
 from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
 from fxopt.export import ExportReport, Format, export_onnx, measure
 from fxopt.lowering import lower
-from fxopt.objectives import BestScore, Objective
+from fxopt.objectives import Objective
 from fxopt.passes import Quantize, TunablePass
 from fxopt.passes._fork import own_copy
 from fxopt.passes.quantize import CALIBRATION_META
@@ -200,7 +209,7 @@ def optimize(
     selector = None
     if selecting is not None:
         selector = Selector(selecting, train, epochs, learning_rate, seed, 1.0 / len(everything))
-    wanted = objective or BestScore()
+    wanted = wanted_objective(objective)
     job = Job(model, example_inputs, device, chosen, budgets, folder, show, selector)
     judge = Evaluator(
         job.graph,
@@ -218,7 +227,17 @@ def optimize(
     after_selection = job.metrics(job.graph, first)
     before = after_selection if selector is None else job.metrics(job.source, judge.judge(job.source))
     tuning.rehearse(job.graph)
-    found = job.search(judge, engine, trials, seed, folder, executor, parallel, show)
+    found = job.search(
+        judge,
+        engine,
+        trials,
+        seed,
+        folder,
+        executor,
+        parallel,
+        show,
+        terms_of(objective=wanted, reconstruct=reconstruct),
+    )
     policy = found.policy if found is not None else job.space.default()
     if found is not None:
         wanted.check(judge.score(policy), "The best policy found")

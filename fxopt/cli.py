@@ -49,6 +49,27 @@ MaybeModel = Annotated[
     ),
 ]
 
+Train = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader to fine-tune and calibrate on."),
+]
+Val = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader of (input, label) to judge by."),
+]
+Evaluate = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="MODULE:FUNCTION", help="Takes a module, gives a score; in place of --val."),
+]
+Objective = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="score, the default, or METRIC@SCORE: macs@0.97 for the smallest MACs at a score of 0.97."),
+]
+Reconstruct = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Weights behind cut channels: sequential (the default), moments, which is quicker, or none."),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -161,18 +182,9 @@ def optimize(
         Optional[int],  # noqa: UP045
         typer.Option(min=0, help="Epochs of fine-tuning; by default 2.", show_default=False),
     ] = None,
-    train: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader to fine-tune and calibrate on."),
-    ] = None,
-    val: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader of (input, label) to judge by."),
-    ] = None,
-    evaluate: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="MODULE:FUNCTION", help="Takes a module, gives a score; in place of --val."),
-    ] = None,
+    train: Train = None,
+    val: Val = None,
+    evaluate: Evaluate = None,
     loss: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="MODULE:FUNCTION", help="Takes output and label, gives a loss; by default cross entropy."),
@@ -181,6 +193,24 @@ def optimize(
         Optional[float],  # noqa: UP045
         typer.Option(help="Highest learning rate of the fine-tuning; by default 0.02.", show_default=False),
     ] = None,
+    optimizer: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Optimizer of the fine-tuning: sgd, the default, or adamw.", show_default=False),
+    ] = None,
+    schedule: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Its learning rate: cosine, the default, step, one-cycle or constant.", show_default=False),
+    ] = None,
+    patience: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Epochs without a better score before it ends; by default never.", show_default=False),
+    ] = None,
+    distill: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What it learns from the original: none, or such as logits=0.5,features=1,attention=1."),
+    ] = None,
+    objective: Objective = None,
+    reconstruct: Reconstruct = None,
     inputs: Inputs = None,
     recipe: Annotated[
         Optional[Path],  # noqa: UP045
@@ -212,6 +242,12 @@ def optimize(
         "evaluate": evaluate,
         "loss": loss,
         "learning_rate": learning_rate,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "patience": patience,
+        "distill": distill,
+        "objective": objective,
+        "reconstruct": reconstruct,
         "input": tuple(inputs or ()),
         "out": str(out) if out is not None else None,
         "seed": seed,
@@ -254,14 +290,19 @@ def compare_engines(
         Optional[int],  # noqa: UP045
         typer.Option(min=1, help="Policies that each engine may try; by default 48.", show_default=False),
     ] = None,
-    val: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader of (input, label) to judge by."),
-    ] = None,
+    train: Train = None,
+    val: Val = None,
+    evaluate: Evaluate = None,
+    objective: Objective = None,
+    reconstruct: Reconstruct = None,
     inputs: Inputs = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder for the journals; by default fxopt-out.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="The first of the seeds; by default 0.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -274,9 +315,14 @@ def compare_engines(
         "budget": parse_budgets(budget or ()),
         "passes": split_passes(passes) if passes is not None else None,
         "trials": trials,
+        "train": train,
         "val": val,
+        "evaluate": evaluate,
+        "objective": objective,
+        "reconstruct": reconstruct,
         "input": tuple(inputs or ()),
         "out": str(out) if out is not None else None,
+        "seed": seed,
     }
     options = (read_recipe(recipe) if recipe is not None else Options()).changed(given)
     with only_json(as_json), progress_bars(not as_json) as progress:

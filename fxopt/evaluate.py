@@ -224,6 +224,7 @@ class Evaluator:
         source: tuple[nn.Module, Any] | None = None,
         reconstruct: bool | Reconstruction = True,
     ) -> None:
+        _check_way(reconstruct)
         self._gm: fx.GraphModule | None = gm
         self._source = source
         self._passes = tuple(passes)
@@ -390,6 +391,13 @@ def _findings(one: Quantize) -> Findings:
 
 _GRAPHS: dict[str, fx.GraphModule] = {}
 """In a worker process: the graph of the evaluator that was used last."""
+
+
+def _check_way(reconstruct: object) -> None:
+    if not isinstance(reconstruct, (bool, Reconstruction)):
+        raise SearchError(
+            f"reconstruct is a {type(reconstruct).__name__}; give True, False or a fxopt.evaluate.Reconstruction."
+        )
 
 
 def _settling_batches(train: Loader, reconstruct: bool | Reconstruction) -> list[Any]:

@@ -367,6 +367,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[FxoptError], str]] = {
     "tensor of losses": ({"train": DATA, "loss": lambda output, _: output}, DataError, "one element"),
     "frozen": ({"model": make_net().requires_grad_(False), "train": DATA}, DataError, "no parameter to train"),
     "wrong shape": ({"example": torch.zeros(2, 5, 8, 8)}, TraceError, r"\(2, 5, 8, 8\)"),
+    "objective": ({"objective": "macs"}, SearchError, "objective is a str; give one of fxopt.objectives"),
+    "reconstruct": ({"reconstruct": "none"}, SearchError, "reconstruct is a str; give True, False"),
     "no example": ({"example": None}, TraceError, "example_inputs is missing"),
     "no model": ({"model": len}, TraceError, "Cannot trace"),
     "branching": ({"model": Branching()}, TraceError, r"test_api\.py:\d+.*torch\.where"),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fxopt._cli.choosing import objective_of, reconstruction_of
 from fxopt._cli.loading import call, load_function, load_model
 from fxopt._cli.optimizing import check_names
 from fxopt._cli.output import table
@@ -31,7 +32,7 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         raise FxoptError("There is no model to search; give MODULE:FUNCTION, or model = ... in the recipe.")
     check_names(options)
     from fxopt import search
-    from fxopt._arguments import load_target, resolve_passes
+    from fxopt._arguments import check_data, load_target, resolve_passes, terms_of
     from fxopt._job import Job
     from fxopt.decisions import Budget
     from fxopt.evaluate import Evaluator
@@ -45,15 +46,23 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     job = Job(model, example, target, passes, Budget.parse_all(options.budget), folder, progress)
     if not len(job.space):
         raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
+    train, val = (None if one is None else call(one) for one in (options.train, options.val))
+    evaluate = None if options.evaluate is None else load_function(options.evaluate)
+    check_data(train, val, evaluate)
+    wanted, reconstruct = objective_of(options.objective), reconstruction_of(options.reconstruct)
     judge = Evaluator(
         job.graph,
         passes,
-        train=None if options.train is None else call(options.train),
-        val=None if options.val is None else call(options.val),
-        evaluate=None if options.evaluate is None else load_function(options.evaluate),
+        train=train,
+        val=val,
+        evaluate=evaluate,
+        reward=None if wanted is None else wanted.reward(target, job.workload, job.original),
         seed=options.seed,
+        reconstruct=reconstruct,
     )
-    judge.rehearse()
+    first = judge.rehearse()
+    if wanted is not None:
+        wanted.check(first, "The model before the search")
     chosen = list(names) or search.installed()
     task = "comparing"
     progress.start(task, len(chosen) * seeds * options.trials)
@@ -65,7 +74,7 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         names=chosen,
         seeds=range(options.seed, options.seed + seeds),
         folder=folder,
-        context={"model": job.digest, "target": target.name, "judge": judge.score_name},
+        context=job.context(judge, terms_of(objective=wanted, reconstruct=reconstruct)),
         progress=lambda name, seed, _: progress.advance(task, 1, f"{name}, seed {seed}"),
     )
     progress.finish(task)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxopt._cli.choosing import fine_tuning_of, objective_of, reconstruction_of
 from fxopt._cli.loading import call, load_function, load_model
 from fxopt._cli.output import emit_json, show
 from fxopt._files import write_text
@@ -24,10 +25,10 @@ _OPTIONS_FILE = "options.json"
 
 
 def check_names(options: Options) -> None:
-    """Refuse a wrong name or budget before anything is loaded.
+    """Refuse a wrong name, budget or option in words before anything is loaded.
 
     Raises:
-        FxoptError: Naming the nearest known name, or what a budget looks like.
+        FxoptError: Naming the nearest known name, or what a budget or an option looks like.
     """
     from fxopt import passes, targets
     from fxopt.decisions import Budget
@@ -39,6 +40,9 @@ def check_names(options: Options) -> None:
         passes.load(name)
     engines.load(options.engine)
     Budget.parse_all(options.budget)
+    objective_of(options.objective)
+    reconstruction_of(options.reconstruct)
+    fine_tuning_of(options)
     if options.val is not None and options.evaluate is not None:
         raise DataError("Both val and evaluate say how good a model is; give one of them.")
 
@@ -74,6 +78,9 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         loss=load_function(options.loss) if options.loss is not None else None,
         epochs=options.epochs,
         learning_rate=options.learning_rate,
+        objective=objective_of(options.objective),
+        reconstruct=reconstruction_of(options.reconstruct),
+        fine_tune=fine_tuning_of(options),
         seed=options.seed,
         workdir=out,
         progress=progress,

@@ -38,6 +38,12 @@ class Options:
         evaluate: MODULE:FUNCTION of a function from module to score.
         loss: MODULE:FUNCTION of a function from output and label to a loss.
         learning_rate: Highest learning rate of the fine-tuning.
+        optimizer: Its optimizer.
+        schedule: How its learning rate goes.
+        patience: Epochs without a better score before it ends.
+        distill: What it learns from the original model, such as ``logits=0.5,attention=1``.
+        objective: What to search for, such as ``macs@0.97``.
+        reconstruct: How weights behind cut channels are found anew.
         out: Folder for results.
         seed: Seed of everything random.
     """
@@ -55,6 +61,12 @@ class Options:
     evaluate: str | None = None
     loss: str | None = None
     learning_rate: float = 0.02
+    optimizer: str | None = None
+    schedule: str | None = None
+    patience: int | None = None
+    distill: str | None = None
+    objective: str | None = None
+    reconstruct: str | None = None
     out: str = "fxopt-out"
     seed: int = 0
 
@@ -64,8 +76,9 @@ class Options:
         return dataclasses.replace(self, **given)
 
 
-_TEXT = ("model", "target", "engine", "train", "val", "evaluate", "loss", "out")
-_NUMBERS = {"trials": 1, "epochs": 0, "seed": 0}
+_WAYS = ("optimizer", "schedule", "distill", "objective", "reconstruct")
+_TEXT = ("model", "target", "engine", "train", "val", "evaluate", "loss", "out", *_WAYS)
+_NUMBERS = {"trials": 1, "epochs": 0, "seed": 0, "patience": 1}
 _LISTS = ("input", "passes")
 
 
