@@ -75,7 +75,7 @@ class Experiment:
 
         return Constraint(space, kept, np.array([density * self.whole]), ["weights"])
 
-    def searched(self, gm: fx.GraphModule, density: float, seed: int) -> Policy:
+    def searched(self, gm: fx.GraphModule, density: float, seed: int, path: Path) -> Policy:
         """The best policy that the engine finds for a graph."""
         space = self.step.search_space(gm)
         batches = self.options.judged // 500
@@ -85,7 +85,7 @@ class Experiment:
         probes = {"probes": 1} if self.options.engine == "exact" else {}
         engine = engines.create(self.options.engine, space, self.constraint(gm, space, density), seed, **probes)
         begin = time.process_time()
-        found = run_search(engine, judge, self.options.trials)
+        found = run_search(engine, judge, self.options.trials, journal=path.with_suffix(".jsonl"))
         spent = time.process_time() - begin
         progress(f"{self.options.engine}: {found.score:.4f} on held-out images, {spent:.0f} s for {len(found.trials)}")
         return found.policy
@@ -115,7 +115,7 @@ class Experiment:
             if kind == "uniform":
                 policy = Policy({("sparsity", site): 1.0 - density for site in self.sites})
             elif kind == "searched":
-                policy = self.searched(gm, density, seed)
+                policy = self.searched(gm, density, seed, path)
             policy.save(chosen)
         graph = apply_policy(gm, [self.step], Policy.load(chosen), calibration=self.data.train)
         graph = edit.own_copy(graph)

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from fxopt.errors import DataError
 
 __all__ = ["Layer", "Moments", "groups_of", "input_rows", "is_linear", "output_rows", "positions_of", "solve"]
 
@@ -126,6 +129,20 @@ class Moments:
         if y is not None:
             wanted = y.double().reshape(len(y), x.shape[0], -1).transpose(0, 1)
             found.y, found.xy = wanted.sum(1), turned @ wanted
+        return found
+
+    @staticmethod
+    def total(parts: Iterable[Moments]) -> Moments:
+        """The moments of all rows of some parts.
+
+        Raises:
+            DataError: If there is no part.
+        """
+        found: Moments | None = None
+        for one in parts:
+            found = one if found is None else found + one
+        if found is None:
+            raise DataError("There is no batch to take moments from.")
         return found
 
     def __add__(self, other: Moments) -> Moments:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,24 +12,18 @@ import numpy.typing as npt
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
-from fxopt.errors import DataError, PassError
+from fxopt.errors import PassError
 from fxopt.graph import eval_mode
-from fxopt.graph.shapes import TRACE_META
-from fxopt.passes._calibrate import batches as batches_of
-from fxopt.passes._calibrate import feed
 from fxopt.passes._cutting import laid_out_like
 from fxopt.passes._fork import fork
+from fxopt.passes._layer_walk import Values, draw_positions, read_inputs, walk
 from fxopt.passes._least_squares import Moments, groups_of, input_rows, is_linear, output_rows, positions_of
 
 __all__ = ["Kept", "Reconstruction", "Reconstructor"]
 
 Kept: TypeAlias = Mapping[tuple[str, str], Mapping[int, npt.NDArray[np.int64]]]
 """The indices that stay of every parameter that was cut, by module path, name and dimension."""
-
-_Leaves: TypeAlias = list[Any]
-_Values: TypeAlias = dict[fx.Node, Any]
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ class Reconstructor:
     def __init__(self, gm: fx.GraphModule, data: Iterable[Any], options: Reconstruction | None = None) -> None:
         self.options = options or Reconstruction()
         self._gm = gm
-        self._batches = _read(gm, data, self.options)
+        self._batches = read_inputs(gm, data, self.options.samples, self.options.memory)
         self._layers = _layers(gm)
         self._wanted: dict[str, _Wanted] = {}
 
@@ -137,30 +130,26 @@ class Reconstructor:
         """One pass of the samples through the graph before the cut."""
         admitted = self._admitted()
         found: dict[str, _Wanted] = {}
-        samples = sum(_samples(leaves) for leaves in self._batches)
         modules: list[Any] = [self._gm.get_submodule(path) for path in admitted.values()]
         share = max(1, sum(module.weight.shape[0] for module in modules))
         rows = max(1, min(self.options.rows, self.options.memory // (4 * share)))
 
-        def look(node: fx.Node, values: Sequence[_Values]) -> None:
+        def look(node: fx.Node, values: Sequence[Values]) -> None:
             if node not in admitted:
                 return
             path = admitted[node]
             module: Any = self._gm.get_submodule(path)
             count = positions_of(module, values[0][node])
-            taken = min(count, -(-rows // samples))
-            seed = zlib.crc32(path.encode()) + self.options.seed
-            generator = torch.Generator().manual_seed(seed)
-            positions = tuple(torch.randperm(count, generator=generator)[:taken].sort().values for _ in values)
+            positions = draw_positions(path, count, self._batches, rows, self.options.seed)
             pairs = list(zip(values, positions, strict=True))
             if self.options.sequential:
                 found[path] = _Wanted(positions, tuple(output_rows(module, one[node], at).clone() for one, at in pairs))
             else:
                 source = node.all_input_nodes[0]
-                moments = _total(Moments.of(input_rows(module, one[source], at)) for one, at in pairs)
+                moments = Moments.total(Moments.of(input_rows(module, one[source], at)) for one, at in pairs)
                 found[path] = _Wanted((), (), moments.with_outputs(_by_group(module, module.weight), module.bias))
 
-        _walk(self._gm, self._batches, after=look)
+        walk(self._gm, self._batches, after=look)
         return found
 
     def _admitted(self) -> dict[fx.Node, str]:
@@ -186,23 +175,23 @@ class Reconstructor:
         touched: set[fx.Node] = set()
         layers = {node: path for path, node in _layers(gm).items() if path in self._wanted}
 
-        def adapt(node: fx.Node, values: Sequence[_Values]) -> None:
+        def adapt(node: fx.Node, values: Sequence[Values]) -> None:
             changed = any(source in touched for source in node.all_input_nodes)
             if changed and node in layers:
                 self._refit(gm, node, self._wanted[layers[node]], values, kept)
             if changed or (node.op in ("call_module", "get_attr") and _owner(node) in cut):
                 touched.add(node)
 
-        _walk(gm, self._batches, before=adapt)
+        walk(gm, self._batches, before=adapt)
 
-    def _refit(self, gm: fx.GraphModule, node: fx.Node, wanted: _Wanted, values: Sequence[_Values], kept: Kept) -> None:
+    def _refit(self, gm: fx.GraphModule, node: fx.Node, wanted: _Wanted, values: Sequence[Values], kept: Kept) -> None:
         """New weights of one layer, for its inputs as they are in the pruned graph."""
         module: Any = gm.get_submodule(str(node.target))
         outputs = _kept_outputs(kept, str(node.target), wanted.outputs[0].shape[1])
         if len(outputs) != module.weight.shape[0]:
             return
         source = node.all_input_nodes[0]
-        moments = _total(
+        moments = Moments.total(
             Moments.of(input_rows(module, one[source], at), y[:, outputs])
             for one, at, y in zip(values, wanted.positions, wanted.outputs, strict=True)
         )
@@ -293,88 +282,3 @@ def _write(module: Any, norm: _BatchNorm | None, weight: torch.Tensor, constant:
 def _owner(node: fx.Node) -> str:
     target = str(node.target)
     return target if node.op == "call_module" else target.rpartition(".")[0]
-
-
-def _total(parts: Iterator[Moments] | Iterable[Moments]) -> Moments:
-    found: Moments | None = None
-    for one in parts:
-        found = one if found is None else found + one
-    if found is None:
-        raise DataError("There is no batch to take moments from.")
-    return found
-
-
-def _walk(
-    gm: fx.GraphModule,
-    batches: Sequence[_Leaves],
-    before: Callable[[fx.Node, Sequence[_Values]], None] | None = None,
-    after: Callable[[fx.Node, Sequence[_Values]], None] | None = None,
-) -> None:
-    """Run a graph node by node, every node for all batches before the next one.
-
-    Args:
-        gm: The graph.
-        batches: Values of the graph's inputs.
-        before: Told each node before it runs, with the values of every batch; it may change the node's module.
-        after: Told each node when it has run.
-    """
-    interpreter = fx.Interpreter(gm)
-    values: list[_Values] = [{} for _ in batches]
-    inputs = {node: index for index, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
-    for node in gm.graph.nodes:
-        if node.op == "output":
-            return
-        if before is not None:
-            before(node, values)
-        for one, leaves in zip(values, batches, strict=True):
-            interpreter.env = one
-            one[node] = leaves[inputs[node]] if node in inputs else interpreter.run_node(node)
-        if after is not None:
-            after(node, values)
-        for done in interpreter.user_to_last_uses.get(node, ()):
-            for one in values:
-                one.pop(done, None)
-
-
-def _read(gm: fx.GraphModule, data: Iterable[Any], options: Reconstruction) -> list[_Leaves]:
-    """Values of the graph's inputs, batch by batch, as many as asked for and as fit."""
-    most = max(1, min(options.samples, options.memory // (4 * _peak_elements(gm))))
-    found: list[_Leaves] = []
-    left = most
-    for number, batch in enumerate(batches_of(data)):
-        args, kwargs = feed(gm, batch, f"Reconstruction batch {number}")
-        leaves = pytree.tree_leaves((args, kwargs))
-        count = _samples(leaves)
-        if gm.meta.get(TRACE_META, {}).get("dynamic_batch") and 1 < left < count:
-            leaves = [one[:left] if isinstance(one, torch.Tensor) and len(one) == count else one for one in leaves]
-        found.append(leaves)
-        left -= count
-        if left < 1:
-            break
-    if not found:
-        raise DataError("There is no batch to reconstruct from; give a loader that yields at least one.")
-    return found
-
-
-def _samples(leaves: _Leaves) -> int:
-    sizes = [one.shape[0] for one in leaves if isinstance(one, torch.Tensor) and one.dim()]
-    return int(sizes[0]) if sizes else 1
-
-
-def _peak_elements(gm: fx.GraphModule) -> int:
-    """The most elements of one sample that are alive at once, at the example's sizes."""
-    last: dict[fx.Node, int] = {}
-    nodes = list(gm.graph.nodes)
-    for index, node in enumerate(nodes):
-        last |= dict.fromkeys(node.all_input_nodes, index)
-    dying: dict[int, int] = {}
-    alive = peak = 1
-    for index, node in enumerate(nodes):
-        tensors = [one for one in pytree.tree_leaves(node.meta.get("val")) if isinstance(one, torch.Tensor)]
-        size = sum(one.numel() for one in tensors) if node.op != "get_attr" else 0
-        alive += size
-        dying[last.get(node, index)] = dying.get(last.get(node, index), 0) + size
-        peak = max(peak, alive)
-        alive -= dying.pop(index, 0)
-    batch = gm.meta.get(TRACE_META, {}).get("batch", 1)
-    return max(1, int(peak) // max(1, int(batch)))

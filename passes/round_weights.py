@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -16,8 +15,8 @@ from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
 from fxopt.graph.sparsity import sparse_sites
 from fxopt.passes._calibrate import synthetic_batch
 from fxopt.passes._fork import fork
+from fxopt.passes._layer_walk import Leaves, Values, draw_positions, read_inputs, walk
 from fxopt.passes._least_squares import Moments, input_rows, output_rows, positions_of
-from fxopt.passes._reconstruction import Reconstruction, _read, _total, _walk
 from fxopt.passes._rounding import can_be_rounded, rounded_layer
 from fxopt.passes.base import Pass, PassResult
 
@@ -74,21 +73,20 @@ class RoundWeights(Pass):
         layers = _layers(graph_module, self.most_unknowns)
         if not layers:
             return PassResult(graph_module, False)
-        options = Reconstruction(samples=self.samples, rows=self.rows, ridge=self.ridge)
         data = self.calibration
         if data is None:
             data = synthetic_batch(graph_module, torch.Generator().manual_seed(self.seed))
         original = _without_grids(graph_module)
-        leaves = _read(original, data, options)
+        leaves = read_inputs(original, data, self.samples)
         with torch.no_grad(), eval_mode(graph_module), eval_mode(original):
             wanted = self._gather(original, layers, leaves)
             by_node = {node: path for path, node in layers.items()}
 
-            def adapt(node: fx.Node, values: Sequence[dict[fx.Node, Any]]) -> None:
+            def adapt(node: fx.Node, values: Sequence[Values]) -> None:
                 if node in by_node:
                     self._round(graph_module, node, values, *wanted.pop(by_node[node]))
 
-            _walk(graph_module, leaves, before=adapt)
+            walk(graph_module, leaves, before=adapt)
         edit.finish(graph_module)
         return PassResult(graph_module, True)
 
@@ -103,38 +101,35 @@ class RoundWeights(Pass):
             raise PassError("samples, rows and most_unknowns have to be at least 1, and ridge finite, not negative.")
 
     def _gather(
-        self, gm: fx.GraphModule, layers: dict[str, fx.Node], leaves: list[list[Any]]
-    ) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        self, gm: fx.GraphModule, layers: dict[str, fx.Node], leaves: list[Leaves]
+    ) -> dict[str, tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]:
         """Positions and the outputs of the float graph there, by layer and batch."""
-        found: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        samples = sum(len(next(leaf for leaf in batch if isinstance(leaf, torch.Tensor))) for batch in leaves)
+        found: dict[str, tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]] = {}
 
-        def look(node: fx.Node, values: Sequence[dict[fx.Node, Any]]) -> None:
+        def look(node: fx.Node, values: Sequence[Values]) -> None:
             if node.op != "call_module" or str(node.target) not in layers:
                 return
             module: Any = gm.get_submodule(str(node.target))
             count = positions_of(module, values[0][node])
-            generator = torch.Generator().manual_seed(self.seed + zlib.crc32(str(node.target).encode()))
-            taken = min(count, -(-self.rows // samples))
-            positions = [torch.randperm(count, generator=generator)[:taken].sort().values for _ in values]
+            positions = draw_positions(str(node.target), count, leaves, self.rows, self.seed)
             outputs = [output_rows(module, one[node], at).clone() for one, at in zip(values, positions, strict=True)]
             found[str(node.target)] = (positions, outputs)
 
-        _walk(gm, leaves, after=look)
+        walk(gm, leaves, after=look)
         return found
 
     def _round(
         self,
         gm: fx.GraphModule,
         node: fx.Node,
-        values: Sequence[dict[fx.Node, Any]],
-        positions: list[torch.Tensor],
-        outputs: list[torch.Tensor],
+        values: Sequence[Values],
+        positions: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
     ) -> None:
         """Round one layer, for its inputs as they are in the quantized graph."""
         layer: Any = gm.get_submodule(str(node.target))
         source = node.all_input_nodes[0]
-        moments = _total(
+        moments = Moments.total(
             Moments.of(input_rows(layer, one[source], at), y)
             for one, at, y in zip(values, positions, outputs, strict=True)
         )
