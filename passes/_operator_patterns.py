@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from fxopt.errors import PassError
 from fxopt.graph import ops
-from fxopt.passes._operators import ORIGINAL, Shape, SqueezeGate, Style
+from fxopt.passes._operator_style import NotHereError, style_of
+from fxopt.passes._operators import ORIGINAL, Shape, Style
 from fxopt.passes.base import Refusal
 
 __all__ = ["PATTERNS", "Block", "Pattern", "Squeeze", "Unit", "find_blocks", "register_pattern"]
@@ -267,9 +268,9 @@ class _Scene:
         end = tail or join or units[-1].exit
         span = self._span(units[0].entry, body, end)
         try:
-            style = _style(self.gm, units, squeeze)
+            style = style_of(self.gm, units, squeeze)
             self._check(end, span)
-        except _NotHereError as reason:
+        except NotHereError as reason:
             self._refused.setdefault(start.conv, f"{pattern.name}: {reason}")
             return None
         self._taken.update(span)
@@ -382,10 +383,10 @@ class _Scene:
 
     def _check(self, end: fx.Node, span: Sequence[fx.Node]) -> None:
         if not self._taken.isdisjoint(span):
-            raise _NotHereError("another block is computed in between")
+            raise NotHereError("another block is computed in between")
         readers = [user for user in end.users if user.op != "output"]
         if any(ops.semantics(self.gm, user).fuses for user in readers):
-            raise _NotHereError("what follows is computed together with it by fusing runtimes")
+            raise NotHereError("what follows is computed together with it by fusing runtimes")
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -401,81 +402,6 @@ class _Scene:
         inside = {path for path in self._paths if common and path.startswith(f"{common}.")}
         outside = {str(self.units[node].conv.target) for node in self.units if node not in body}
         return common if common and not inside & outside else own[0]
-
-
-class _NotHereError(Exception):
-    """A pattern fits, and yet the block cannot be replaced."""
-
-
-def _style(gm: fx.GraphModule, units: Sequence[Unit], squeeze: Squeeze | None) -> Style:
-    """How a block's layers are made."""
-    norms = [unit.norm for unit in units]
-    if any(norms) and not all(norms):
-        raise _NotHereError("some of its convolutions have a norm and others not")
-    inner = next((unit.activation for unit in units[:-1] if unit.activation is not None), None)
-    end = units[-1].activation
-    between = _activation(gm, inner if inner is not None else end)
-    gate = None
-    if squeeze is not None:
-        reduced, middle = squeeze.reduce.module.out_channels, _activation(gm, squeeze.reduce.activation)
-        outer = _activation(gm, squeeze.gate)
-        if middle is None or outer is None:
-            raise _NotHereError("its gate has no activation between its layers")
-        gate = SqueezeGate(reduced, middle, outer)
-    return Style(_norm(gm, norms[0]), between, _activation(gm, end), gate)
-
-
-def _norm(gm: fx.GraphModule, node: fx.Node | None) -> Callable[[int], nn.Module] | None:
-    if node is None:
-        return None
-    like: Any = gm.get_submodule(str(node.target))
-    if like.running_mean is None or like.weight is None:
-        raise _NotHereError("its norm keeps no statistics or has no weights")
-    return lambda channels: nn.BatchNorm2d(channels, like.eps, like.momentum)
-
-
-_ATEN: Mapping[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "hardsigmoid": nn.Hardsigmoid,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "elu": nn.ELU,
-    "mish": nn.Mish,
-    "leaky_relu": nn.LeakyReLU,
-}
-
-
-def _activation(gm: fx.GraphModule, node: fx.Node | None) -> Callable[[], nn.Module] | None:
-    """Makes modules that compute what an activation computes."""
-    if node is None:
-        return None
-    if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
-        if any(True for _ in module.parameters()):
-            raise _NotHereError(f"its activation {type(module).__name__} has weights")
-        kind, options = type(module), dict(module.__dict__)
-        return lambda: _like(kind, options)
-    bound = ops.arguments(node)
-    name = ops.semantics(gm, node).name.rstrip("_")
-    if name == "hardtanh":
-        low, high = float(bound["min_val"]), float(bound["max_val"])
-        return nn.ReLU6 if (low, high) == (0.0, 6.0) else lambda: nn.Hardtanh(low, high)
-    if name == "gelu":
-        return lambda: nn.GELU(str(bound["approximate"]))
-    plain = name in _ATEN and all(not isinstance(value, float) or value in (1.0, 0.01) for value in bound.values())
-    if not plain:
-        raise _NotHereError(f"its activation {name!r} is none that candidates could imitate")
-    return _ATEN[name]
-
-
-def _like(kind: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:
-    module = kind.__new__(kind)
-    nn.Module.__init__(module)
-    module.__dict__.update({name: value for name, value in options.items() if not name.startswith("_")})
-    return module
 
 
 def _stride(units: Sequence[Unit]) -> int:
