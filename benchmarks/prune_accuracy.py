@@ -34,7 +34,7 @@ from fxopt.evaluate import accuracy
 ENGINES = ("uniform", "random", "greedy", "exact", "evolution", "reinforce", "ddpg")
 MEANS = (
     "held_out",
-    "test_from_moments",
+    "test_as_searched",
     "test_in_order",
     "test_tuned",
     "cost",
@@ -74,7 +74,7 @@ def recoveries(run: Experiment) -> dict[str, Any]:
         "cost": float(run.costs([policy])[0] / run.whole),
         "test_cut": run.told(policy, False, norms=False),
         "test_batch_norm": run.told(policy, False),
-        "test_from_moments": run.told(policy, run.from_moments),
+        "test_from_moments": run.told(policy, run.recoveries["moments"]),
         "test_in_order": run.told(policy, run.least_squares),
     }
 
@@ -86,7 +86,7 @@ def searched(run: Experiment, engine: str, seed: int, options: argparse.Namespac
     folder = None if options.parts is None else options.parts.with_suffix("")
     found = run.searched(engine, seed, options.trials, folder, given)
     policy = run.policy(found["policy"])
-    found["test_from_moments"] = run.told(policy, run.from_moments)
+    found["test_as_searched"] = run.told(policy, run.recoveries[run.setting.recovery])
     found["test_in_order"] = run.told(policy, run.least_squares)
     return found
 
@@ -127,12 +127,12 @@ def main() -> None:
     parser.add_argument("--round-to", type=int, default=4)
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--seeds", default="0,1,2", help="seeds of search and fine-tune")
-    parser.add_argument("--trials", type=int, default=120)
+    parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--rows", type=int, default=15_000)
     parser.add_argument("--samples", type=int, default=1500)
     parser.add_argument("--judged", type=int, default=1000, help="held-out images that a trial looks at")
-    parser.add_argument("--judge", choices=("cross-entropy", "accuracy"), default="cross-entropy")
-    parser.add_argument("--in-order", action="store_true", help="trials take least squares in order")
+    parser.add_argument("--judge", choices=("cross-entropy", "accuracy"), default="accuracy")
+    parser.add_argument("--recovery", choices=("batch-norm", "moments", "in-order"), default="moments")
     parser.add_argument("--tune-epochs", type=int, default=2)
     parser.add_argument("--tune-rate", type=float, default=0.05)
     parser.add_argument("--distill", action="store_true")

@@ -48,7 +48,8 @@ class Setting:
         rows: Rows of the least squares.
         judged: Held-out images that a trial looks at.
         judge: What of them it is told: ``"accuracy"`` or ``"cross-entropy"``, which tells more of as many images.
-        in_order: Whether trials take least squares in order, rather than from moments gathered once.
+        recovery: What a trial does before it judges: ``"batch-norm"`` estimates batch norm anew; ``"moments"`` and
+            ``"in-order"`` find weights anew besides, by least squares from moments gathered once, or in order.
     """
 
     network: str = "mobilenet_v1"
@@ -61,8 +62,8 @@ class Setting:
     samples: int = 1500
     rows: int = 15_000
     judged: int = 1000
-    judge: str = "cross-entropy"
-    in_order: bool = False
+    judge: str = "accuracy"
+    recovery: str = "moments"
 
 
 class Budgeted:
@@ -163,7 +164,8 @@ class Experiment(Budgeted):
         gm = Canonicalize()(fxopt.trace(model, torch.randn(2, 1, 28, 28))).graph_module
         super().__init__(gm, setting.metric, setting.target, setting.budget, setting.round_to)
         self.least_squares = Reconstruction(samples=setting.samples, rows=setting.rows)
-        self.from_moments = replace(self.least_squares, sequential=False)
+        moments = replace(self.least_squares, sequential=False)
+        self.recoveries = {"batch-norm": False, "moments": moments, "in-order": self.least_squares}
 
     def applied(self, policy: Policy, how: bool | Reconstruction, *, norms: bool = True) -> fx.GraphModule:
         """The pruned network, recovered without training."""
@@ -184,7 +186,7 @@ class Experiment(Budgeted):
             [self.prune],
             train=replace(self.data.train, batch_size=_AT_ONCE),
             max_batches=len(part),
-            reconstruct=self.least_squares if self.setting.in_order else self.from_moments,
+            reconstruct=self.recoveries[self.setting.recovery],
             seed=seed,
             **told,
         )
