@@ -23,7 +23,7 @@ from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
 from fxopt.errors import FxoptError, InfeasibleError, PassError
 from fxopt.evaluate import Evaluator
 from fxopt.lowering import ParametricWorkload, lower
-from fxopt.passes import Quantize, TunablePass
+from fxopt.passes import PruneChannels, Quantize, TunablePass
 from fxopt.passes._fork import own_copy
 from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
@@ -148,6 +148,7 @@ class Job:
     ) -> None:
         self.target = target
         self.budgets = budgets
+        self._attention = next((one.attention for one in passes if isinstance(one, PruneChannels)), "heads")
         # Tensors of its own: whatever a judge or a loss does to the graph, the model stays as it was.
         self.graph: fx.GraphModule = own_copy(_storage.traced(model, example_inputs)).eval()
         self.state = _storage.shapes_of(model)
@@ -158,7 +159,7 @@ class Job:
         if selector is not None:
             self._select(selector, folder, show)
         self.digest = _storage.digest_of(self.graph)
-        self.workload: ParametricWorkload = lower(self.graph, batch=target.capabilities.batch)
+        self.workload: ParametricWorkload = self._lowered(self.graph)
         decisions = [d for one in passes for d in one.search_space(self.graph, target.capabilities)]
         self.space = SearchSpace(decisions)
         if target.name == targets.HOST:
@@ -171,7 +172,7 @@ class Job:
 
     def _costs_of_original(self) -> tuple[targets.Estimate, npt.NDArray[np.float64]]:
         """What the original costs, and the limits of the budgets that this gives."""
-        workload = lower(self.source, batch=self.target.capabilities.batch).bind()
+        workload = self._lowered(self.source).bind()
         self.target.prepare(workload)
         found = self.target.estimate(workload)
         limits = [budget.absolute(float(found.metric(budget.metric)[0])) for budget in self.budgets]
@@ -261,9 +262,12 @@ class Job:
         """A short name for what the policy makes of the model."""
         return _storage.digest(self.digest, policy.to_json())
 
+    def _lowered(self, graph: fx.GraphModule) -> ParametricWorkload:
+        return lower(graph, batch=self.target.capabilities.batch, attention=self._attention)
+
     def metrics(self, graph: fx.GraphModule, score: float | None) -> Metrics:
         """Metrics of a graph as it is, with the score it was given."""
-        estimate = self.target.estimate(lower(graph, batch=self.target.capabilities.batch).bind())
+        estimate = self.target.estimate(self._lowered(graph).bind())
         return metrics_of(graph, estimate, score)
 
     def step(self, name: str, detail: str, graph: fx.GraphModule, judge: Evaluator) -> PassLine:
@@ -273,7 +277,7 @@ class Job:
 
     def achieved(self, final: fx.GraphModule) -> npt.NDArray[np.float64]:
         """Cost of the final graph in every budgeted metric."""
-        estimate = self.target.estimate(lower(final, batch=self.target.capabilities.batch).bind())
+        estimate = self.target.estimate(self._lowered(final).bind())
         return np.array([float(estimate.metric(budget.metric)[0]) for budget in self.budgets])
 
     def check_budget(self, final: fx.GraphModule) -> None:

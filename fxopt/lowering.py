@@ -95,18 +95,19 @@ class RowInfo:
     node: str
 
 
-def lower(gm: fx.GraphModule, batch: int = 1) -> ParametricWorkload:
+def lower(gm: fx.GraphModule, batch: int = 1, attention: str = "heads") -> ParametricWorkload:
     """Lower a canonical graph to a workload whose rows refer to decisions.
 
     Args:
         gm: A graph from ``fxopt.trace``.
         batch: Batch size that costs are for.
+        attention: What policies cut attention by, whole ``"heads"`` or ``"width"``; as ``PruneChannels`` says.
 
     Returns:
         The parametric workload. Its parameters are the channel counts of every channel group that can be cut and
         the bits of every layer; binding the empty policy gives the graph as it is.
     """
-    builder = Builder(gm, batch)
+    builder = Builder(gm, batch, attention)
     builder.walk()
     return ParametricWorkload(builder)
 

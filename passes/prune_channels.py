@@ -24,6 +24,8 @@ from fxopt.passes.base import PassResult, TunablePass
 
 __all__ = ["COLUMNS", "ChannelCut", "Explanation", "PruneChannels"]
 
+_ATTENTION = ("heads", "width")
+
 _OPTIONAL = {"saved": False}
 """Marks a field that a saved result does without."""
 
@@ -46,6 +48,9 @@ class PruneChannels(TunablePass):
         round_to: Kept channel counts are offered in multiples of this, and of the target's tile.
         residual_stream: Whether the residual stream of a transformer may be cut: channels that additions make and a
             layer or RMS norm averages over. They are the width of the whole network.
+        attention: Whether attention loses whole ``"heads"``, or ``"width"``: as many channels of each head, those of
+            queries and keys apart from those of values. Products are scaled by the original width in either case.
+            Where only one of both can be cut, that is.
         importance: What ranks the units of a group: ``"l1"`` (AMC's), ``"l2"``, ``"batch-norm"``,
             ``"geometric-median"``, ``"random"``, an :class:`~fxopt.passes.Importance` such as ``Taylor(loader)``, or a
             function of a graph and a group. Scores are compared within a group only.
@@ -58,12 +63,14 @@ class PruneChannels(TunablePass):
     round_to: int = 1
     importance: Any = field(default="l1", metadata=_OPTIONAL)
     residual_stream: bool = False
+    attention: str = "heads"
 
     def __post_init__(self) -> None:
         """Check the options.
 
         Raises:
-            PassError: If ``round_to`` is below 1, ``ignore`` holds no patterns, or bounds are no fractions.
+            PassError: If ``round_to`` is below 1, ``ignore`` holds no patterns, bounds are no fractions, or attention
+                cannot be cut by what is asked for.
             UnknownNameError: If there is no such importance.
         """
         super().__post_init__()
@@ -72,6 +79,8 @@ class PruneChannels(TunablePass):
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise PassError(f"ignore takes patterns of module paths, got {self.ignore!r}.")
         object.__setattr__(self, "ignore", patterns)
+        if self.attention not in _ATTENTION:
+            raise PassError(f"attention is cut by {' or by '.join(map(repr, _ATTENTION))}, got {self.attention!r}.")
         if self.round_to < 1:
             raise PassError(f"round_to has to be at least 1, got {self.round_to}.")
         object.__setattr__(self, "bounds", as_bounds(self.bounds))
@@ -92,7 +101,7 @@ class PruneChannels(TunablePass):
         refuse_sparse(graph_module, self.name)
         tile = math.lcm(self.round_to, capabilities.channel_tile if capabilities else 1)
         verify(graph_module)
-        channels = analyze(graph_module)
+        channels = self._analyze(graph_module)
         kept_out, limits = self._kept_out(graph_module, channels), self._limits(graph_module, channels)
         features = LayerFeatures(graph_module)
         decisions = []
@@ -120,7 +129,7 @@ class PruneChannels(TunablePass):
         if not 0.0 < fraction <= 1.0:
             raise PassError(f"A fraction of the channels lies in (0, 1], got {fraction!r}.")
         space = self.search_space(graph_module, capabilities)
-        groups = analyze(graph_module).by_site()
+        groups = self._analyze(graph_module).by_site()
         importance = as_importance(self.importance)
         found = {}
         every_score = checked_scores(importance, graph_module, [groups[decision.site] for decision in space])
@@ -151,7 +160,7 @@ class PruneChannels(TunablePass):
             PolicyError: If the policy does not fit the graph.
             PassError: If weights are not finite, or a pattern matches no module.
         """
-        channels = analyze(graph_module)
+        channels = self._analyze(graph_module)
         removed = self._removed(graph_module, channels)
         if not removed.size:
             return PassResult(graph_module, False)
@@ -174,7 +183,7 @@ class PruneChannels(TunablePass):
         """
         verify(graph_module)
         twin = fork(graph_module)
-        channels = analyze(twin)
+        channels = self._analyze(twin)
         mask(twin, channels, self._removed(twin, channels))
         return twin
 
@@ -189,7 +198,7 @@ class PruneChannels(TunablePass):
             PassError: If weights are not finite, or a pattern of ``ignore`` matches no module.
         """
         verify(graph_module)
-        channels = analyze(graph_module)
+        channels = self._analyze(graph_module)
         return kept_indices(channels, self._removed(graph_module, channels))
 
     def explain(self, graph_module: fx.GraphModule) -> Explanation:
@@ -200,7 +209,7 @@ class PruneChannels(TunablePass):
             PassError: If weights are not finite, or a pattern matches no module.
         """
         verify(graph_module)
-        channels = analyze(graph_module)
+        channels = self._analyze(graph_module)
         removed = self._removed(graph_module, channels)
         kept_out = self._kept_out(graph_module, channels)
         cuts = []
@@ -220,6 +229,9 @@ class PruneChannels(TunablePass):
                 )
             )
         return Explanation(sorted(cuts, key=lambda cut: cut.reason is not None))
+
+    def _analyze(self, gm: fx.GraphModule) -> ChannelGraph:
+        return analyze(gm, self.attention)
 
     def _kept_out(self, gm: fx.GraphModule, channels: ChannelGraph) -> dict[str, str]:
         """Sites that could be cut and are not to be, with the reason."""

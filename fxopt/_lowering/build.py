@@ -79,8 +79,8 @@ class Builder(Drafts):
     What is computed from parameters alone is a constant: it has no row, and its parameters count where it is read.
     """
 
-    def __init__(self, gm: fx.GraphModule, batch: int) -> None:
-        channels = analyze(gm)
+    def __init__(self, gm: fx.GraphModule, batch: int, attention: str) -> None:
+        channels = analyze(gm, attention)
         super().__init__(gm, channels, values_at_batch(gm, batch), Forms(channels.groups))
         self.channel_sites = {group.site: group.size for group in channels.groups}
         self.bit_sites: dict[str, tuple[int, int]] = {}

@@ -68,9 +68,11 @@ class ChannelGraph:
     _labels: Mapping[fx.Node, Any]
 
     def labels(self, node: fx.Node, dim: int) -> Units | None:
-        """Unit of every index of one dimension of a node's tensor; None if nothing of it can be cut."""
+        """Unit of every index of one dimension of a node's (first) tensor; None if nothing of it can be cut."""
         labels = self._labels[node]
-        found: Units | None = labels[dim] if labels and not isinstance(labels[0], list) else None
+        while labels and isinstance(labels[0], list):
+            labels = labels[0]
+        found: Units | None = labels[dim] if labels else None
         return found
 
     def by_site(self) -> dict[str, ChannelGroup]:
@@ -78,18 +80,20 @@ class ChannelGraph:
         return {group.site: group for group in self.groups}
 
 
-def analyze(gm: fx.GraphModule) -> ChannelGraph:
+def analyze(gm: fx.GraphModule, attention: str = "heads") -> ChannelGraph:
     """Find the channel groups of a canonical graph.
 
     Args:
         gm: A graph from ``fxopt.trace``.
+        attention: Whether attention is cut by whole ``"heads"`` or by the ``"width"`` of all its heads, where both can
+            be.
 
     Returns:
         Its channel groups. An operator that the table does not know freezes the channels it reads.
     """
     flow = flow_labels(gm)
     _link_shared_parameters(gm, flow)
-    component = resolve(flow)
+    component = resolve(flow, heads=attention == "heads")
     reasons = _frozen_reasons(flow, component)
     signatures = _signatures(flow, component)
     unit_of = _renumber(flow, component)

@@ -35,9 +35,9 @@ def elements(gm: nn.Module) -> int:
     return sum(value.numel() for value in (*gm.parameters(), *gm.buffers()))
 
 
-def pruned(gm: fx.GraphModule, inputs: Any, policy: Policy) -> fx.GraphModule:
+def pruned(gm: fx.GraphModule, inputs: Any, policy: Policy, **options: Any) -> fx.GraphModule:
     """Prune, and check all that has to hold of every pruned graph."""
-    step = PruneChannels(policy)
+    step = PruneChannels(policy, **options)
     result = step(gm)
     assert result.modified
     assert elements(result.graph_module) < elements(gm)

@@ -87,6 +87,8 @@ def test_options_are_checked() -> None:
         PruneChannels(importance="l3")
     with pytest.raises(PassError, match="patterns"):
         PruneChannels(ignore=(3,))
+    with pytest.raises(PassError, match="attention is cut by"):
+        PruneChannels(attention="depth")
 
 
 @pytest.mark.parametrize("last", [False, True])

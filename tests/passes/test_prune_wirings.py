@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fxopt.decisions import Policy
 from fxopt.graph import trace
+from fxopt.lowering import lower
 from fxopt.passes import PruneChannels
 from tests.passes.test_prune_channels import Wired, prepared, pruned
 
@@ -102,6 +103,42 @@ def test_attention_loses_whole_heads(name: str) -> None:
     kept = {name: value.shape for name, value in result.named_parameters()}
     out = next(shape for name, shape in kept.items() if name in ("o.weight", "attention.out_proj.weight"))
     assert out == (8, 4)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_loses_width_on_request(name: str) -> None:
+    forward, layers = ATTENTIONS[name]
+    gm, inputs = prepared(Wired(forward, **layers), 5, 8)
+    step = PruneChannels(attention="width")
+    space = step.search_space(gm)
+    widths = {decision.default for decision in space}
+    assert widths == ({2} if name == "grouped queries" else {4})
+    for policy in (space.uniform(0.5), space.uniform(0.75), space.decode([0] * len(space))):
+        pruned(gm, inputs, policy, attention="width")
+        cut = step.with_policy(policy)(gm).graph_module
+        again = step.search_space(cut)
+        if len(again):
+            pruned(cut, inputs, again.decode([0] * len(again)), attention="width")
+
+
+def test_the_scale_of_attention_is_that_of_the_original_width() -> None:
+    gm, inputs = prepared(Wired(separate, **qkv()), 5, 8)
+    policy = Policy({("channels", "q"): 3, ("channels", "v"): 2})
+    cut = pruned(gm, inputs, policy, attention="width")
+    (call,) = cut.graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    assert call.kwargs["scale"] == 4**-0.5
+    assert cut.get_submodule("k").weight.shape == (6, 8)
+    assert cut.get_submodule("o").weight.shape == (8, 4)
+
+
+@pytest.mark.parametrize("name", ["fused", "separate", "of torch"])
+def test_widths_are_lowered_as_they_are_cut(name: str) -> None:
+    gm, _ = prepared(Wired(ATTENTIONS[name][0], **ATTENTIONS[name][1]), 5, 8)
+    step = PruneChannels(attention="width")
+    policy = step.search_space(gm).uniform(0.5)
+    cut = step.with_policy(policy)(gm).graph_module
+    bound = lower(gm, attention="width").bind(policy)
+    np.testing.assert_array_equal(bound.rows, lower(cut, attention="width").bind().rows)
 
 
 def width(m: Any, x: Tensor) -> Tensor:
