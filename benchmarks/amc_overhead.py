@@ -38,8 +38,7 @@ def features(rows: int, channels: int, generator: torch.Generator) -> torch.Tens
 
 def cut(moments: Moments, weight: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
     """The weights for the kept channels, shape (outputs, kept)."""
-    part = moments.part(kept, torch.arange(len(weight)))
-    return part.fit(weight[None, :, kept], ridge, False)[0][0]
+    return moments.refit(kept, torch.arange(len(weight)), weight[None, :, kept], ridge, False)[0][0]
 
 
 def main() -> None:

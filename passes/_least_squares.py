@@ -108,6 +108,8 @@ class Moments:
         xx: Sum of outer products of inputs, shape (groups, unknowns, unknowns).
         y: Sum of outputs, shape (groups, outputs of a group), or None where the outputs are not needed.
         xy: Sum of outer products of inputs and outputs, shape (groups, unknowns, outputs of a group), or None.
+        weight: What makes the outputs of the inputs, shape (groups, outputs of a group, unknowns), if they are so made.
+        shifted: Whether a constant was added to outputs that are so made.
     """
 
     count: int
@@ -115,6 +117,8 @@ class Moments:
     xx: torch.Tensor
     y: torch.Tensor | None = None
     xy: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    shifted: bool = False
 
     @classmethod
     def of(cls, x: torch.Tensor, y: torch.Tensor | None = None) -> Moments:
@@ -163,7 +167,7 @@ class Moments:
             offset = bias.double().reshape(y.shape)
             y = y + self.count * offset
             xy = xy + self.x[:, :, None] * offset[:, None, :]
-        return Moments(self.count, self.x, self.xx, y, xy)
+        return Moments(self.count, self.x, self.xx, y, xy, weight, bias is not None)
 
     def part(self, unknowns: torch.Tensor, outputs: torch.Tensor) -> Moments:
         """The moments of some unknowns, the same ones in each group, and of some outputs, numbered over all groups."""
@@ -199,6 +203,50 @@ class Moments:
             cross = torch.baddbmm(cross, mean_x[:, :, None], mean_y[:, None, :], alpha=-1)
         found = solve(second, cross, weight, ridge)
         return found, mean_y - (found @ mean_x[:, :, None]).squeeze(2)
+
+    def refit(
+        self, unknowns: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor, ridge: float, offset: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least squares of a part: ``part(unknowns, outputs).fit(weight, ridge, offset)``, by the least work.
+
+        Where the outputs are linear in all unknowns and ``weight`` holds the weights that made them, ``K`` being the
+        unknowns that stay and ``R`` the others, the solution is ``W_K + W_R C_RK (C_KK + ridge)^-1``: one system for
+        each unknown that goes instead of one for each output.
+
+        Args:
+            unknowns: Those that stay, ascending, the same ones in each group.
+            outputs: Those that stay, numbered over all groups.
+            weight: As of :meth:`fit`.
+            ridge: As of :meth:`fit`.
+            offset: As of :meth:`fit`.
+
+        Returns:
+            As :meth:`fit`.
+        """
+        gone = torch.ones(self.x.shape[1], dtype=torch.bool).index_fill_(0, unknowns, False).nonzero().flatten()
+        kept, made = len(unknowns), weight.shape[1]
+        if self.y is None or not self._makes(unknowns, outputs, weight, offset):
+            return self.part(unknowns, outputs).fit(weight, ridge, offset)
+        if len(gone) * (kept + made) >= kept * made or self.weight is None:
+            return self.part(unknowns, outputs).fit(weight, ridge, offset)
+        rows = self.xx.index_select(1, unknowns)
+        second, cross = rows.index_select(2, unknowns).div_(self.count), rows.index_select(2, gone).div_(self.count)
+        mean_x, mean_gone = self.x[:, unknowns] / self.count, self.x[:, gone] / self.count
+        if offset:
+            second.baddbmm_(mean_x[:, :, None], mean_x[:, None, :], alpha=-1)
+            cross.baddbmm_(mean_x[:, :, None], mean_gone[:, None, :], alpha=-1)
+        nothing = torch.zeros_like(cross).transpose(1, 2)
+        lost = self.weight.flatten(0, 1)[outputs][:, gone].reshape(len(self.x), made, -1)
+        found = torch.baddbmm(weight, lost, solve(second, cross, nothing, ridge))
+        mean_y = self.y.flatten()[outputs].reshape(len(self.x), -1) / self.count
+        return found, mean_y - (found @ mean_x[:, :, None]).squeeze(2)
+
+    def _makes(self, unknowns: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor, offset: bool) -> bool:
+        """Whether weights are those that made the outputs, so that nothing is wrong with them but what they miss."""
+        if self.weight is None or (self.shifted and not offset):
+            return False
+        same = self.weight.flatten(0, 1)[outputs][:, unknowns].reshape(weight.shape)
+        return torch.equal(same, weight)
 
 
 def solve(covariance: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor, ridge: float) -> torch.Tensor:

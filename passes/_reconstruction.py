@@ -210,15 +210,30 @@ class Reconstructor:
                 continue
             size = before.weight[0].numel()
             unknowns = torch.arange(size).reshape(before.weight.shape[1:])[torch.as_tensor(inputs)].flatten()
-            _fit(gm, node, moments.part(unknowns, outputs), self.options.ridge)
+            _fit(gm, node, moments, self.options.ridge, (unknowns, outputs))
 
 
-def _fit(gm: fx.GraphModule, node: fx.Node, moments: Moments, ridge: float) -> None:
-    """Put the weights of the least squares into a layer; the constant is its bias's, or its batch norm's."""
+def _fit(
+    gm: fx.GraphModule,
+    node: fx.Node,
+    moments: Moments,
+    ridge: float,
+    part: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Put the weights of the least squares into a layer; the constant is its bias's, or its batch norm's.
+
+    Args:
+        gm: The graph.
+        node: The layer's call.
+        moments: Those of the layer's inputs and outputs, or of the layer before it was cut.
+        ridge: The penalty.
+        part: Which unknowns and outputs of the moments are left.
+    """
     module: Any = gm.get_submodule(str(node.target))
     norm = _norm_behind(gm, node)
     offset = module.bias is not None or norm is not None
-    weight, constant = moments.fit(_by_group(module, module.weight), ridge, offset)
+    near = _by_group(module, module.weight)
+    weight, constant = moments.fit(near, ridge, offset) if part is None else moments.refit(*part, near, ridge, offset)
     _write(module, norm, weight, constant.flatten() if offset else None)
 
 

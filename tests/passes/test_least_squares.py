@@ -132,3 +132,31 @@ def test_a_part_of_the_moments_is_that_of_the_rows(groups: int) -> None:
     wanted = Moments.of(x[:, :, unknowns], y[:, outputs])
     for name in ("x", "xx", "y", "xy"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name))
+
+
+@pytest.mark.parametrize(("groups", "biased"), [(1, False), (1, True), (3, False), (3, True)])
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("kept", [1, 5, 11, 12])
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_a_refit_is_the_fit_of_the_part(groups: int, biased: bool, offset: bool, kept: int, ridge: float) -> None:
+    generator = torch.Generator().manual_seed(kept)
+    x = torch.randn(groups, 60, 12, generator=generator, dtype=torch.float64) + 0.5
+    weight = torch.randn(groups, 7, 12, generator=generator, dtype=torch.float64)
+    bias = torch.randn(groups * 7, generator=generator, dtype=torch.float64) if biased else None
+    unknowns = torch.randperm(12, generator=generator)[:kept].sort().values
+    outputs = torch.tensor([first + 7 * group for group in range(groups) for first in (0, 1, 2, 4, 6)])
+    moments = Moments.of(x).with_outputs(weight, bias)
+    own = weight[:, [0, 1, 2, 4, 6]][:, :, unknowns]
+    for start in (own, own + 0.1):
+        wanted = moments.part(unknowns, outputs).fit(start, ridge, offset)
+        found = moments.refit(unknowns, outputs, start, ridge, offset)
+        for mine, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
+
+
+def test_a_refit_of_dead_inputs_keeps_the_weights() -> None:
+    weight = torch.randn(1, 2, 4, dtype=torch.float64)
+    moments = Moments.of(torch.zeros(1, 5, 4, dtype=torch.float64)).with_outputs(weight, None)
+    unknowns = torch.tensor([0, 1, 3])
+    own = weight[:, :, unknowns]
+    assert torch.equal(moments.refit(unknowns, torch.arange(2), own, 1e-3, False)[0], own)
