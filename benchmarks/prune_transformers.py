@@ -2,9 +2,9 @@
 
 Networks of transformers with random weights: ``ViTForImageClassification`` (ViT-S/16 at 224 x 224) and ``BertModel``
 (BERT-base, 6 of its 12 layers, 128 tokens). Half of the attention heads of every layer and half of the hidden width of
-every MLP go, or half of the width of every head; the residual stream stays. What is cut is compared with the same policy
-by masks at another batch size, exported, compared with onnxruntime, and timed there beside the whole network: batch 1, one
-thread, processor time, in turns; the ratio is that of a round.
+every MLP go, or half of the width of every head; the residual stream stays. What is cut is compared with the same
+policy by masks at another batch size, exported, compared with onnxruntime, and timed there beside the whole network:
+batch 1, one thread, processor time, in turns; the ratio is that of a round.
 
     .venv/bin/python benchmarks/prune_transformers.py > transformers.json
 """
