@@ -136,7 +136,8 @@ def recalibrate_batch_norm(model: nn.Module, loader: Loader, max_batches: int = 
         max_batches: Batches to average over.
 
     Raises:
-        DataError: If the loader yields nothing; the model is then as it was.
+        DataError: If the loader yields nothing, an empty batch, or what makes a mean or variance NaN or infinite; the
+            model is then as it was.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
@@ -155,14 +156,35 @@ def recalibrate_batch_norm(model: nn.Module, loader: Loader, max_batches: int = 
     done = False
     try:
         with torch.no_grad():
-            for batch in batches:
-                call_model(model, batch_for(model, batch, "train")[0], "train")
+            for number, batch in enumerate(batches):
+                inputs, _ = batch_for(model, batch, "train")
+                _check_filled(inputs, number)
+                call_model(model, inputs, "train")
+        _check_statistics(model, norms)
         done = True
     finally:
         for norm, momentum, training, buffers in kept:
             norm.momentum, norm.training = momentum, training
             if not done:
                 norm._buffers.update(buffers)
+
+
+def _check_filled(inputs: Any, number: int) -> None:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+    if any(not leaf.numel() for leaf in tensors):
+        raise DataError(f"train, batch {number}, is empty; give batches with samples in them.")
+
+
+def _check_statistics(model: nn.Module, norms: Sequence[nn.Module]) -> None:
+    paths = {id(module): path for path, module in model.named_modules()}
+    for norm in norms:
+        for name in ("running_mean", "running_var"):
+            buffer = norm._buffers[name]
+            if buffer is not None and not bool(torch.isfinite(buffer).all()):
+                raise DataError(
+                    f"{name} of {paths[id(norm)]!r} becomes NaN or infinite on the batches of train; clean the data, "
+                    "or look at the weights in front of that layer."
+                )
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,18 @@ def refuse_sparse(gm: fx.GraphModule, name: str) -> None:
         )
 
 
-def batches(loader: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader; a tensor, tuple or mapping is one batch."""
+def batches(loader: Iterable[Any], gm: fx.GraphModule) -> Iterator[Any]:
+    """The batches of a loader; a tensor, tuple or mapping is one batch.
+
+    Args:
+        loader: Batches, or one of them.
+        gm: The graph that is to be fed.
+
+    Raises:
+        DataError: If the loader is no iterable, or a tuple that may be one batch or several.
+    """
+    if isinstance(loader, tuple):
+        _refuse_ambiguous(loader, gm)
     if isinstance(loader, (torch.Tensor, Mapping, tuple)):
         return iter([loader])
     if not isinstance(loader, Iterable):
@@ -61,6 +71,20 @@ def batches(loader: Iterable[Any]) -> Iterator[Any]:
             f"Calibration data is a {type(loader).__name__}; give an iterable of batches, such as a DataLoader."
         )
     return iter(loader)
+
+
+def _refuse_ambiguous(batch: tuple[Any, ...], gm: fx.GraphModule) -> None:
+    """Refuse what ``tensor.split(32)`` gives: as one batch, all tensors but the first would be taken for labels."""
+    taken = len(_signature(gm)[0])
+    if not taken or len(batch) <= taken or not all(isinstance(one, torch.Tensor) for one in batch):
+        return
+    first = batch[0]
+    if all(one.dtype == first.dtype and one.dim() > 1 and one.shape[1:] == first.shape[1:] for one in batch):
+        raise DataError(
+            f"A tuple of {len(batch)} tensors of one kind, such as one of shape {tuple(first.shape)}, may be one batch "
+            f"or {len(batch)}, for the graph takes {taken}; give list(...) of it if each is a batch, or [...] around "
+            "it if it is one."
+        )
 
 
 def feed(gm: fx.GraphModule, batch: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

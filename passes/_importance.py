@@ -297,7 +297,12 @@ class _Function(Importance):
     function: Scorer
 
     def scores(self, gm: fx.GraphModule, group: ChannelGroup) -> Scores:
-        found: Any = self.function(gm, group)
+        try:
+            found: Any = self.function(gm, group)
+        except Exception as failure:
+            raise PassError(
+                f"The importance of {group.site!r} raised {type(failure).__name__}: {failure}; correct the function."
+            ) from failure
         if isinstance(found, torch.Tensor):
             found = found.detach().cpu().numpy()
         try:
@@ -347,7 +352,10 @@ def checked_scores(importance: Importance, gm: fx.GraphModule, groups: Sequence[
                 f"{group.size} units."
             )
         if not np.isfinite(scores).all():
-            raise PassError(f"The importance of {group.site!r} is NaN or infinite for some units; repair it.")
+            raise PassError(
+                f"The importance of {group.site!r} is NaN or infinite for some units; look at the weights "
+                "of the layers that make and read them, or at the data or function that it comes from."
+            )
     return found
 
 

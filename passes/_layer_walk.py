@@ -39,7 +39,7 @@ def read_inputs(gm: fx.GraphModule, data: Iterable[Any], samples: int, memory: i
     most = max(1, min(samples, memory // (4 * _peak_elements(gm))))
     found: list[Leaves] = []
     left = most
-    for number, batch in enumerate(batches_of(data)):
+    for number, batch in enumerate(batches_of(data, gm)):
         args, kwargs = feed(gm, batch, f"Reconstruction batch {number}")
         leaves = pytree.tree_leaves((args, kwargs))
         count = _samples(leaves)

@@ -35,7 +35,8 @@ class Reconstruction:
             already, so that errors do not add up; each policy then costs a pass of the samples through the pruned
             network. False takes them from the unpruned network: second moments are gathered once, and a policy costs
             no more than a solution for each layer.
-        samples: Samples to read. Fewer are, if the values of one layer for all of them would not fit in ``memory``.
+        samples: Samples to read. Fewer are, if there are no more, or if the values of one layer for all of them would
+            not fit in ``memory``.
         rows: Rows of the least squares of a layer; output positions of the samples, drawn at random, are rows.
         ridge: Penalty on the change of the weights, as a part of the inputs' mean variance.
         most_unknowns: Layers with more weights for one output keep the weights they have: the moments of so many

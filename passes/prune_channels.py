@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -69,20 +70,21 @@ class PruneChannels(TunablePass):
         """Check the options.
 
         Raises:
-            PassError: If ``round_to`` is below 1, ``ignore`` holds no patterns, bounds are no fractions, or attention
-                cannot be cut by what is asked for.
+            PassError: If ``round_to`` is no whole number of at least 1, ``ignore`` holds no patterns, bounds are no
+                fractions, or attention cannot be cut by what is asked for.
             UnknownNameError: If there is no such importance.
         """
         super().__post_init__()
         given: Any = self.ignore
-        patterns = (given,) if isinstance(given, str) else tuple(given)
+        patterns = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise PassError(f"ignore takes patterns of module paths, got {self.ignore!r}.")
         object.__setattr__(self, "ignore", patterns)
         if self.attention not in _ATTENTION:
             raise PassError(f"attention is cut by {' or by '.join(map(repr, _ATTENTION))}, got {self.attention!r}.")
-        if self.round_to < 1:
-            raise PassError(f"round_to has to be at least 1, got {self.round_to}.")
+        tile: Any = self.round_to
+        if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
+            raise PassError(f"round_to has to be a whole number of at least 1, got {tile!r}.")
         object.__setattr__(self, "bounds", as_bounds(self.bounds))
         as_importance(self.importance)
 
@@ -126,7 +128,8 @@ class PruneChannels(TunablePass):
         Raises:
             PassError: If the fraction is out of range, or the importance gives no finite numbers.
         """
-        if not 0.0 < fraction <= 1.0:
+        given: Any = fraction
+        if not isinstance(given, (int, float)) or not 0.0 < given <= 1.0:
             raise PassError(f"A fraction of the channels lies in (0, 1], got {fraction!r}.")
         space = self.search_space(graph_module, capabilities)
         groups = self._analyze(graph_module).by_site()
@@ -158,7 +161,7 @@ class PruneChannels(TunablePass):
 
         Raises:
             PolicyError: If the policy does not fit the graph.
-            PassError: If weights are not finite, or a pattern matches no module.
+            PassError: If an importance is not finite, or a pattern matches no module.
         """
         channels = self._analyze(graph_module)
         removed = self._removed(graph_module, channels)
@@ -179,7 +182,7 @@ class PruneChannels(TunablePass):
 
         Raises:
             PolicyError: If the policy does not fit the graph.
-            PassError: If weights are not finite, or a pattern matches no module.
+            PassError: If an importance is not finite, or a pattern matches no module.
         """
         verify(graph_module)
         twin = fork(graph_module)
@@ -195,7 +198,7 @@ class PruneChannels(TunablePass):
 
         Raises:
             PolicyError: If the policy does not fit the graph.
-            PassError: If weights are not finite, or a pattern of ``ignore`` matches no module.
+            PassError: If an importance is not finite, or a pattern of ``ignore`` matches no module.
         """
         verify(graph_module)
         channels = self._analyze(graph_module)
@@ -206,7 +209,7 @@ class PruneChannels(TunablePass):
 
         Raises:
             PolicyError: If the policy does not fit the graph.
-            PassError: If weights are not finite, or a pattern matches no module.
+            PassError: If an importance is not finite, or a pattern matches no module.
         """
         verify(graph_module)
         channels = self._analyze(graph_module)

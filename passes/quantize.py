@@ -195,7 +195,7 @@ class Quantize(TunablePass):
                 with as_normalized(gm) as known:
                     gm(*args, **kwargs)
             else:
-                for batch in batches(self.calibration):
+                for batch in batches(self.calibration, gm):
                     if count == self.max_batches:
                         break
                     args, kwargs = feed(gm, batch, f"Calibration batch {count}")

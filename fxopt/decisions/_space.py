@@ -148,7 +148,8 @@ class SearchSpace(Sequence[Decision]):
         Raises:
             SearchError: If the fraction is out of range.
         """
-        if not 0.0 < fraction <= 1.0:
+        given: Any = fraction
+        if not isinstance(given, (int, float, np.number)) or isinstance(given, bool) or not 0.0 < given <= 1.0:
             raise SearchError(f"A uniform fraction lies in (0, 1], got {fraction!r}.")
         return Policy._trusted({d.key: _uniform_choice(d, fraction, bits) for d in self._decisions})
 

@@ -28,6 +28,11 @@ def verify(gm: fx.GraphModule) -> None:
     Raises:
         VerifyError: With the first node that breaks a rule, the rule, and what to do.
     """
+    given: Any = gm
+    if not isinstance(given, fx.GraphModule):
+        raise VerifyError(
+            f"A {type(given).__name__} is no graph; give what fxopt.trace(model, example_inputs) makes of it."
+        )
     try:
         gm.graph.lint()
     except (RuntimeError, ValueError) as failure:
