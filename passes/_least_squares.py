@@ -170,13 +170,19 @@ class Moments:
         return Moments(self.count, self.x, self.xx, y, xy, weight, bias is not None)
 
     def part(self, unknowns: torch.Tensor, outputs: torch.Tensor) -> Moments:
-        """The moments of some unknowns, the same ones in each group, and of some outputs, numbered over all groups."""
+        """The moments of some unknowns, the same ones in each group, and of some outputs, numbered over all groups.
+
+        Both are ascending.
+        """
         groups = len(self.x)
         y = None if self.y is None else self.y.flatten()[outputs].reshape(groups, -1)
         xy = None
         if self.xy is not None:
             flat = self.xy.index_select(1, unknowns)
-            xy = flat.transpose(1, 2).flatten(0, 1)[outputs].reshape(groups, -1, len(unknowns)).transpose(1, 2)
+            if len(outputs) < groups * flat.shape[2]:
+                rows = flat.transpose(1, 2).flatten(0, 1).index_select(0, outputs)
+                flat = rows.reshape(groups, -1, len(unknowns)).transpose(1, 2)
+            xy = flat
         xx = self.xx.index_select(1, unknowns).index_select(2, unknowns)
         return Moments(self.count, self.x[:, unknowns], xx, y, xy)
 
@@ -215,7 +221,7 @@ class Moments:
 
         Args:
             unknowns: Those that stay, ascending, the same ones in each group.
-            outputs: Those that stay, numbered over all groups.
+            outputs: Those that stay, ascending, numbered over all groups.
             weight: As of :meth:`fit`.
             ridge: As of :meth:`fit`.
             offset: As of :meth:`fit`.
@@ -225,9 +231,9 @@ class Moments:
         """
         gone = torch.ones(self.x.shape[1], dtype=torch.bool).index_fill_(0, unknowns, False).nonzero().flatten()
         kept, made = len(unknowns), weight.shape[1]
-        if self.y is None or not self._makes(unknowns, outputs, weight, offset):
-            return self.part(unknowns, outputs).fit(weight, ridge, offset)
-        if len(gone) * (kept + made) >= kept * made or self.weight is None:
+        makers = self._makers(outputs) if len(gone) * (kept + made) < kept * made else None
+        known = makers is not None and (offset or not self.shifted) and _is_same(makers, unknowns, weight)
+        if makers is None or self.y is None or not known:
             return self.part(unknowns, outputs).fit(weight, ridge, offset)
         rows = self.xx.index_select(1, unknowns)
         second, cross = rows.index_select(2, unknowns).div_(self.count), rows.index_select(2, gone).div_(self.count)
@@ -236,17 +242,22 @@ class Moments:
             second.baddbmm_(mean_x[:, :, None], mean_x[:, None, :], alpha=-1)
             cross.baddbmm_(mean_x[:, :, None], mean_gone[:, None, :], alpha=-1)
         nothing = torch.zeros_like(cross).transpose(1, 2)
-        lost = self.weight.flatten(0, 1)[outputs][:, gone].reshape(len(self.x), made, -1)
+        lost = makers.index_select(1, gone).reshape(len(self.x), made, -1)
         found = torch.baddbmm(weight, lost, solve(second, cross, nothing, ridge))
         mean_y = self.y.flatten()[outputs].reshape(len(self.x), -1) / self.count
         return found, mean_y - (found @ mean_x[:, :, None]).squeeze(2)
 
-    def _makes(self, unknowns: torch.Tensor, outputs: torch.Tensor, weight: torch.Tensor, offset: bool) -> bool:
-        """Whether weights are those that made the outputs, so that nothing is wrong with them but what they miss."""
-        if self.weight is None or (self.shifted and not offset):
-            return False
-        same = self.weight.flatten(0, 1)[outputs][:, unknowns].reshape(weight.shape)
-        return torch.equal(same, weight)
+    def _makers(self, outputs: torch.Tensor) -> torch.Tensor | None:
+        """The weights that made some outputs of the inputs, shape (outputs, unknowns); None if they are not so made."""
+        if self.weight is None:
+            return None
+        rows = self.weight.flatten(0, 1)
+        return rows if len(outputs) == len(rows) else rows.index_select(0, outputs)
+
+
+def _is_same(makers: torch.Tensor, unknowns: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether weights are those that made the outputs, so that nothing is wrong with them but what they miss."""
+    return torch.equal(makers.index_select(1, unknowns).reshape(weight.shape), weight)
 
 
 def solve(covariance: torch.Tensor, cross: torch.Tensor, weight: torch.Tensor, ridge: float) -> torch.Tensor:
