@@ -35,6 +35,7 @@ from fxopt.passes._findings import Findings
 from fxopt.passes._fork import fork
 from fxopt.passes._reconstruction import Reconstruction, Reconstructor
 from fxopt.passes.base import PassResult
+from fxopt.passes.prune_channels import CutResult
 from fxopt.passes.quantize import FLOAT
 
 __all__ = [
@@ -468,7 +469,8 @@ def _reconstructed(
             return result
         options = how.options if isinstance(how, Reconstructor) else how if isinstance(how, Reconstruction) else None
         reconstructor = Reconstructor(gm, _InputsOnly(data), options)
-    return PassResult(reconstructor.restore(result.graph_module, one.kept(gm)), True)
+    kept = result.kept if isinstance(result, CutResult) else one.kept(gm)
+    return PassResult(reconstructor.restore(result.graph_module, kept), True)
 
 
 def _quantizes(one: Quantize, policy: Mapping[tuple[str, str], object]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import numpy as np
 from torch import fx
@@ -23,12 +23,36 @@ from fxopt.passes._fork import fork
 from fxopt.passes._importance import as_importance, checked_scores
 from fxopt.passes.base import PassResult, TunablePass
 
-__all__ = ["COLUMNS", "ChannelCut", "Explanation", "PruneChannels"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["COLUMNS", "ChannelCut", "CutResult", "Explanation", "PruneChannels"]
 
 _ATTENTION = ("heads", "width")
 
 _OPTIONAL = {"saved": False}
 """Marks a field that a saved result does without."""
+
+
+Kept: TypeAlias = dict[tuple[str, str], dict[int, Units]]
+"""Indices that stay, by dimension, by module path and name of a tensor."""
+
+
+class CutResult(PassResult):
+    """The result of a cut, which also knows what was kept, so that nobody has to find the groups again."""
+
+    def __new__(cls, graph_module: fx.GraphModule, channels: ChannelGraph, removed: Units) -> Self:
+        """A graph that was cut, with the analysis from before and the units that went."""
+        made = cast("Self", super().__new__(cls, graph_module, True))
+        made._cut = (channels, removed)
+        return made
+
+    _cut: tuple[ChannelGraph, Units]
+
+    @property
+    def kept(self) -> Kept:
+        """The indices that stayed of every parameter and buffer that was cut; see :meth:`PruneChannels.kept`."""
+        return kept_indices(*self._cut)
 
 
 @dataclass(frozen=True)
@@ -157,7 +181,7 @@ class PruneChannels(TunablePass):
         refuse_sparse(graph_module, self.name)
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Cut what the policy says.
+        """Cut what the policy says; the result is a :class:`CutResult` where something went.
 
         Raises:
             PolicyError: If the policy does not fit the graph.
@@ -168,7 +192,7 @@ class PruneChannels(TunablePass):
         if not removed.size:
             return PassResult(graph_module, False)
         cut(graph_module, channels, removed)
-        return PassResult(graph_module, True)
+        return CutResult(graph_module, channels, removed)
 
     def masked(self, graph_module: fx.GraphModule) -> fx.GraphModule:
         """The same policy by masks: weights that make or read what would be cut are zero, all sizes stay.
@@ -190,7 +214,7 @@ class PruneChannels(TunablePass):
         mask(twin, channels, self._removed(twin, channels))
         return twin
 
-    def kept(self, graph_module: fx.GraphModule) -> dict[tuple[str, str], dict[int, Units]]:
+    def kept(self, graph_module: fx.GraphModule) -> Kept:
         """The indices that stay of every parameter and buffer that the policy cuts.
 
         Returns:

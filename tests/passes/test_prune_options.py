@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,8 +15,9 @@ from fxopt.errors import PassError, PolicyError, UnknownNameError
 from fxopt.evaluate import apply_policy
 from fxopt.graph import trace
 from fxopt.passes import PruneChannels
+from fxopt.passes.prune_channels import CutResult
 from tests.passes.test_prune_channels import prepared, pruned
-from tests.strategies import Cnn, traced
+from tests.strategies import Cnn, Transformer, traced
 
 
 def test_bounds_limit_what_is_offered_and_what_is_taken() -> None:
@@ -109,3 +111,21 @@ def test_networks_that_are_channels_last_in_memory_stay_so(last: bool) -> None:
     for name, weight in weights.items():
         alike = torch.empty(weight.shape, memory_format=order)
         assert weight.stride() == alike.stride(), name
+
+
+@pytest.mark.parametrize("attention", ["heads", "width"])
+def test_a_cut_knows_what_it_kept(attention: str) -> None:
+    gm, _ = traced(Transformer(2, 4, 6, 1, True, 0))
+    step = PruneChannels(attention=attention)
+    step = step.with_policy(step.search_space(gm).uniform(0.5))
+    result = step(gm)
+    assert isinstance(result, CutResult)
+    graph, modified = result
+    assert modified
+    wanted = step.kept(gm)
+    assert result.kept.keys() == wanted.keys()
+    for (path, name), by_dim in result.kept.items():
+        shape = getattr(graph.get_submodule(path), name).shape
+        for dim, indices in by_dim.items():
+            np.testing.assert_array_equal(indices, wanted[path, name][dim])
+            assert shape[dim] == len(indices)
