@@ -145,7 +145,7 @@ def _mask_norm(gm: fx.GraphModule, channels: ChannelGraph, node: fx.Node, gone: 
 
 
 def _mask_operand(gm: fx.GraphModule, mixing: Mixing, gone: Gone, masks: dict[bytes, fx.Node]) -> None:
-    """Multiply an operand by zeros where its channels are cut."""
+    """Put what changes nothing where an operand's channels are cut."""
     dropped = _gone(mixing.atoms, gone)
     if not dropped.any():
         return
@@ -153,11 +153,18 @@ def _mask_operand(gm: fx.GraphModule, mixing: Mixing, gone: Gone, masks: dict[by
     value: torch.Tensor = operand.meta["val"]
     shape = [1] * value.dim()
     shape[mixing.dim] = len(dropped)
-    kept = torch.as_tensor(~dropped).to(value.dtype).to(value.device).reshape(shape)
-    key = kept.cpu().double().numpy().tobytes() + str((shape, value.dtype, value.device)).encode()
+    stays = torch.as_tensor(~dropped).to(value.device).reshape(shape)
+    rest: tuple[float, ...] = ()
+    if mixing.neutral:
+        target, held, rest = torch.ops.aten.masked_fill.Scalar, ~stays, (mixing.neutral,)
+    else:
+        target, held = torch.ops.aten.mul.Tensor, stays.to(value.dtype)
+        if mixing.average:
+            held = held * (len(dropped) / int((~dropped).sum()))
+    key = held.cpu().double().numpy().tobytes() + str((shape, held.dtype, held.device)).encode()
     if key not in masks:
-        masks[key] = edit.insert_get_attr(gm, edit.free_path(gm, "channel_mask"), kept)
-    product = edit.insert_function(gm, torch.ops.aten.mul.Tensor, operand, (operand, masks[key]))
+        masks[key] = edit.insert_get_attr(gm, edit.free_path(gm, "channel_mask"), held)
+    product = edit.insert_function(gm, target, operand, (operand, masks[key], *rest))
     edit.set_argument(mixing.node, mixing.argument, product)
 
 

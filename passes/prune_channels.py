@@ -267,7 +267,9 @@ class PruneChannels(TunablePass):
             found[site] = f"ignored by {patterns[0]!r}"
         for group in channels.groups:
             if group.residual is not None and not self.residual_stream:
-                reason = f"of the residual stream that {group.residual} normalizes; residual_stream=True lets it be cut"
+                reason = (
+                    f"of the residual stream that {group.residual} averages over; residual_stream=True lets it be cut"
+                )
                 found.setdefault(group.site, reason)
         return found
 

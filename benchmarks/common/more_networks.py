@@ -135,6 +135,7 @@ def of_transformers(name: str) -> Network:
     kind, options, shape, vocabulary = TRANSFORMERS[name]
 
     def make() -> nn.Module:
+        declare_torchvision_operators()
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         model = getattr(importlib.import_module("transformers"), kind)

@@ -116,6 +116,18 @@ class FirstOutput(nn.Module):
         return self.network(x)[0]
 
 
+TINY = 1e-3
+
+
+def stirred(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The network with small random values in the parameters that begin as zeros, or all but: scales of branches."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not (parameter.abs() > TINY).any():
+                parameter.normal_(0.0, 0.02, generator=generator)
+    return model
+
+
 @dataclass(frozen=True)
 class Network:
     """An architecture.
@@ -139,11 +151,7 @@ class Network:
             if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None:
                 norm.running_mean.normal_(0.0, 0.1, generator=generator)
                 norm.running_var.uniform_(0.5, 1.5, generator=generator)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if not parameter.any():
-                    parameter.normal_(0.0, 0.02, generator=generator)
-        return model.eval()
+        return stirred(model, generator).eval()
 
     def example(self, batch: int, seed: int = 0) -> torch.Tensor:
         """Random input of ``batch`` samples."""
@@ -181,6 +189,7 @@ def of_transformers(name: str) -> Network:
     kind, options, shape, vocabulary = TRANSFORMERS[name]
 
     def make() -> nn.Module:
+        declare_torchvision_operators()
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         model = getattr(importlib.import_module("transformers"), kind)

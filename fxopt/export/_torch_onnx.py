@@ -210,6 +210,7 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _mark(gm: fx.GraphModule) -> tuple[fx.GraphModule, Quantizers]:
     marked = _copy(gm)
+    _separate_views(marked)
     quantizers: Quantizers = {}
     sites: dict[int, str] = {}
     for path, module in list(marked.named_modules(remove_duplicate=False)):
@@ -228,6 +229,26 @@ def _mark(gm: fx.GraphModule) -> tuple[fx.GraphModule, Quantizers]:
             quantizers[site] = quantizer
             edit.replace_module(marked, path, layer)
     return marked, quantizers
+
+
+def _separate_views(gm: fx.GraphModule) -> None:
+    """Let no view depend on strides: torch.onnx spells attention out, whose result then has others than in the trace.
+
+    A copy ahead of a view is one to torch.export alone; the file has none.
+    """
+    aten = torch.ops.aten
+    attention = aten.scaled_dot_product_attention.default
+    if not gm.graph.find_nodes(op="call_function", target=attention):
+        return
+    for target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints):
+        for node in gm.graph.find_nodes(op="call_function", target=target):
+            source: Any = node.args[0]
+            with gm.graph.inserting_before(node):
+                options: dict[str, Any] = {"memory_format": torch.contiguous_format}
+                copied = gm.graph.call_function(aten.clone.default, (source,), options)
+            copied.meta = dict(source.meta)
+            node.update_arg(0, copied)
+    gm.recompile()
 
 
 def _by_name(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

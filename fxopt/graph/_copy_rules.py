@@ -12,7 +12,23 @@ from torch import fx
 from fxopt.graph import ops
 from fxopt.graph._flow import Atoms, Flow, Labels, barrier, first, replaced, size_of, tie_rows
 
-__all__ = ["channel_shuffle", "flip", "index", "pixel_shuffle", "pixel_unshuffle", "repeat", "roll", "stack", "unfold"]
+__all__ = [
+    "channel_shuffle",
+    "flip",
+    "fold",
+    "index",
+    "index_select",
+    "last_two",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "repeat",
+    "repeat_interleave",
+    "roll",
+    "sample",
+    "stack",
+    "unfold",
+    "windows",
+]
 
 
 def repeat(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
@@ -21,6 +37,7 @@ def repeat(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     times: Any = node.args[1] if len(node.args) > 1 else None
     if source is None or not isinstance(times, (list, tuple)):
         return barrier(flow, gm, node, reason)
+    times = [1] * (len(size_of(node)) - len(times)) + list(times)
     old = [None] * (len(times) - len(size_of(source))) + list(flow.labels[source])
     result: Labels = []
     for atoms, count in zip(old, times, strict=True):
@@ -29,6 +46,19 @@ def repeat(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
             atoms = None
         result.append(None if atoms is None else np.tile(atoms, count))
     return result
+
+
+def repeat_interleave(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Each index several times in a row: the copies fall with the original."""
+    source, given = first(node), ops.arguments(node)
+    dim, times = given.get("dim"), given.get("repeats")
+    if source is None or not isinstance(dim, int) or not isinstance(times, int):
+        return barrier(flow, gm, node, reason)
+    labels = flow.labels[source]
+    if given.get("output_size") is not None:
+        flow.freeze(labels[dim], reason)
+        return replaced(labels, dim, None)
+    return replaced(labels, dim, None if labels[dim] is None else np.repeat(labels[dim], times))
 
 
 def stack(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
@@ -90,6 +120,47 @@ def index(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     return [*labels[: given[0]], *[None] * rank, *labels[given[-1] + 1 :]]
 
 
+def index_select(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Some indices of one dimension: that one is frozen, the others pass."""
+    source, dim = first(node), ops.arguments(node)["dim"]
+    if source is None or not isinstance(dim, int) or not size_of(source):
+        return barrier(flow, gm, node, reason)
+    flow.freeze(flow.labels[source][dim], reason)
+    return replaced(flow.labels[source], dim, None)
+
+
+def last_two(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """What works on the matrices of the last two dimensions: those are frozen, the others pass."""
+    source = first(node)
+    if source is None:
+        return barrier(flow, gm, node, reason)
+    labels = flow.labels[source]
+    flow.freeze_all(labels[-2:], reason)
+    return [*labels[:-2], None, None]
+
+
+def windows(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Overlapping pieces of one dimension, side by side in a new last one: that one is frozen, the others pass."""
+    source, dim = first(node), ops.arguments(node)["dimension"]
+    if source is None or not isinstance(dim, int) or not size_of(source):
+        return barrier(flow, gm, node, reason)
+    flow.freeze(flow.labels[source][dim], reason)
+    return [*replaced(flow.labels[source], dim, None), None]
+
+
+def sample(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Pixels read at the places that a grid tells: channels pass."""
+    source = first(node)
+    if source is None or len(size_of(source)) != len(size_of(node)):
+        return barrier(flow, gm, node, reason)
+    labels = flow.labels[source]
+    flow.freeze_all([labels[0], *labels[2:]], reason)
+    for other in node.all_input_nodes:
+        if other is not source:
+            flow.freeze_all(flow.labels[other], reason)
+    return [None, labels[1], *[None] * (len(labels) - 2)]
+
+
 def pixel_shuffle(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     """Every r x r input channels make one output channel."""
     source = first(node)
@@ -127,6 +198,20 @@ def unfold(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     flow.freeze_all([labels[0], *labels[2:]], reason)
     atoms = labels[1]
     return [None, None if atoms is None else np.repeat(atoms, size_of(node)[1] // len(atoms)), None]
+
+
+def fold(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Columns of patches back to an image: the rows of one channel's pixels fall together."""
+    source = first(node)
+    if source is None or len(size_of(source)) != 3 or len(size_of(node)) != 4:
+        return barrier(flow, gm, node, reason)
+    labels = flow.labels[source]
+    flow.freeze_all([labels[0], labels[2]], reason)
+    if labels[1] is None:
+        return [None] * 4
+    rows = labels[1].reshape(size_of(node)[1], -1).T
+    tie_rows(flow, rows, reason)
+    return [None, rows[0], None, None]
 
 
 def channel_shuffle(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:

@@ -94,19 +94,23 @@ class Product:
 
 @dataclass(frozen=True)
 class Mixing:
-    """A place without weights where channels are summed, so that masking has to zero them: an operand's dimension.
+    """A place without weights where channels are summed or compared: masking has to keep those that are cut out of it.
 
     Attributes:
         node: The call.
         argument: Index of the operand among its arguments.
-        dim: The operand's dimension that is summed over.
+        dim: The operand's dimension that is gone through.
         atoms: What stands there.
+        neutral: What leaves the result as it is: zero in a sum, minus infinity in a maximum.
+        average: Whether the sum is divided by the number of channels, which a mask has to make up for.
     """
 
     node: fx.Node
     argument: int
     dim: int
     atoms: Atoms
+    neutral: float = 0.0
+    average: bool = False
 
 
 @dataclass

@@ -5,6 +5,7 @@ Rules carry atoms through the graph by indexing alone, and *link* two atoms that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -80,7 +81,8 @@ def _unary(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
 def _broadcast(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     size = size_of(node)
     result: Labels = [None] * len(size)
-    sources = tensor_inputs(node)
+    # The labels of what is computed come first: those of two sums of one layer's channels are then one array.
+    sources = sorted(tensor_inputs(node), key=lambda source: source.op == "get_attr")
     sums = len(sources) > 1 and ops.semantics(gm, node).name == "add" and all(s.op != "get_attr" for s in sources)
     for dim in range(-len(size), 0):
         found: list[Atoms | None] = []
@@ -95,7 +97,7 @@ def _broadcast(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> An
                 flow.freeze(atoms, reason)
         for atoms in found[1:]:
             flow.link(found[0], atoms, reason)
-            if sums and atoms is not None:
+            if sums and atoms is not None and atoms is not found[0]:
                 flow.added.append(atoms)
         if found and all(atoms is not None for atoms in found):
             result[dim] = found[0]
@@ -178,6 +180,16 @@ def _norm_channels(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -
     return list(labels)
 
 
+def _prelu(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """PReLU as a function: its slopes, if there are several, follow the channels."""
+    source, slopes = first(node), node.args[1]
+    if source is None or not isinstance(slopes, fx.Node) or len(size_of(source)) < 2:
+        return barrier(flow, gm, node, reason)
+    if math.prod(size_of(slopes)) > 1:
+        flow.link(flow.labels[source][1], flow.labels[slopes][0], reason)
+    return list(flow.labels[source])
+
+
 def _softmax(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     source = first(node)
     dim = getattr(gm.get_submodule(str(node.target)), "dim", None) if node.op == "call_module" else node.args[1]
@@ -237,6 +249,14 @@ _RULES: dict[str, _Rule] = {
     "spatial": _spatial,
     "unpool": _unpool,
     "unfold": copies.unfold,
+    "fold": copies.fold,
+    "index_select": copies.index_select,
+    "last_two": copies.last_two,
+    "repeat_interleave": copies.repeat_interleave,
+    "sample": copies.sample,
+    "windows": copies.windows,
+    "move_dim": views.move_dim,
+    "prelu": _prelu,
     "permute": views.permute,
     "cat": views.cat,
     "split": views.split,

@@ -17,6 +17,7 @@ from fxopt.graph._flow import (
     Constant,
     Flow,
     Labels,
+    Mixing,
     Product,
     barrier,
     first,
@@ -30,6 +31,7 @@ __all__ = [
     "cat",
     "expand",
     "getitem",
+    "move_dim",
     "narrow",
     "pad",
     "permute",
@@ -44,6 +46,8 @@ __all__ = [
 
 _aten = torch.ops.aten
 _SIZED_VIEWS = (_aten.view, _aten.reshape, _aten._unsafe_view)
+_NEUTRAL = {"sum": 0.0, "mean": 0.0, "amax": -math.inf, "max": -math.inf, "amin": math.inf, "min": math.inf}
+"""What leaves the result of a reduction as it is."""
 _LARGEST = 1 << 20
 """Dimensions of more indices that a view merges are frozen: images flattened to rows, not channels."""
 
@@ -59,6 +63,19 @@ def permute(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
         one, other = (0, 1) if len(node.args) == 1 else (int(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
         order[one], order[other] = order[other], order[one]
     return [flow.labels[source][dim] for dim in order]
+
+
+def move_dim(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
+    """Some dimensions go to other places; the others keep their order."""
+    source = first(node)
+    if source is None:
+        return barrier(flow, gm, node, reason)
+    rank = len(size_of(source))
+    given = ops.arguments(node)
+    froms, tos = ([value] if isinstance(value, int) else value for value in (given["source"], given["destination"]))
+    places = {int(to) % rank: int(dim) % rank for dim, to in zip(froms, tos, strict=True)}
+    others = iter([dim for dim in range(rank) if dim not in places.values()])
+    return [flow.labels[source][places[to] if to in places else next(others)] for to in range(rank)]
 
 
 def cat(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
@@ -212,10 +229,10 @@ def pad(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
 
 
 def reduce(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
-    """A mean or a sum over some dimensions; what is summed over is frozen."""
+    """A mean, a sum or a maximum over some dimensions: those may shrink; of what else is reduced, they are frozen."""
     source = first(node)
     rank = len(size_of(source)) if source is not None else 0
-    dims: Any = node.args[1] if len(node.args) > 1 else None
+    dims: Any = ops.arguments(node).get("dim")
     dims = [dims] if isinstance(dims, int) else dims
     if source is None or not isinstance(dims, (list, tuple)) or not all(isinstance(dim, int) for dim in dims):
         return barrier(flow, gm, node, reason)
@@ -223,26 +240,49 @@ def reduce(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
     value = node.meta.get("val")
     several = isinstance(value, (list, tuple))
     shape = value[0].shape if isinstance(value, (list, tuple)) else size_of(node)
+    neutral = _neutral(gm, node, source)
     result: Labels = []
     for dim, atoms in enumerate(flow.labels[source]):
         if dim not in gone:
             result.append(atoms)
             continue
-        flow.freeze(atoms, reason)
+        if neutral is None or atoms is None:
+            flow.freeze(atoms, reason)
+        else:
+            average = ops.semantics(gm, node).name == "mean"
+            flow.mixings.append(Mixing(node, 0, dim, atoms, neutral=neutral, average=average))
+            if average:
+                flow.normalized.append((atoms, reason))
         if len(shape) == rank:
             result.append(None)
     return [list(result) for _ in value] if several else result  # type: ignore[union-attr]
 
 
+def _neutral(gm: fx.GraphModule, node: fx.Node, source: fx.Node) -> float | None:
+    """What a reduction passes over; None if there is no such number, or the result tells where something stood."""
+    name = ops.semantics(gm, node).name
+    if name == "linalg_vector_norm":
+        order = ops.arguments(node)["ord"]
+        return 0.0 if isinstance(order, (int, float)) and order > 0 else None
+    several = isinstance(node.meta.get("val"), (list, tuple))
+    if several and any(user.args[1] != 0 for user in node.users):
+        return None
+    return _NEUTRAL.get(name) if source.meta["val"].is_floating_point() else None
+
+
 def along(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
-    """What works along one dimension, such as a running sum: that one is frozen, the others pass."""
+    """What works along one dimension, such as a running sum or a sort: that one is frozen, the others pass."""
     source = first(node)
     dim = ops.arguments(node).get("dim")
-    if source is None or not isinstance(dim, int) or size_of(source) != size_of(node):
+    value = node.meta.get("val")
+    several = isinstance(value, (list, tuple))
+    made: Any = value if isinstance(value, (list, tuple)) else [value]
+    if source is None or not isinstance(dim, int) or any(one.dim() != len(size_of(source)) for one in made):
         return barrier(flow, gm, node, reason)
     labels = flow.labels[source]
     flow.freeze(labels[dim], reason)
-    return replaced(labels, dim, None)
+    passed = [replaced(labels, dim, None) for _ in made]
+    return passed if several else passed[0]
 
 
 def expand(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:

@@ -8,7 +8,7 @@ then indexing, whatever the wiring between the layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -109,7 +109,7 @@ def analyze(gm: fx.GraphModule, attention: str = "heads") -> ChannelGraph:
         groups=groups,
         frozen=frozen,
         constants=tuple(_translate_constants(flow.constants, cut)),
-        mixings=tuple(Mixing(m.node, m.argument, m.dim, cut.of(m.atoms)) for m in flow.mixings),
+        mixings=tuple(replace(m, atoms=cut.of(m.atoms)) for m in flow.mixings),
         parameters=tuple(cut.of_use(use) for use in flow.uses),
         _labels={node: _translate_labels(labels, cut) for node, labels in flow.labels.items()},
     )

@@ -197,17 +197,26 @@ _CLAMPS = "relu relu6 hardtanh leaky_relu"
 _ACTIVATIONS = "elu celu selu silu mish gelu hardswish hardsigmoid sigmoid tanh softplus"
 _UNARY = (
     "neg abs exp log sqrt rsqrt reciprocal erf sign floor ceil round sin cos clamp clamp_min clamp_max square "
-    "tan isnan isfinite logit log1p expm1 log_sigmoid hardshrink softshrink bitwise_not nan_to_num"
+    "tan isnan isfinite logit log1p expm1 log_sigmoid hardshrink softshrink bitwise_not nan_to_num "
+    "trunc frac isinf isposinf isneginf sgn exp2 log2 log10 sinh cosh asin acos atan asinh acosh atanh erfc erfinv "
+    "lgamma digamma threshold rrelu rand_like randn_like bernoulli absolute negative positive fix arctan"
 )
 _UNARY_FREE = (
-    "contiguous clone to alias detach detach_ lift_fresh_copy dropout feature_dropout type_as _to_copy "
-    "zeros_like ones_like full_like"
+    "contiguous clone to alias detach detach_ lift_fresh_copy dropout feature_dropout alpha_dropout "
+    "feature_alpha_dropout type_as _to_copy zeros_like ones_like full_like empty_like"
 )
 _BINARY = (
-    "add sub mul div rsub maximum minimum pow remainder fmod floor_divide atan2 where masked_fill lerp addcmul addcdiv"
+    "add sub mul div rsub maximum minimum pow remainder fmod floor_divide atan2 where masked_fill lerp addcmul addcdiv "
+    "fmax fmin logaddexp hypot copysign heaviside xlogy special_xlogy multiply divide true_divide subtract float_power"
 )
-_REDUCE = "var std amin min prod logsumexp argmax argmin any all"
-_COMPARE = "eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or __and__ __or__"
+_REDUCE = (
+    "var std amin min prod logsumexp argmax argmin any all var_mean std_mean linalg_vector_norm median nanmean nansum "
+    "count_nonzero aminmax"
+)
+_COMPARE = (
+    "eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_xor "
+    "__and__ __or__ __xor__ greater greater_equal less less_equal not_equal isclose"
+)
 _NARY_RULES = {
     "view": ("none", "reshape"),
     "reshape": ("none", "reshape"),
@@ -234,7 +243,24 @@ _NARY_RULES = {
     "unbind": ("copy", "unbind"),
     "roll": ("copy", "roll"),
     "flip": ("copy", "flip"),
+    "rot90": ("copy", "roll"),
+    "tile": ("copy", "repeat"),
+    "repeat_interleave": ("copy", "repeat_interleave"),
+    "swapaxes": ("copy", "permute"),
+    "swapdims": ("copy", "permute"),
+    "movedim": ("copy", "move_dim"),
+    "moveaxis": ("copy", "move_dim"),
+    "unfold": ("copy", "windows"),
+    "col2im": ("copy", "fold"),
+    "tril": ("copy", "last_two"),
+    "triu": ("copy", "last_two"),
+    "prelu": ("elementwise", "prelu"),
+    "grid_sampler": ("resize", "sample"),
+    "grid_sampler_2d": ("resize", "sample"),
     "index": ("copy", "index"),
+    "index_select": ("copy", "index_select"),
+    "concat": ("copy", "cat"),
+    "concatenate": ("copy", "cat"),
     "gather": ("copy", "barrier"),
     "repeat": ("copy", "repeat"),
     "pad": ("copy", "pad"),
@@ -244,7 +270,11 @@ _NARY_RULES = {
     "amax": ("pool", "reduce"),
     "max": ("pool", "reduce"),
     "cumsum": ("elementwise", "along"),
-    "topk": ("elementwise", "barrier"),
+    "cumprod": ("elementwise", "along"),
+    "logcumsumexp": ("elementwise", "along"),
+    "topk": ("elementwise", "along"),
+    "sort": ("elementwise", "along"),
+    "argsort": ("elementwise", "along"),
     "softmax": ("softmax", "softmax"),
     "_softmax": ("softmax", "softmax"),
     "log_softmax": ("softmax", "softmax"),
@@ -282,7 +312,10 @@ _RESIZE = (
     "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_bicubic2d "
     "upsample_linear1d upsample_trilinear3d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
 )
-_MAKERS = "arange zeros ones full new_ones new_zeros new_full empty scalar_tensor linspace"
+_MAKERS = (
+    "arange zeros ones full new_ones new_zeros new_full empty scalar_tensor linspace new_empty eye rand randn randint "
+    "randperm tril_indices triu_indices"
+)
 
 
 def _fill_functions() -> None:

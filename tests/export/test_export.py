@@ -224,6 +224,21 @@ def test_every_layer_computes_on_integers(layer: nn.Module, size: tuple[int, ...
     assert initializers(tmp_path / "m.onnx")["layer.weight"].dtype == np.int8
 
 
+def test_heads_are_merged_whatever_strides_attention_has(tmp_path: Path) -> None:
+    def attend(self: Any, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind()
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.expand(x.shape[0], -1, -1, -1))
+        return self.out(mixed.reshape(x.shape[0], -1, 5, 4).transpose(1, 2).contiguous().reshape(x.shape[0], 5, -1))
+
+    torch.manual_seed(0)
+    example = torch.randn(2, 5, 8)
+    model = Wired(attend, qkv=nn.Linear(8, 24), out=nn.Linear(8, 8))
+    model.register_parameter("bias", nn.Parameter(torch.randn(1, 2, 5, 5)))
+    report = export_onnx(trace(model.eval(), example), tmp_path / "m.onnx", example)
+    assert report.relative < 1e-5
+    assert not operators(tmp_path / "m.onnx")["Identity"]
+
+
 def test_transposed_convolutions_are_right(tmp_path: Path) -> None:
     torch.manual_seed(0)
     example = torch.randn(2, 4, 5, 5)
