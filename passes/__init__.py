@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fxopt.passes.base import Refusal as Refusal
     from fxopt.passes.base import TunablePass as TunablePass
     from fxopt.passes.canonicalize import Canonicalize as Canonicalize
+    from fxopt.passes.equalize_weights import EqualizeWeights as EqualizeWeights
     from fxopt.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from fxopt.passes.prune_channels import PruneChannels as PruneChannels
     from fxopt.passes.quantize import Quantize as Quantize
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _PASSES: dict[str, str | type[Pass]] = {
     "canonicalize": "fxopt.passes.canonicalize:Canonicalize",
+    "equalize-weights": "fxopt.passes.equalize_weights:EqualizeWeights",
     "fold-batch-norm": "fxopt.passes.fold_batch_norm:FoldBatchNorm",
     "prune-channels": "fxopt.passes.prune_channels:PruneChannels",
     "quantize": "fxopt.passes.quantize:Quantize",
@@ -52,6 +54,7 @@ _LAZY = {
     "Random": "fxopt.passes._importance",
     "Taylor": "fxopt.passes._importance",
     "Canonicalize": "fxopt.passes.canonicalize",
+    "EqualizeWeights": "fxopt.passes.equalize_weights",
     "FoldBatchNorm": "fxopt.passes.fold_batch_norm",
     "Pass": "fxopt.passes.base",
     "PassResult": "fxopt.passes.base",
@@ -68,6 +71,7 @@ _LAZY = {
 __all__ = [
     "BatchNormScale",
     "Canonicalize",
+    "EqualizeWeights",
     "Fisher",
     "FoldBatchNorm",
     "GeometricMedian",

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parametrize
 
 from fxopt.graph import edit, ops
 from fxopt.passes._calibrate import OUTPUT_MOMENTS
 from fxopt.passes._fork import fork
+from fxopt.passes._scaling import (
+    Layer,
+    along_inputs,
+    along_outputs,
+    outputs_of,
+    readers_of,
+    why_not_alone,
+    why_not_plain,
+    with_parameters,
+)
 from fxopt.passes.base import Pass, PassResult, Refusal
 
 __all__ = ["FoldBatchNorm"]
-
-_Layer: TypeAlias = "_ConvNd | nn.Linear"
 
 
 @dataclass(frozen=True)
@@ -82,42 +89,19 @@ def _why_unfit(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> str | Non
         return "it is in training mode; call eval() on the graph first"
     if not isinstance(node.args[0], fx.Node):
         return "its input is not positional"
-    return _why_not_plain(gm, str(node.target), norm)
+    return why_not_plain(gm, str(node.target), norm)
 
 
-def _why_not_plain(gm: fx.GraphModule, path: str, module: nn.Module) -> str | None:
-    """Why a module does more than its class, or is not alone with its state."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return f"{path!r} has forward hooks"
-    if parametrize.is_parametrized(module) or not type(module).forward.__module__.startswith("torch.nn.modules"):
-        return f"{path!r} is not a plain {type(module).__name__}"
-    own = [f"{path}.{name}" for name in (*module._parameters, *module._buffers)]
-    if any(str(read.target) in own for read in gm.graph.find_nodes(op="get_attr")):
-        return f"the state of {path!r} is also read directly"
-    return None
-
-
-def _layer_or_reason(gm: fx.GraphModule, node: fx.Node | None, norm: fx.Node, side: str) -> _Layer | str:
+def _layer_or_reason(gm: fx.GraphModule, node: fx.Node | None, norm: fx.Node, side: str) -> Layer | str:
     """The layer that a node calls if it can take a norm in, otherwise why it cannot."""
     layer = _module(gm, node)
     if node is None or not isinstance(layer, (_ConvNd, nn.Linear)):
         what = "an input" if node is None else ops.semantics(gm, node).name
         return f"{side} it is {what}, no convolution or linear layer"
     path = str(node.target)
-    if len(gm.graph.find_nodes(op="call_module", target=path)) > 1:
-        return f"{path!r} is called more than once"
-    tensors = {id(tensor) for tensor in layer._parameters.values() if tensor is not None}
-    for name, tensor in gm.named_parameters(remove_duplicate=False):
-        if id(tensor) in tensors and name.rpartition(".")[0] != path:
-            return f"{path!r} shares a parameter with {name!r}"
     if len(edit.shape(norm)) != (2 if isinstance(layer, nn.Linear) else layer.weight.dim()):
         return f"the channels of {path!r} are not in the dimension that is normalized"
-    return _why_not_plain(gm, path, layer) or layer
-
-
-def _readers(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """Who reads the values of a node, and not only its shape."""
-    return [user for user in node.users if ops.semantics(gm, user).flow != "scalar"]
+    return why_not_alone(gm, path, layer) or layer
 
 
 def _fold_into_producer(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> str | None:
@@ -126,11 +110,11 @@ def _fold_into_producer(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> 
     layer = _layer_or_reason(gm, producer if isinstance(producer, fx.Node) else None, node, "before")
     if isinstance(layer, str) or not isinstance(producer, fx.Node):
         return str(layer)
-    others = [reader.name for reader in _readers(gm, producer) if reader is not node]
+    others = [reader.name for reader in readers_of(gm, producer) if reader is not node]
     if others:
         return f"{producer.name!r} before it is also read by {others[0]!r}"
     scale, shift = _scale_and_shift(norm)
-    weight = layer.weight.detach().double() * _along_outputs(layer, scale)
+    weight = layer.weight.detach().double() * along_outputs(layer, scale)
     bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
     reason = _install(gm, producer, layer, weight, bias, norm)
     if reason is None:
@@ -144,7 +128,7 @@ def _fold_into_producer(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> 
 
 def _fold_into_consumer(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> str | None:
     """Fold into the layer after; None if done, otherwise why not."""
-    readers = _readers(gm, node)
+    readers = readers_of(gm, node)
     if len(readers) != 1 or readers[0].args[:1] != (node,):
         return f"{len(readers)} operators read it"
     layer = _layer_or_reason(gm, readers[0], node, "after")
@@ -157,10 +141,10 @@ def _fold_into_consumer(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> 
         if isinstance(layer, _ConvNd) and _pads_with_zeros(layer):
             return f"{str(readers[0].target)!r} pads with zeros after the shift"
     weight = layer.weight.detach().double()
-    bias = torch.zeros(_outputs(layer)).double() if layer.bias is None else layer.bias.detach().double()
+    bias = torch.zeros(outputs_of(layer)).double() if layer.bias is None else layer.bias.detach().double()
     if not isinstance(layer, _ConvTransposeNd):
-        bias = bias + (weight * _along_inputs(layer, shift)).flatten(1).sum(1)
-    reason = _install(gm, readers[0], layer, weight * _along_inputs(layer, scale), bias, norm)
+        bias = bias + (weight * along_inputs(layer, shift)).flatten(1).sum(1)
+    reason = _install(gm, readers[0], layer, weight * along_inputs(layer, scale), bias, norm)
     if reason is None:
         _bypass(gm, node, node.args[0])
     return reason
@@ -175,30 +159,6 @@ def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
-def _outputs(layer: _Layer) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-
-
-def _along_outputs(layer: _Layer, values: torch.Tensor) -> torch.Tensor:
-    """One number per output channel, shaped to multiply the weight."""
-    kernel = [1] * (layer.weight.dim() - 2)
-    if not isinstance(layer, _ConvTransposeNd):
-        return values.reshape(-1, 1, *kernel)
-    rows = values.reshape(layer.groups, 1, -1).expand(-1, layer.in_channels // layer.groups, -1)
-    return rows.reshape(layer.in_channels, -1, *kernel)
-
-
-def _along_inputs(layer: _Layer, values: torch.Tensor) -> torch.Tensor:
-    """One number per input channel, shaped to multiply the weight."""
-    kernel = [1] * (layer.weight.dim() - 2)
-    if isinstance(layer, _ConvTransposeNd):
-        return values.reshape(-1, 1, *kernel)
-    if isinstance(layer, nn.Linear):
-        return values.reshape(1, -1)
-    rows = values.reshape(layer.groups, 1, -1).expand(-1, layer.out_channels // layer.groups, -1)
-    return rows.reshape(layer.out_channels, -1, *kernel)
-
-
 def _pads_with_zeros(layer: _ConvNd) -> bool:
     padding: Any = layer.padding
     if layer.padding_mode != "zeros" or padding == "valid":
@@ -207,7 +167,7 @@ def _pads_with_zeros(layer: _ConvNd) -> bool:
 
 
 def _install(
-    gm: fx.GraphModule, node: fx.Node, layer: _Layer, weight: torch.Tensor, bias: torch.Tensor, norm: Any
+    gm: fx.GraphModule, node: fx.Node, layer: Layer, weight: torch.Tensor, bias: torch.Tensor, norm: Any
 ) -> str | None:
     """Put a copy of the layer with new parameters in its place; None if done, otherwise why not."""
     kind = layer.weight.dtype
@@ -217,10 +177,7 @@ def _install(
     trainable = layer.weight.requires_grad
     sources: tuple[Any, ...] = (layer.bias, norm.bias)
     trains_bias = next((source.requires_grad for source in sources if source is not None), trainable)
-    copy = edit.clone_module(layer)
-    copy.register_parameter("weight", nn.Parameter(weight.contiguous(), trainable))
-    copy.register_parameter("bias", nn.Parameter(rounded.contiguous(), trains_bias))
-    edit.replace_module(gm, str(node.target), copy)
+    edit.replace_module(gm, str(node.target), with_parameters(layer, weight, rounded, trains_bias))
     return None
 
 

@@ -12,6 +12,7 @@ from torch import fx, nn
 from fxopt.graph import edit
 from fxopt.passes import (
     Canonicalize,
+    EqualizeWeights,
     FoldBatchNorm,
     Pass,
     PassResult,
@@ -38,6 +39,11 @@ class TestCanonicalizeForInference(PassConformance):
 
 class TestFoldBatchNorm(PassConformance):
     pass_type = FoldBatchNorm
+    equivalent = True
+
+
+class TestEqualizeWeights(PassConformance):
+    pass_type = EqualizeWeights
     equivalent = True
 
 
