@@ -1,9 +1,9 @@
 """Fewer weights at equal accuracy: a ResNet of bottlenecks on Fashion-MNIST, zeroed weight by weight (He et al. 2018).
 
-In four stages, to 50, 35, 25 and 20% of the weights: an engine decides how many weights of each layer stay (each trial
-zeroes them, estimates batch norm anew and is judged on held-out training images), they are zeroed, and the network is
-fine-tuned with the zeros kept. Beside it stands the same with one fraction for all layers. What is told is accuracy on
-the test images, which no search has seen; and of the dense network trained on for the same epochs.
+In stages, by default to 50, 35, 25 and 20% of the weights: an engine decides how many weights of each layer stay (each
+trial zeroes them, estimates batch norm anew and is judged on held-out training images), they are zeroed, and the
+network is fine-tuned with the zeros kept. Beside it stands the same with one fraction for all layers. What is told is
+accuracy on the test images, which no search has seen; and of the dense network trained on for the same epochs.
 
 Every stage is kept in the folder of trained networks, so that the benchmark goes on where it was stopped.
 
@@ -39,7 +39,6 @@ from fxopt.passes import Canonicalize, SparsifyWeights
 from fxopt.search import engines, run_search
 from fxopt.training import fit
 
-DENSITIES = (0.5, 0.35, 0.25, 0.2)
 FRACTIONS = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.95)
 
 
@@ -85,7 +84,7 @@ class Experiment:
         probes = {"probes": 1} if self.options.engine == "exact" else {}
         engine = engines.create(self.options.engine, space, self.constraint(gm, space, density), seed, **probes)
         begin = time.process_time()
-        found = run_search(engine, judge, self.options.trials, journal=path.with_suffix(".jsonl"))
+        found = run_search(engine, judge, self.options.trials, journal=f"{path}.jsonl")
         spent = time.process_time() - begin
         progress(f"{self.options.engine}: {found.score:.4f} on held-out images, {spent:.0f} s for {len(found.trials)}")
         return found.policy
@@ -94,8 +93,10 @@ class Experiment:
         """The accuracy after every stage; ``kind`` is "searched", "uniform" or "dense"."""
         gm = self.gm
         told: dict[str, Any] = {"seed": seed, "stages": []}
-        for index, density in enumerate(DENSITIES):
-            path = self.place / f"{kind}-{self.options.engine}-{seed}-{index}"
+        densities = self.options.densities
+        for index, density in enumerate(densities):
+            way = "-".join(f"{100 * one:.0f}" for one in densities[: index + 1])
+            path = self.place / f"{kind}-{self.options.engine if kind == 'searched' else 'all'}-{seed}-to-{way}"
             gm = self._stage(gm, kind, density, index, seed, path)
             left = self.weights(gm)
             told["stages"].append({"weights": left, "held_out": accuracy(gm, self.data.held_out)})
@@ -109,7 +110,7 @@ class Experiment:
     def _stage(
         self, gm: fx.GraphModule, kind: str, density: float, index: int, seed: int, path: Path
     ) -> fx.GraphModule:
-        chosen, trained = path.with_suffix(".json"), path.with_suffix(".safetensors")
+        chosen, trained = Path(f"{path}.json"), Path(f"{path}.safetensors")
         if not chosen.is_file():
             policy = Policy({})
             if kind == "uniform":
@@ -122,7 +123,7 @@ class Experiment:
         if trained.is_file():
             graph.load_state_dict(load_file(trained))
             return graph.eval()
-        epochs = self.options.last_epochs if index == len(DENSITIES) - 1 else self.options.stage_epochs
+        epochs = self.options.last_epochs if index == len(self.options.densities) - 1 else self.options.stage_epochs
         fit(
             graph,
             fashion.data(seed=seed + 1).train,
@@ -130,7 +131,7 @@ class Experiment:
             learning_rate=self.options.rate,
             weight_decay=5e-4,
             seed=seed + index,
-            checkpoint=path.with_name(path.name + "-steps"),
+            checkpoint=f"{path}-steps",
             progress=lambda epoch, total, loss: progress(f"{path.name}: epoch {epoch} of {total}, loss {loss:.4f}"),
         )
         save_file({name: tensor.contiguous() for name, tensor in graph.state_dict().items()}, trained)
@@ -142,8 +143,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the dense network")
     parser.add_argument("--engine", default="exact")
-    parser.add_argument("--trials", type=int, default=64, help="trials of each of the four searches")
+    parser.add_argument("--trials", type=int, default=64, help="trials of the search of each stage")
     parser.add_argument("--judged", type=int, default=2000, help="held-out images that a trial looks at")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.35, 0.25, 0.2], help="of the stages")
     parser.add_argument("--stage-epochs", type=int, default=1)
     parser.add_argument("--last-epochs", type=int, default=3)
     parser.add_argument("--rate", type=float, default=0.02)
