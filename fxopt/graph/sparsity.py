@@ -24,6 +24,9 @@ SPARSITY_META = "fxopt_sparsity"
 """Key of ``gm.meta`` under which a graph says which layers are sparse: the choice by module path."""
 
 _TEXT = re.compile(r"(kernel|[1-9][0-9]*):([1-9][0-9]*)")
+_FEW = 16
+"""Values of a row that are few enough to compare each with each, which runs over all rows at once."""
+
 Counts: TypeAlias = npt.NDArray[np.int64]
 Magnitudes: TypeAlias = npt.NDArray[np.floating[Any]]
 Mask: TypeAlias = npt.NDArray[np.bool_]
@@ -114,6 +117,8 @@ def sparse_sites(module: torch.nn.Module) -> dict[str, Any]:
 
 def _largest(rows: Magnitudes, count: int) -> Mask:
     """Whether each value is among the ``count`` largest of its row, of equal ones the first; no row is sorted."""
+    if rows.shape[1] <= _FEW:
+        return _by_rank(rows, count)
     least = np.partition(rows, rows.shape[1] - count, axis=1)[:, rows.shape[1] - count, None]
     stay: Mask = rows >= least
     crowded = np.flatnonzero(stay.sum(axis=1) > count)
@@ -121,4 +126,16 @@ def _largest(rows: Magnitudes, count: int) -> Mask:
         equal = rows[crowded] == least[crowded]
         left = count - (rows[crowded] > least[crowded]).sum(axis=1, keepdims=True)
         stay[crowded] &= ~equal | (equal.cumsum(axis=1) <= left)
+    return stay
+
+
+def _by_rank(rows: Magnitudes, count: int) -> Mask:
+    columns = np.ascontiguousarray(rows.T)
+    rank = np.zeros(columns.shape, np.int8)
+    for later in range(1, len(columns)):
+        for first in range(later):
+            behind = columns[first] >= columns[later]
+            rank[later] += behind
+            rank[first] += ~behind
+    stay: Mask = np.ascontiguousarray((rank < count).T)
     return stay

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fxopt.errors import PolicyError
 from fxopt.graph.sparsity import Pattern, pattern_of
 
-CHOICES = [0, 0.0, 0.3, 0.5, 0.99, "2:4", "1:2", "3:3", "4:16", "kernel:1", "kernel:4", "kernel:20"]
+CHOICES = [0, 0.0, 0.3, 0.5, 0.99, "2:4", "1:2", "3:3", "4:16", "3:20", "kernel:1", "kernel:4", "kernel:20"]
 
 
 def kept_by_hand(weight: np.ndarray, choice: float | str) -> np.ndarray:
