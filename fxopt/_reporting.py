@@ -16,7 +16,7 @@ from fxopt.decisions import Policy, SearchSpace
 from fxopt.export import ExportReport
 from fxopt.graph.channels import analyze
 from fxopt.lowering import ParametricWorkload
-from fxopt.report import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine, roofline
+from fxopt.report import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine, lagging, roofline
 from fxopt.search import SearchResult
 from fxopt.targets import Estimate, OpKind, Target
 from fxopt.targets.rows import macs
@@ -76,7 +76,7 @@ def build_report(
         trials=len(search.trials) if search is not None else 0,
         curve=tuple(search.curve) if search is not None else (),
         score_name=score_name,
-        notes=tuple(notes),
+        notes=(*notes, *lagging(target, before, after, bound)),
         seed=seed,
         versions=_versions(),
         export=None,

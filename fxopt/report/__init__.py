@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxopt.report._data import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine
 from fxopt.report._plot import save_rooflines
 from fxopt.report._roofline import Roofline, RooflinePoint, roofline
+from fxopt.report._speed import lagging
 
 __all__ = [
     "BudgetLine",
@@ -15,6 +16,7 @@ __all__ = [
     "Roofline",
     "RooflinePoint",
     "TargetLine",
+    "lagging",
     "roofline",
     "save_rooflines",
 ]
