@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,12 +16,14 @@ from fxopt import targets
 from fxopt.data import Loader, first_batch
 from fxopt.errors import DataError, PassError, SearchError, TargetError
 from fxopt.export import host_fingerprint, onnxruntime_profiler
+from fxopt.graph.grids import MAX_BITS
 from fxopt.objectives import BestScore, Objective
 from fxopt.passes import PruneChannels, Quantize, SelectOperators, SparsifyWeights, TunablePass
 from fxopt.progress import Progress
 
 __all__ = [
     "PassLike",
+    "careful",
     "check_data",
     "check_executor",
     "check_weights",
@@ -33,6 +35,21 @@ __all__ = [
 ]
 
 PassLike: TypeAlias = str | TunablePass
+
+
+_CAREFUL: dict[str, Any] = {"weights": {"method": "mse"}, "activations": {"method": "mse"}, "rounding": True}
+"""How ``quantize`` by name quantizes for hardware of fewer than 8 bits, where ranges and rounding matter most."""
+
+
+def careful(
+    passes: tuple[TunablePass, ...], named: Sequence[PassLike], target: targets.Target
+) -> tuple[TunablePass, ...]:
+    """The passes, with ``quantize`` by name made careful if the target computes with fewer than 8 bits."""
+    fewest = min((min(pair) for pairs in target.capabilities.bits.values() for pair in pairs), default=MAX_BITS)
+    by_name = named == Quantize.name or (not isinstance(named, (str, TunablePass)) and Quantize.name in named)
+    if fewest >= MAX_BITS or not by_name:
+        return passes
+    return tuple(dataclasses.replace(one, **_CAREFUL) if isinstance(one, Quantize) else one for one in passes)
 
 
 def resolve_passes(passes: Sequence[PassLike]) -> tuple[TunablePass, ...]:

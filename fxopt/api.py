@@ -16,6 +16,7 @@ from torch import fx, nn
 from fxopt import _storage, targets
 from fxopt._arguments import (
     PassLike,
+    careful,
     check_data,
     check_executor,
     check_whole,
@@ -161,9 +162,10 @@ def optimize(
         target: A name from ``fxopt.targets.names()``, a TOML file, or a target.
         budget: Upper limits by metric (latency, energy, size, macs, memory): a fraction of the original (0.6, "60%")
             or an absolute value ("5ms", "2MB", "300M"). None for no limit.
-        passes: Names of passes or configured passes, in order. With "select-operators", which comes first, a supernet
-            is trained on ``train`` (``epochs`` of warm-up, twice as many of search); of k passes it takes the k-th root
-            of the reduction that a budget asks for, and the others take the rest.
+        passes: Names of passes or configured passes, in order. If the target has fewer than 8 bits on offer, "quantize"
+            by name chooses ranges of least error and rounds weights by ``RoundWeights``. With "select-operators", which
+            comes first, a supernet is trained on ``train`` (``epochs`` of warm-up, twice as many of search); of k
+            passes it takes the k-th root of the reduction that a budget asks for, and the others take the rest.
         engine: Name of a search engine.
         trials: Policies to try.
         objective: What to search for: None for the best score within the budget, or
@@ -203,6 +205,7 @@ def optimize(
     device = load_target(target, show)
     check_data(train, val, evaluate)
     check_executor(executor)
+    everything = careful(everything, passes, device)
     folder = Path(workdir) if workdir is not None else None
     tuning = Tuning(train, epochs, loss, learning_rate, seed, folder, fine_tune)
     selecting, chosen = parted(everything)
@@ -279,8 +282,7 @@ def optimize(
         seed=seed,
     )
     _storage.explain_other_weights(final)
-    whole = job.selected.merged(policy)
-    return OptimizationResult(final, whole, report, found, everything, example_inputs, job.state)
+    return OptimizationResult(final, job.selected.merged(policy), report, found, everything, example_inputs, job.state)
 
 
 def _measured(before: fx.GraphModule, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:

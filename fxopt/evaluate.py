@@ -381,7 +381,11 @@ class Evaluator:
             graph, passes = self._graph(), self._passes
             if all(isinstance(one, Quantize) for one in passes):
                 graph = FoldBatchNorm()(graph.eval()).graph_module
-                passes = tuple(replace(one, findings=_findings(one)) for one in passes if isinstance(one, Quantize))
+                passes = tuple(
+                    replace(one, findings=_findings(one, self._train is not None))
+                    for one in passes
+                    if isinstance(one, Quantize)
+                )
             self._shared = graph, passes
         return self._shared
 
@@ -404,9 +408,9 @@ class Evaluator:
         return math.fsum(errors) / len(errors)
 
 
-def _findings(one: Quantize) -> Findings:
+def _findings(one: Quantize, has_data: bool) -> Findings:
     """What trials find of the graph they all quantize."""
-    if not one.rounding:
+    if not one.rounding or not has_data:
         return Findings()
     how = RoundWeights()
     return Findings(Reconstruction(False, how.samples, how.rows, how.ridge, how.most_unknowns, seed=one.seed))

@@ -21,7 +21,10 @@ from fxopt.passes._least_squares import Moments
 from fxopt.passes._reconstruction import Reconstruction, Reconstructor
 from fxopt.passes._rounding import can_be_rounded, rounded_layer
 
-__all__ = ["Findings", "Site"]
+__all__ = ["ROUNDED_BITS", "Findings", "Site"]
+
+ROUNDED_BITS = 7
+"""Weights of more bits lose nothing by rounding to the nearest."""
 
 _State: TypeAlias = dict[str, torch.Tensor]
 
@@ -95,12 +98,9 @@ class Findings:
         known = self._layers.get((path, bits[0]))
         if known is None:
             known = quantize_layer(module, bits[0], scheme=scheme)
-            if (
-                self._options is not None
-                and path in self._moments
-                and can_be_rounded(known, self._options.most_unknowns)
-            ):
-                known = rounded_layer(known, self._moments[path], self._options.ridge) or known
+            how = self._options
+            if how is not None and path in self._moments and can_be_rounded(known, how.most_unknowns, ROUNDED_BITS):
+                known = rounded_layer(known, self._moments[path], how.ridge) or known
             self._layers[path, bits[0]] = known
         made: Any = edit.clone_module(known)
         made.activation_bits = bits[1]

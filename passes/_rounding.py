@@ -20,17 +20,18 @@ _Nearest: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 _SWEEPS = 3
 
 
-def can_be_rounded(layer: nn.Module, most_unknowns: int) -> bool:
+def can_be_rounded(layer: nn.Module, most_unknowns: int, most_bits: int) -> bool:
     """Whether a layer is a quantized one whose integers :func:`rounded_layer` can find.
 
     Args:
         layer: Any module.
-        most_unknowns: Layers with more weights for one output cannot.
+        most_unknowns: Layers with more weights for one output are left out.
+        most_bits: Layers with more bits are, too.
     """
     if not isinstance(layer, QuantizedLayer) or layer.weight_axis != 0:
         return False
     quantizer = layer.weight_quantizer
-    if not isinstance(quantizer, WeightQuantizer) or quantizer.is_binary:
+    if not isinstance(quantizer, WeightQuantizer) or quantizer.is_binary or quantizer.bits > most_bits:
         return False
     return layer.weight[0].numel() <= most_unknowns
 

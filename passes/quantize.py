@@ -15,7 +15,7 @@ from fxopt.graph import edit, eval_mode, ops
 from fxopt.graph.fake_quantize import ActivationQuantizer, observing
 from fxopt.graph.grids import PLAIN_ACTIVATIONS, PLAIN_WEIGHTS, ActivationScheme, WeightScheme
 from fxopt.passes._calibrate import as_normalized, batches, feed, refuse_quantized, synthetic_batch
-from fxopt.passes._findings import Findings, Site
+from fxopt.passes._findings import ROUNDED_BITS, Findings, Site
 from fxopt.passes._placement import Point, place
 from fxopt.passes._sites import BITS, FLOAT, check_sharing, check_weights, decide, kind_of, layers
 from fxopt.passes.base import PassResult, TunablePass
@@ -57,8 +57,8 @@ class Quantize(TunablePass):
         activations: The same for activations.
         ends: Bits of the first and the last layer: their only choice in the search space, and what they get without a
             policy. None treats them as all others.
-        rounding: Whether the integers of weights are found by :class:`~fxopt.passes.RoundWeights` on the calibration
-            data, for outputs that stay near; else they are the nearest.
+        rounding: Whether the integers of weights of fewer than 8 bits are found by :class:`~fxopt.passes.RoundWeights`
+            on the calibration data, if there are some, for outputs that stay near; else they are the nearest.
         findings: What earlier passes with the same data and options found of the same graph, and what this one finds:
             a search gives one to all its trials. With ``rounding`` each layer is then rounded for the inputs that it
             gets in the float graph, once for all policies.
@@ -147,8 +147,8 @@ class Quantize(TunablePass):
             layer = findings.layer(graph_module.get_submodule(path), path, bits, self.weights)
             edit.replace_module(graph_module, path, layer)
         edit.finish(graph_module)
-        if self.rounding and self.findings is None:
-            RoundWeights(self.calibration, seed=self.seed).call(graph_module)
+        if self.rounding and self.calibration is not None and self.findings is None:
+            RoundWeights(self.calibration, most_bits=ROUNDED_BITS, seed=self.seed).call(graph_module)
         return PassResult(graph_module, True)
 
     def _chosen(self, gm: fx.GraphModule) -> dict[str, tuple[int, int]]:

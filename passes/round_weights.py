@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxopt.errors import PassError
 from fxopt.graph import edit, eval_mode
-from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
+from fxopt.graph.fake_quantize import MAX_BITS, ActivationQuantizer, QuantizedLayer
 from fxopt.graph.sparsity import sparse_sites
 from fxopt.passes._calibrate import synthetic_batch
 from fxopt.passes._fork import fork
@@ -47,6 +47,7 @@ class RoundWeights(Pass):
         rows: Output positions of all samples, drawn at random, that a layer is rounded by.
         ridge: Penalty on the distance from the old weights, as a part of the inputs' mean second moment.
         most_unknowns: Layers with more weights for one output are rounded to the nearest.
+        most_bits: Layers whose weights have more bits are rounded to the nearest.
         seed: Seed of the positions.
 
     Example:
@@ -61,6 +62,7 @@ class RoundWeights(Pass):
     rows: int = 20_000
     ridge: float = 1e-2
     most_unknowns: int = 4608
+    most_bits: int = MAX_BITS
     seed: int = 0
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -70,7 +72,7 @@ class RoundWeights(Pass):
             DataError: If the calibration data is empty or does not fit the graph.
             PassError: If an option is out of range.
         """
-        layers = _layers(graph_module, self.most_unknowns)
+        layers = _layers(graph_module, self.most_unknowns, self.most_bits)
         if not layers:
             return PassResult(graph_module, False)
         data = self.calibration
@@ -138,7 +140,7 @@ class RoundWeights(Pass):
             edit.replace_module(gm, str(node.target), new)
 
 
-def _layers(gm: fx.GraphModule, most_unknowns: int) -> dict[str, fx.Node]:
+def _layers(gm: fx.GraphModule, most_unknowns: int, most_bits: int) -> dict[str, fx.Node]:
     """The one call of every quantized layer that can be rounded, by path."""
     calls: dict[str, list[fx.Node]] = {}
     weights: dict[int, int] = {}
@@ -151,7 +153,7 @@ def _layers(gm: fx.GraphModule, most_unknowns: int) -> dict[str, fx.Node]:
     found = {}
     for path, nodes in calls.items():
         module = gm.get_submodule(path)
-        if len(nodes) > 1 or path in sparse or not can_be_rounded(module, most_unknowns):
+        if len(nodes) > 1 or path in sparse or not can_be_rounded(module, most_unknowns, most_bits):
             continue
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
         if weights[id(weight)] > 1:
