@@ -95,9 +95,12 @@ class _SizeInterpreter(ShapeInterpreter):
                 return None
             sizes = self._module_sizes(node, old)
             return None if sizes is None else torch.empty(sizes, dtype=old.dtype, device="meta")
-        if ops.semantics(self._graph_module, node).flow not in _RUN_ON_META or not _is_pure(node):
+        flow = ops.semantics(self._graph_module, node).flow
+        if flow not in _RUN_ON_META or not _is_pure(node):
             return None
-        return self._on_meta(node, old)
+        meta = self._on_meta(node, old)
+        # The stride of a dimension of one index is a matter of taste after a view, and fake tensors have their own.
+        return None if flow == "reshape" and isinstance(meta, torch.Tensor) and 1 in meta.shape else meta
 
     def _module_sizes(self, node: fx.Node, old: torch.Tensor) -> Sizes | None:
         """Sizes of what a module makes of one contiguous tensor."""
@@ -126,7 +129,12 @@ class _SizeInterpreter(ShapeInterpreter):
 
 
 def _as_meta(value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    offset = int(value.storage_offset())
+    if not offset:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    whole = torch.empty(offset + extent + 1, dtype=value.dtype, device="meta")
+    return whole.as_strided(value.shape, value.stride(), offset)
 
 
 def _is_pure(node: fx.Node) -> bool:

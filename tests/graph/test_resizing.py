@@ -92,6 +92,15 @@ WIRINGS: dict[str, Wiring] = {
     ),
     "a parameter seen by a view": (lambda m, x: m.b(m.a(x) * m.scale.weight.view(1, -1, 1, 1)), (3, 4, 4), HALF),
     "types change": (lambda m, x: m.b(m.a(x).double().add(1).float() + (m.a(x) > 0)), (3, 4, 4), HALF),
+    "one head is left": (
+        lambda m, x: m.b(
+            functional.scaled_dot_product_attention(*[x.view(-1, 5, 2, 4).transpose(1, 2) for x in m.a(x).chunk(3, 2)])
+            .transpose(1, 2)
+            .reshape(-1, 5, 8)
+        ),
+        (5, 3),
+        {"a": nn.Linear(3, 24), "b": nn.Linear(8, 4)},
+    ),
     "a model of channels last": (lambda m, x: m.b(m.a(x).relu()), (3, 4, 4), HALF),
 }
 
