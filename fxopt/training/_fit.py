@@ -29,6 +29,7 @@ from fxopt.training._options import (
     ScheduleName,
     check_names,
     check_training,
+    check_types,
 )
 
 __all__ = ["EpochDone", "fit", "rehearse"]
@@ -120,6 +121,7 @@ def fit(
     """
     check_names(optimizer, schedule)
     check_training(epochs, learning_rate)
+    check_types({**_kinds(model, teacher, distillation), "early_stop": (early_stop, EarlyStop)})
     if early_stop is not None and evaluate is None:
         raise FxoptError("early_stop goes by a score; give evaluate, a function of a module, higher is better.")
     if epochs == 0:
@@ -174,6 +176,7 @@ def rehearse(
         FxoptError: As ``fit`` would on its first step.
     """
     check_training(epochs, learning_rate)
+    check_types(_kinds(model, teacher, distillation))
     if epochs == 0:
         return
     batch = first_batch(train, "train")
@@ -182,6 +185,14 @@ def rehearse(
     watched = contextlib.nullcontext() if teacher is None else eval_mode(teacher)
     with torch.random.fork_rng(), torch.no_grad(), eval_mode(model), watched:
         training.loss(batch)
+
+
+def _kinds(model: object, teacher: object, distillation: object) -> dict[str, tuple[object, type]]:
+    return {
+        "model": (model, nn.Module),
+        "teacher": (teacher, nn.Module),
+        "distillation": (distillation, Distillation),
+    }
 
 
 class _Course:

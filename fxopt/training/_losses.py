@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fxopt.data import class_numbers, class_scores
+from fxopt.errors import DataError
 
 __all__ = ["Loss", "attention_distance", "attention_map", "cross_entropy", "feature_distance", "score_distance"]
 
@@ -37,9 +38,14 @@ def score_distance(output: Any, wanted: Any, temperature: float) -> torch.Tensor
     """Mean divergence of softened class scores, times the temperature squared (Hinton et al. 2015, section 2).
 
     Raises:
-        DataError: If there are no class scores.
+        DataError: If there are no class scores, or the teacher has others.
     """
     mine, other = (class_scores(one, _NOT_SCORES) / temperature for one in (output, wanted))
+    if mine.shape != other.shape:
+        raise DataError(
+            f"The model gives class scores of shape {tuple(mine.shape)} and its teacher of {tuple(other.shape)}; give "
+            "a teacher of the same classes, or Distillation(logits=0)."
+        )
     divergence = nn.functional.kl_div(mine.log_softmax(1), other.log_softmax(1), log_target=True, reduction="none")
     return temperature**2 * divergence.sum(1).mean()
 

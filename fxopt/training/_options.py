@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
 from fxopt._schedules import SCHEDULES
@@ -20,14 +21,33 @@ _OPTIMIZERS = ("sgd", "adamw")
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0.0):
-            raise FxoptError(f"{name} has to be above zero and finite, got {value}.")
+        if not (_is_finite(value) and value > 0.0):
+            raise FxoptError(f"{name} has to be above zero and finite, got {value!r}.")
 
 
 def _check_not_negative(**values: float) -> None:
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0.0):
-            raise FxoptError(f"{name} has to be finite and not below zero, got {value}.")
+        if not (_is_finite(value) and value >= 0.0):
+            raise FxoptError(f"{name} has to be finite and not below zero, got {value!r}.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def check_types(kinds: Mapping[str, tuple[object, type]]) -> None:
+    """Options are what they should be.
+
+    Args:
+        kinds: By the option's name, what was given and what is taken; None is taken, too.
+
+    Raises:
+        FxoptError: Naming the first that is something else.
+    """
+    for name, (given, kind) in kinds.items():
+        if given is not None and not isinstance(given, kind):
+            wanted = f"{kind.__module__}.{kind.__name__}".replace("._options", "").replace(".modules.module", "")
+            raise FxoptError(f"{name} is a {type(given).__name__}; give a {wanted}.")
 
 
 @dataclass(frozen=True)
@@ -196,6 +216,7 @@ def check_training(epochs: int, learning_rate: float) -> None:
     Raises:
         FxoptError: If not.
     """
-    if epochs < 0:
-        raise FxoptError(f"epochs has to be at least 0, got {epochs}.")
+    given: Any = epochs
+    if not isinstance(given, Integral) or isinstance(given, bool) or given < 0:
+        raise FxoptError(f"epochs has to be at least 0 and whole, got {given!r}.")
     _check_positive(learning_rate=learning_rate)

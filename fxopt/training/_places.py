@@ -151,20 +151,25 @@ def _positions(node: fx.Node, channels: int) -> tuple[int, ...]:
 
 
 def _channels(gm: fx.GraphModule, node: fx.Node) -> int | None:
-    """The dimension of a value's channels, told by the layer that it comes from; None if none tells."""
-    rank = node.meta["val"].dim()
+    """The dimension of a value's channels, told by a layer that makes or reads it; None if none does."""
+    rank = int(node.meta["val"].dim())
     pending, seen = [node], {node}
     while pending:
         one = pending.pop()
         flow = ops.semantics(gm, one).flow
-        if flow in _IN_DIMENSION_1:
-            return 1
-        if flow in _IN_THE_LAST:
-            return int(rank - 1)
-        if flow not in _SAME_LAYOUT:
-            continue
-        sources = [source for source in one.all_input_nodes if source not in seen and _is_value(source)]
-        sources = [source for source in sources if source.meta["val"].dim() == rank]
-        seen.update(sources)
-        pending.extend(reversed(sources))
-    return None
+        told = _told(flow, rank)
+        if told is not None:
+            return told
+        if flow in _SAME_LAYOUT:
+            sources = [source for source in one.all_input_nodes if source not in seen and _is_value(source)]
+            sources = [source for source in sources if source.meta["val"].dim() == rank]
+            seen.update(sources)
+            pending.extend(reversed(sources))
+    readers = (_told(ops.semantics(gm, user).flow, rank) for user in node.users)
+    return next((told for told in readers if told is not None), None)
+
+
+def _told(flow: str, rank: int) -> int | None:
+    if flow in _IN_DIMENSION_1:
+        return 1
+    return rank - 1 if flow in _IN_THE_LAST else None

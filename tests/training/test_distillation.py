@@ -262,6 +262,31 @@ def test_wrong_options_are_refused(options: dict[str, Any], words: str) -> None:
         Distillation(**options)
 
 
+def test_class_scores_of_other_classes_are_refused() -> None:
+    """``rehearse`` sees it, before anything is searched or trained."""
+    teacher = make_graph()
+    student = fxopt.trace(nn.Sequential(nn.Flatten(), nn.Linear(192, 7)).eval(), IMAGES[:2])
+    for run in (fit, rehearse):
+        with pytest.raises(DataError, match=r"of shape \(24, 7\) and its teacher of \(24, 4\)"):
+            run(student, [(IMAGES, LABELS)], epochs=1, teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"teacher": "resnet"}, r"teacher is a str; give a torch\.nn\.Module"),
+        ({"distillation": 0.5}, r"distillation is a float; give a fxopt\.training\.Distillation"),
+        ({"early_stop": 2, "evaluate": len}, r"early_stop is a int; give a fxopt\.training\.EarlyStop"),
+        ({"epochs": 1.5}, "epochs has to be at least 0 and whole, got 1.5"),
+        ({"learning_rate": "fast"}, "learning_rate has to be above zero and finite, got 'fast'"),
+        ({"model": "resnet"}, "model is a str"),
+    ],
+)
+def test_options_of_another_type_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(FxoptError, match=words):
+        fit(**({"model": make_graph(), "train": [(IMAGES, LABELS)], "epochs": 1} | options))
+
+
 # In training.
 
 
