@@ -217,6 +217,6 @@ def check_training(epochs: int, learning_rate: float) -> None:
         FxoptError: If not.
     """
     given: Any = epochs
-    if not isinstance(given, Integral) or isinstance(given, bool) or given < 0:
+    if isinstance(given, bool) or not isinstance(given, Integral) or int(given) < 0:
         raise FxoptError(f"epochs has to be at least 0 and whole, got {given!r}.")
     _check_positive(learning_rate=learning_rate)
