@@ -31,6 +31,8 @@ _RUN_ON_META = frozenset(
     ("unary", "broadcast", "cat", "permute", "reshape", "split", "getitem", "slice", "select", "unbind", "expand")
 )
 """Functions of these flows compute no sizes from the device of their inputs, nor make tensors on a device."""
+_KEEPS_LAST = frozenset(("conv", "norm_channels", "unary", "spatial"))
+"""Modules of these flows make images that are channels last of images that are."""
 _TOLD_DEVICE = ("device", "pin_memory", "layout")
 
 
@@ -91,10 +93,7 @@ class _SizeInterpreter(ShapeInterpreter):
         """The value of a node as meta tensors; None if it has to be run."""
         old = node.meta.get("val")
         if node.op == "call_module":
-            if not isinstance(old, torch.Tensor) or not old.is_contiguous():
-                return None
-            sizes = self._module_sizes(node, old)
-            return None if sizes is None else torch.empty(sizes, dtype=old.dtype, device="meta")
+            return self._of_module(node, old) if isinstance(old, torch.Tensor) else None
         flow = ops.semantics(self._graph_module, node).flow
         if flow not in _RUN_ON_META or not _is_pure(node):
             return None
@@ -102,19 +101,21 @@ class _SizeInterpreter(ShapeInterpreter):
         # The stride of a dimension of one index is a matter of taste after a view, and fake tensors have their own.
         return None if flow == "reshape" and isinstance(meta, torch.Tensor) and 1 in meta.shape else meta
 
-    def _module_sizes(self, node: fx.Node, old: torch.Tensor) -> Sizes | None:
-        """Sizes of what a module makes of one contiguous tensor."""
+    def _of_module(self, node: fx.Node, old: torch.Tensor) -> torch.Tensor | None:
+        """What a module makes of one tensor that is dense, channels first or last, as a meta tensor."""
         source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
         if not isinstance(source, fx.Node):
             return None
         before, x = source.meta.get("val"), self._meta[source]
-        if not isinstance(before, torch.Tensor) or not isinstance(x, torch.Tensor) or not x.is_contiguous():
+        if not isinstance(before, torch.Tensor) or not isinstance(x, torch.Tensor):
             return None
         module = self._graph_module.get_submodule(str(node.target))
-        rule = _MODULE_RULES.get(ops.semantics(self._graph_module, node).flow)
-        if rule is None or not all(held is None or held.is_contiguous() for held in module._parameters.values()):
-            return None
-        return rule(module, tuple(before.shape), tuple(x.shape), tuple(old.shape))
+        flow = ops.semantics(self._graph_module, node).flow
+        rule, layout = _MODULE_RULES.get(flow), _layout(module, x, old, flow)
+        sizes = None
+        if rule is not None and layout is not None:
+            sizes = rule(module, tuple(before.shape), tuple(x.shape), tuple(old.shape))
+        return None if sizes is None else torch.empty(sizes, dtype=old.dtype, device="meta", memory_format=layout)
 
     def _on_meta(self, node: fx.Node, old: Any) -> Any:
         """What a function makes of meta tensors; None if that fails, is of another kind, or of parameters."""
@@ -135,6 +136,25 @@ def _as_meta(value: torch.Tensor) -> torch.Tensor:
     extent = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     whole = torch.empty(offset + extent + 1, dtype=value.dtype, device="meta")
     return whole.as_strided(value.shape, value.stride(), offset)
+
+
+def _layout(module: nn.Module, x: torch.Tensor, old: torch.Tensor, flow: str) -> torch.memory_format | None:
+    """The order in memory of a result: that of the input, if the result had it before; None where it is not plain."""
+    if x.is_contiguous():
+        held = [one for one in module._parameters.values() if one is not None]
+        return torch.contiguous_format if all(map(_is_plain, (x, old, *held))) else None
+    last = torch.channels_last
+    dense = x.dim() == old.dim() == 4 and x.is_contiguous(memory_format=last) and old.is_contiguous(memory_format=last)
+    return last if dense and flow in _KEEPS_LAST and not old.is_contiguous() else None
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    """Whether strides are those of a fresh tensor, of dimensions of one index too: they tell an order as well."""
+    expected, strides = 1, []
+    for size in reversed(value.shape):
+        strides.append(expected)
+        expected *= max(int(size), 1)
+    return value.stride() == tuple(reversed(strides))
 
 
 def _is_pure(node: fx.Node) -> bool:

@@ -101,6 +101,11 @@ WIRINGS: dict[str, Wiring] = {
         (5, 3),
         {"a": nn.Linear(3, 24), "b": nn.Linear(8, 4)},
     ),
+    "a gate of channels last": (
+        lambda m, x: m.b(m.a(x) * m.up(m.down(m.pool(m.a(x))).relu()).sigmoid()),
+        (3, 4, 4),
+        {**HALF, "pool": nn.AdaptiveAvgPool2d(1), "down": conv(8, 2), "up": conv(2, 8)},
+    ),
     "a model of channels last": (lambda m, x: m.b(m.a(x).relu()), (3, 4, 4), HALF),
 }
 
@@ -110,7 +115,7 @@ def test_wirings(wiring: str) -> None:
     forward, size, layers = WIRINGS[wiring]
     extra = {"scale": nn.BatchNorm2d(8)} if "parameter" in wiring else {}
     model = Calls(forward, **layers, **extra).eval()
-    if wiring == "a model of channels last":
+    if wiring.endswith("of channels last"):
         model = model.to(memory_format=torch.channels_last)
     gm = trace(model, torch.randn(2, *size))
     assert len(PruneChannels().search_space(gm))
