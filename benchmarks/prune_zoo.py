@@ -5,7 +5,8 @@ Every network keeps 50% of the units of every channel group (``SearchSpace.unifo
 - has fewer parameters,
 - runs at a batch size other than the example's,
 - computes what the same policy by masks computes: within 1e-4 of the largest output in float32, 1e-10 in float64
-  (where the network computes in float64: some fix single precision in their code),
+  (where the network computes in float64: some fix single precision in their code). A network that puts values back to
+  where a maximum was is judged in float64 alone: two pixels that differ in the last bit change places in float32,
 - takes one training step that moves its weights and leaves them finite,
 - is exported to ONNX, loaded in onnxruntime and agrees there with the graph.
 
@@ -37,7 +38,7 @@ from torch.utils import _pytree as pytree
 from fxopt.decisions import Policy
 from fxopt.errors import TraceError
 from fxopt.export import export_onnx
-from fxopt.graph import trace
+from fxopt.graph import ops, trace
 from fxopt.graph.edit import own_copy
 from fxopt.passes import PruneChannels
 
@@ -126,6 +127,11 @@ def wide(inputs: torch.Tensor) -> torch.Tensor:
     return inputs.double() if inputs.is_floating_point() else inputs
 
 
+def keeps_places(graph: fx.GraphModule) -> bool:
+    """Whether a graph works with the places of maxima, which rounding moves where two values are all but equal."""
+    return any(ops.semantics(graph, node).flow == "unpool" for node in graph.graph.nodes)
+
+
 def trains(graph: fx.GraphModule, inputs: torch.Tensor) -> bool:
     """Whether one step of gradient descent towards random outputs moves the weights and leaves them finite."""
     model = own_copy(graph).train()
@@ -175,7 +181,8 @@ def check(make: Make) -> dict[str, Any]:
         lines = str(failure).strip().splitlines() or [""]
         return {"right": False, **result, "error": f"{type(failure).__name__}: {lines[0]}"[:300]}
     del result["stage"]
-    right = result["kept_parameters"] < 1 and result["trains"] and result["difference"] <= SINGLE
+    single = result["difference"] <= SINGLE or keeps_places(graph)
+    right = result["kept_parameters"] < 1 and result["trains"] and single
     exact = (result["difference_double"] or 0.0) <= DOUBLE and result["difference_onnx"] <= EXPORTED
     return {"right": bool(right and exact), **result}
 

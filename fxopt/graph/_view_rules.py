@@ -291,6 +291,10 @@ def expand(flow: Flow, gm: fx.GraphModule, node: fx.Node, reason: str) -> Any:
         return barrier(flow, gm, node, reason)
     size, extent = size_of(node), size_of(source)
     labels: Labels = [None] * (len(size) - len(extent)) + list(flow.labels[source])
+    for dim in range(-len(extent), 0):
+        if extent[dim] != size[dim]:
+            flow.freeze(labels[dim], reason)
+            labels[dim] = None
     if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)):
         _count_sizes(flow, node, labels, reason)
     return labels

@@ -44,6 +44,15 @@ def test_channels_pass(name: str) -> None:
     assert (decision.site, result.get_submodule("b").in_channels) == ("a", 4)
 
 
+def test_one_head_that_is_stretched_beside_several() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        one, several = m.a(x).view(x.shape[0], 1, 4, 4, 4), m.c(x).view(x.shape[0], 3, 4, 4, 4)
+        return m.b((one.expand(-1, 3, -1, -1, -1) + several).flatten(1, 2))
+
+    gm, inputs = prepared(Wired(forward, a=nn.Conv2d(3, 4, 1), c=nn.Conv2d(3, 12, 1), b=nn.Conv2d(12, 2, 1)), 3, 4, 4)
+    assert pruned(gm, inputs, PruneChannels().search_space(gm).uniform(0.5)).get_submodule("b").in_channels == 6
+
+
 def test_slopes_of_prelu_as_a_function_follow() -> None:
     layers = {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(6, 2, 1), "slopes": nn.Parameter(torch.rand(6))}
     gm, inputs = prepared(Wired(lambda m, x: m.b(F.prelu(m.a(x), m.slopes)), **layers), 3, 4, 4)
