@@ -28,14 +28,18 @@ _UNIFORM_STEPS = 20
 _LEAST_NOISE = 0.01
 _REDRAWS = 4
 _WIDER = 2.0
+_EXPLORED = 0.4
 
 
 class AgentEngine(Engine):
     """An actor that takes the decisions one after the other, and learns from what came of them.
 
-    The first ``warmup`` episodes are a few uniform policies and random ones. After that, each action is drawn from a
-    normal distribution around the actor's, truncated to [0, 1], whose width is ``noise`` times ``decay`` to the power
-    of the episodes since. If that leads to a policy that was proposed before, it is drawn again, wider.
+    The first ``warmup`` episodes are a few uniform policies and others: without a constraint random ones, with one
+    uniform policies of which some decisions are changed, since random policies, brought within a budget, are far from
+    any that is good. After that, some of an episode's actions are drawn from a normal distribution around the actor's,
+    truncated to [0, 1], whose width is ``noise`` times ``decay`` to the power of the episodes since; the others are the
+    actor's own, so that a change of the score can be traced to few decisions. If that leads to a policy that was
+    proposed before, it is drawn again, wider.
 
     Args:
         space: What can be decided.
@@ -207,7 +211,22 @@ class AgentEngine(Engine):
     def _founder(self, episode: int) -> Policy:
         uniform = uniform_policies(self.space, self.constraint, _UNIFORM_STEPS)[: max(1, self.warmup // 4)]
         order = self.rng.permutation(len(self.space))
-        return self._within(uniform[episode] if episode < len(uniform) else self.space.sample(self.rng), order)
+        if episode < len(uniform):
+            return self._within(uniform[episode], order)
+        if self.constraint is None:
+            return self.space.sample(self.rng)
+        row = self.space.encode(self._within(uniform[0]))
+        for j in np.flatnonzero(self._explored_decisions()):
+            moved = self.process.places[j, row[j]] + self.noise * self.rng.standard_normal(self.process.axes)
+            row[j] = self.process.choice(int(j), np.clip(moved, 0.0, 1.0))
+        return self._within(self.space.decode(row), order)
+
+    def _explored_decisions(self) -> npt.NDArray[np.bool_]:
+        """Which decisions an episode takes otherwise than the actor would: some, at least one."""
+        explored = self.rng.random(len(self.space)) < _EXPLORED
+        if len(explored):
+            explored[self.rng.integers(len(explored))] = True
+        return explored
 
     def _explored(self, episode: int) -> Policy:
         if self._warm_start is not None and episode == 0:
@@ -222,9 +241,12 @@ class AgentEngine(Engine):
 
     def _episode(self, noise: float) -> Policy:
         drawn = self.rng.random((len(self.space), self.process.axes))
+        explored = self._explored_decisions()
 
         def act(j: int, state: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
             mean = self.act(state[np.newaxis])[0]
+            if not explored[j]:
+                return np.asarray(mean)
             low, high = ndtr(-mean / noise), ndtr((1.0 - mean) / noise)
             return np.asarray(np.clip(mean + noise * ndtri(low + drawn[j] * (high - low)), 0.0, 1.0))
 

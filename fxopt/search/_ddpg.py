@@ -24,6 +24,7 @@ _LINEARIZED_EVERY = 10
 _CLIP = 4.0
 _RESTORING = 10.0
 _NEARLY = 0.98
+_IMITATIONS = 200
 
 
 class DDPGEngine(AgentEngine):
@@ -40,6 +41,8 @@ class DDPGEngine(AgentEngine):
     - The actor follows the critic's slope along the budget: where its policy costs as much as is allowed, the part of
       the slope that only raises the cost is taken off, so that it learns what to give room to rather than to run into
       the mask. With ``enforce="decrease"`` it does not.
+    - The actor begins as an imitation of the best policy of the warm-up, and the critic that it follows is drawn from
+      those that are possible given the rewards: what is not known of a decision is tried.
     - When the replay is full, the worse half of it is forgotten.
 
     Args:
@@ -125,7 +128,9 @@ class DDPGEngine(AgentEngine):
         if self._told < max(self.warmup, 2):
             return
         if self._market_row is None or self._told % _LINEARIZED_EVERY == 0:
-            self._linearize(self._rows[int(self._rewards[: self._kept].argmax())].tolist())
+            self._linearize(self._best().tolist())
+        if self._told == max(self.warmup, 2) and self._warm_start is None:
+            self._imitate(self._best())
         critic = self._critic()
         for _ in range(self.updates):
             self._update(critic)
@@ -157,12 +162,24 @@ class DDPGEngine(AgentEngine):
         self._rows[: self._kept], self._rewards[: self._kept] = self._rows[better], self._rewards[better]
 
     def _critic(self) -> Interpolated:
-        """What each action adds to the score; far below the middle, one failure is as bad as another."""
+        """A guess at what each action adds to the score; far below the middle, one failure is as bad as another."""
         rewards = self._rewards[: self._kept]
         middle, high = np.quantile(rewards, [0.5, 0.9])
         spread = float(high - middle) or float(rewards.std()) or 1.0
         self._model.fit(self._rows[: self._kept], np.maximum((rewards - middle) / spread, -_CLIP))
-        return Interpolated(self.process.ladders, [table[:, np.newaxis] for table in self._model.worth()])
+        return Interpolated(self.process.ladders, [table[:, np.newaxis] for table in self._model.drawn(self.rng)])
+
+    def _best(self) -> npt.NDArray[np.intp]:
+        return np.asarray(self._rows[int(self._rewards[: self._kept].argmax())])
+
+    def _imitate(self, row: npt.NDArray[np.intp]) -> None:
+        """Teach the actor the actions of a policy, in the states that lead to it."""
+        states = self.process.states(row[np.newaxis])[0].astype(np.float32)
+        wanted = self.process.actions(row[np.newaxis])[0]
+        for _ in range(_IMITATIONS):
+            actions, kept = self._actor.forward(states)
+            away = (actions - wanted) * self.process.used / len(states)
+            self._adam.step(self._actor.backward(kept, away.astype(np.float32))[0])
 
     def _update(self, critic: Interpolated) -> None:
         """One step of the actor up the critic's slope, in the states of some episodes of the replay."""
