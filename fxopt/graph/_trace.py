@@ -20,7 +20,7 @@ from fxopt.graph._inputs import ExampleInputs, normalize
 from fxopt.graph._modes import depends_on_mode, merge_modes
 from fxopt.graph._raise import raise_modules
 from fxopt.graph._regions import inline_regions
-from fxopt.graph.edit import finish
+from fxopt.graph.edit import finish, free_path, insert_get_attr
 from fxopt.graph.shapes import TRACE_META
 from fxopt.graph.verify import verify
 
@@ -127,6 +127,7 @@ def _raised(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
         if node.target in _ASSERTIONS and not node.users:
             gm.graph.erase_node(node)
     gm.graph.eliminate_dead_code()
+    _compute_places(gm)
     for node in gm.graph.nodes:
         if node.target is _aten.item.default or _has_loose_shape(node):
             raise _export.data_dependent(model, node)
@@ -136,6 +137,31 @@ def _raised(gm: fx.GraphModule, model: nn.Module) -> fx.GraphModule:
         raise_modules(gm, model)
     gm.graph.eliminate_dead_code()
     return gm
+
+
+def _compute_places(gm: fx.GraphModule) -> None:
+    """Compute what depends on no input but is as large as some values say: the places of ones in a triangle, say."""
+    fixed: set[fx.Node] = set()
+    places = []
+    for node in gm.graph.nodes:
+        tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+        calls = node.op == "call_function" and torch.Tag.nondeterministic_seeded not in tags
+        if calls and fixed.issuperset(node.all_input_nodes):
+            fixed.add(node)
+            if torch.Tag.dynamic_output_shape in tags:
+                places.append(node)
+    for node in places:
+        held = insert_get_attr(gm, free_path(gm, "places"), _computed(node))
+        held.meta = dict(node.meta)
+        node.replace_all_uses_with(held)
+        gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+
+
+def _computed(node: fx.Node) -> Any:
+    """The value of a node that depends on no input."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), _computed)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _has_loose_shape(node: fx.Node) -> bool:

@@ -64,6 +64,13 @@ ODD: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any]]] = {
         ),
         rows,
     ),
+    "places of a triangle": (
+        lambda: Calls(
+            lambda self, x: self.l(x.index_select(1, torch.ones(2, 2).triu().view(4).nonzero().squeeze(1))),
+            l=nn.Linear(3, 4),
+        ),
+        rows,
+    ),
     "control by shape": (lambda: Calls(by_shape, linear=nn.Linear(4, 4)), rows),
     "fft": (lambda: Calls(lambda self, x: torch.fft.irfft(torch.fft.rfft(self.l(x))), l=nn.Linear(4, 4)), rows),
     "autograd function": (lambda: Calls(lambda self, x: Square.apply(self.l(x)), l=nn.Linear(4, 4)), rows),
