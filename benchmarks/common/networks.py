@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import library, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 IMAGE = (3, 224, 224)
@@ -208,12 +208,12 @@ def declare_torchvision_operators() -> None:
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
-        LIBRARY.append(torch.library.Library("torchvision", "FRAGMENT"))
+        LIBRARY.append(library.Library("torchvision", "FRAGMENT"))
         LIBRARY[-1].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         LIBRARY[-1].define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-LIBRARY: list[torch.library.Library] = []
+LIBRARY: list[library.Library] = []
 
 NETWORKS: dict[str, Network] = {
     **{f"pytorchcv:{name}": of_pytorchcv(name, module) for name, module in PYTORCHCV.items()},
