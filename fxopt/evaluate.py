@@ -412,8 +412,7 @@ def _findings(one: Quantize, has_data: bool) -> Findings:
     """What trials find of the graph they all quantize."""
     if not one.rounding or not has_data:
         return Findings()
-    how = RoundWeights()
-    return Findings(Reconstruction(False, how.samples, how.rows, how.ridge, how.most_unknowns, seed=one.seed))
+    return Findings(RoundWeights(seed=one.seed).moments)
 
 
 _GRAPHS: dict[str, fx.GraphModule] = {}

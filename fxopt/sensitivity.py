@@ -23,10 +23,10 @@ from fxopt.errors import DataError, PassError
 from fxopt.graph import eval_mode
 from fxopt.graph.fake_quantize import ActivationQuantizer
 from fxopt.graph.grids import ActivationScheme, WeightScheme
+from fxopt.passes import RoundWeights
 from fxopt.passes._calibrate import feed
 from fxopt.passes._findings import Findings
 from fxopt.passes._fork import fork
-from fxopt.passes._reconstruction import Reconstruction
 
 __all__ = ["sensitivities"]
 
@@ -84,7 +84,7 @@ def sensitivities(
     known = _Known(
         None if cache is None else Path(cache), _digest(graph, (args, kwargs), space, f"{method} {rounding}", seed)
     )
-    findings = Findings(Reconstruction(False, rows=20_000, ridge=1e-2) if rounding else None)
+    findings = Findings(RoundWeights().moments if rounding else None)
     with eval_mode(graph):
         measure: Callable[[str, str, int], float] | None = None
         for decision in space:

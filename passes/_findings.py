@@ -6,9 +6,10 @@ which of them are wanted. A search therefore calibrates once, and a trial quanti
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -25,8 +26,6 @@ __all__ = ["ROUNDED_BITS", "Findings", "Site"]
 
 ROUNDED_BITS = 7
 """Weights of more bits lose nothing by rounding to the nearest."""
-
-_State: TypeAlias = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,18 @@ class Findings:
         self._options = options
         self._tensors: list[torch.Tensor] = []
         self._observed: dict[tuple[str, ...], Any] = {}
-        self._ranges: dict[tuple[tuple[str, ...], int], _State] = {}
+        self._settled: dict[tuple[tuple[str, ...], int], ActivationQuantizer] = {}
         self._layers: dict[tuple[str, int], QuantizedLayer] = {}
         self._moments: dict[str, Moments] = {}
 
-    def begin(self, gm: fx.GraphModule, data: Iterable[Any]) -> None:
+    def begin(self, gm: fx.GraphModule, data: Iterable[Any] | None) -> None:
         """Turn to a float graph: what is known of it is kept, and moments of its layers' inputs are gathered once."""
         tensors = list(gm.state_dict(keep_vars=True).values())
         if len(tensors) == len(self._tensors) and all(a is b for a, b in zip(tensors, self._tensors, strict=True)):
             return
         self._tensors, self.source = tensors, {}
-        self._observed, self._ranges, self._layers, self._moments = {}, {}, {}, {}
-        if self._options is not None:
+        self._observed, self._settled, self._layers, self._moments = {}, {}, {}, {}
+        if self._options is not None and data is not None:
             self._moments = Reconstructor(gm, data, replace(self._options, sequential=False)).moments()
             for site in sparse_sites(gm):  # Their zeros have to stay.
                 self._moments.pop(site, None)
@@ -76,22 +75,25 @@ class Findings:
         """The sites whose values no calibration has seen."""
         return [site for site in sites if site.nodes not in self._observed]
 
-    def settle(self, sites: Sequence[Site], calibrated: bool) -> None:
-        """Take scales from what was observed, now if the sites were ``calibrated``, or before.
+    def learn(self, sites: Sequence[Site], source: Mapping[str, object]) -> None:
+        """Keep what the quantizers at some sites have observed, and in what data."""
+        self.source = source
+        for site in sites:
+            self._observed[site.nodes] = site.quantizer.observed
+
+    def settle(self, sites: Sequence[Site]) -> None:
+        """Take scales and zero points from what was observed at these sites, now or before.
 
         Raises:
             DataError: If no data reached a site, or values that are not finite.
         """
         for site in sites:
             key = (site.nodes, site.quantizer.bits)
-            if key in self._ranges:
-                site.quantizer.load_state_dict(self._ranges[key])
-                continue
-            if calibrated and site.nodes not in self._observed:
-                self._observed[site.nodes] = site.quantizer.observed
-            site.quantizer.observed = self._observed[site.nodes]
-            site.quantizer.settle(site.name)
-            self._ranges[key] = {name: value.clone() for name, value in site.quantizer.state_dict().items()}
+            if key not in self._settled:
+                site.quantizer.observed = self._observed[site.nodes]
+                site.quantizer.settle(site.name)
+                self._settled[key] = copy.deepcopy(site.quantizer)
+            site.quantizer.settle_like(self._settled[key])
 
     def layer(self, module: nn.Module, path: str, bits: tuple[int, int], scheme: WeightScheme) -> QuantizedLayer:
         """The quantized form of a layer; its tensors are shared with all that were asked for at these weight bits."""

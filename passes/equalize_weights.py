@@ -111,10 +111,17 @@ class _Pair:
 
 @dataclass
 class _Held:
-    """A layer and what its weights are divided by: float64, one number an output and one an input channel."""
+    """A layer, the largest weight of each kernel, and what they are to be scaled by, all in float64.
+
+    Attributes:
+        layer: The layer.
+        sizes: Shape (outputs, inputs of a group).
+        outputs: What the weights of each output channel are divided by, shape (outputs,).
+        inputs: What those of each input channel are multiplied with, shape (inputs,).
+    """
 
     layer: Any
-    weight: torch.Tensor
+    sizes: torch.Tensor
     outputs: torch.Tensor
     inputs: torch.Tensor
 
@@ -122,33 +129,28 @@ class _Held:
     def of(cls, layer: Any) -> _Held:
         inputs = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         ones = [torch.ones(count, dtype=torch.float64) for count in (outputs_of(layer), inputs)]
-        return cls(layer, layer.weight.detach().double(), *ones)
-
-    @property
-    def current(self) -> torch.Tensor:
-        """The weight as scaled so far."""
-        return self.weight / along_outputs(self.layer, self.outputs) * along_inputs(self.layer, self.inputs)
+        size = layer.weight.detach().double().abs()
+        return cls(layer, size.flatten(2).amax(2) if size.dim() > 2 else size, *ones)
 
     @property
     def is_changed(self) -> bool:
         return bool((self.outputs != 1.0).any() or (self.inputs != 1.0).any())
 
-    def output_ranges(self) -> torch.Tensor:
-        """The largest weight that makes each channel."""
-        return self.current.abs().flatten(1).amax(1)
-
-    def input_ranges(self) -> torch.Tensor:
-        """The largest weight that reads each channel."""
-        size = self.current.abs().flatten(2) if self.weight.dim() > 2 else self.current.abs()[:, :, None]
-        groups = len(self.inputs) // self.weight.shape[1]
-        return size.amax(2).reshape(groups, -1, self.weight.shape[1]).amax(1).flatten()
+    def ranges(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The largest weight, as scaled so far, that makes each output channel, and that reads each input channel."""
+        width = self.sizes.shape[1]
+        groups = len(self.inputs) // width
+        rows = self.inputs.reshape(groups, 1, width).expand(-1, len(self.sizes) // groups, -1)
+        scaled = self.sizes.reshape(groups, -1, width) * rows / self.outputs.reshape(groups, -1, 1)
+        return scaled.amax(2).flatten(), scaled.amax(1).flatten()
 
     def scaled(self) -> nn.Module:
         """A copy of the layer with scaled parameters; it remembers the moments of its outputs, scaled too."""
         bias = self.layer.bias
         new = None if bias is None else (bias.detach().double() / self.outputs).to(bias.dtype)
-        weight = self.current.to(self.layer.weight.dtype)
-        made = with_parameters(self.layer, weight, new, bias is not None and bias.requires_grad)
+        old = self.layer.weight.detach()
+        weight = old.double() / along_outputs(self.layer, self.outputs) * along_inputs(self.layer, self.inputs)
+        made = with_parameters(self.layer, weight.to(old.dtype), new, bias is not None and bias.requires_grad)
         moments = self.layer.__dict__.get(OUTPUT_MOMENTS)
         if moments is not None:
             made.__dict__[OUTPUT_MOMENTS] = tuple((one.double() / self.outputs).to(one.dtype) for one in moments)
@@ -157,8 +159,8 @@ class _Held:
 
 def _equalize(first: _Held, second: _Held, repeats: int) -> float:
     """Bring the ranges of one pair together; how far the largest logarithm of a scale moved."""
-    made = first.output_ranges()
-    read = second.input_ranges().reshape(-1, repeats).amax(1)
+    made = first.ranges()[0]
+    read = second.ranges()[1].reshape(-1, repeats).amax(1)
     known = (made > 0) & (read > 0)
     ratio = torch.where(known, made, torch.ones_like(made)) / torch.where(known, read, torch.ones_like(read))
     before = first.outputs

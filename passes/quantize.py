@@ -138,7 +138,7 @@ class Quantize(TunablePass):
         check_sharing(graph_module, chosen)
         inputs = {path: activation for path, (_, activation) in chosen.items() if activation != FLOAT_BITS}
         findings = self.findings or Findings()
-        findings.begin(graph_module, self._data(graph_module))
+        findings.begin(graph_module, self.calibration)
         _split_silu(graph_module, inputs)
         sites = _insert(graph_module, place(graph_module, inputs), self.activations)
         graph_module.recompile()
@@ -171,19 +171,14 @@ class Quantize(TunablePass):
     def _decisions(self, gm: fx.GraphModule) -> list[Decision]:
         return [decide(gm, node, index) for index, node in enumerate(layers(gm))]
 
-    def _data(self, gm: fx.GraphModule) -> Iterable[Any]:
-        if self.calibration is not None:
-            return self.calibration
-        return [synthetic_batch(gm, torch.Generator().manual_seed(self.seed))]
-
     def _calibrate(self, gm: fx.GraphModule, sites: list[Site], findings: Findings) -> None:
         if not sites:
             gm.meta[CALIBRATION_META] = {"source": "none: weights alone are quantized", "batches": 0, "samples": 0}
             return
         unseen = findings.unseen(sites)
         if unseen:
-            findings.source = self._observe(gm)
-        findings.settle(sites, calibrated=bool(unseen))
+            findings.learn(unseen, self._observe(gm))
+        findings.settle(sites)
         gm.meta[CALIBRATION_META] = dict(findings.source)
 
     def _observe(self, gm: fx.GraphModule) -> dict[str, object]:
@@ -191,7 +186,8 @@ class Quantize(TunablePass):
         count = samples = known = 0
         with torch.no_grad(), eval_mode(gm), observing(gm):
             if self.calibration is None:
-                args, kwargs = feed(gm, next(iter(self._data(gm))), "The synthetic batch")
+                generator = torch.Generator().manual_seed(self.seed)
+                args, kwargs = feed(gm, synthetic_batch(gm, generator), "The synthetic batch")
                 with as_normalized(gm) as known:
                     gm(*args, **kwargs)
             else:

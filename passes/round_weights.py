@@ -17,6 +17,7 @@ from fxopt.passes._calibrate import synthetic_batch
 from fxopt.passes._fork import fork
 from fxopt.passes._layer_walk import Leaves, Values, draw_positions, read_inputs, walk
 from fxopt.passes._least_squares import Moments, input_rows, output_rows, positions_of
+from fxopt.passes._reconstruction import Reconstruction
 from fxopt.passes._rounding import can_be_rounded, rounded_layer
 from fxopt.passes.base import Pass, PassResult
 
@@ -99,8 +100,16 @@ class RoundWeights(Pass):
             PassError: If one is not.
         """
         del graph_module
-        if min(self.samples, self.rows, self.most_unknowns) < 1 or not 0.0 <= self.ridge < float("inf"):
-            raise PassError("samples, rows and most_unknowns have to be at least 1, and ridge finite, not negative.")
+        counts = (self.samples, self.rows, self.most_unknowns, self.most_bits)
+        if min(counts) < 1 or not 0.0 <= self.ridge < float("inf"):
+            raise PassError(
+                "samples, rows, most_unknowns and most_bits have to be at least 1, and ridge finite, not negative."
+            )
+
+    @property
+    def moments(self) -> Reconstruction:
+        """The same options for moments of the float graph, which are gathered for all layers at once."""
+        return Reconstruction(False, self.samples, self.rows, self.ridge, self.most_unknowns, seed=self.seed)
 
     def _gather(
         self, gm: fx.GraphModule, layers: dict[str, fx.Node], leaves: list[Leaves]

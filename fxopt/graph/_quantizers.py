@@ -151,6 +151,11 @@ class ActivationQuantizer(_Quantizer):
             self._histogram = None
         self.set_range(low, high, site)
 
+    def settle_like(self, other: ActivationQuantizer) -> None:
+        """Take scale, zero point and observed range of another quantizer that has settled."""
+        self.load_state_dict(other.state_dict())
+        self._histogram = None
+
     @torch.no_grad()
     def set_range(self, low: float, high: float, site: str = "an activation") -> None:
         """Take scale and zero point from a range, which is widened to hold zero. A range of zeros gets scale 1.

@@ -129,5 +129,12 @@ def test_bad_data_and_options_are_refused() -> None:
         RoundWeights(calibration=[])(quantized)
     with pytest.raises(DataError, match="NaN"):
         RoundWeights(calibration=torch.full((2, 3, 6, 6), float("nan")))(quantized)
-    with pytest.raises(PassError, match="at least 1"):
-        RoundWeights(samples=0)(quantized)
+    for options in ({"samples": 0}, {"rows": 0}, {"most_unknowns": 0}, {"most_bits": 0}, {"ridge": -1.0}):
+        with pytest.raises(PassError, match="at least 1"):
+            RoundWeights(**options)(quantized)  # type: ignore[arg-type]
+
+
+def test_layers_of_more_bits_are_left() -> None:
+    _, quantized = graphs((8, 8))
+    assert RoundWeights(images())(quantized).modified
+    assert not RoundWeights(images(), most_bits=7)(quantized).modified
