@@ -14,11 +14,10 @@ at the end is everything in the file.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from common.output import finish, progress
+from common.output import finish
+from common.parts import Parts
 from common.pruning import LEARNING_RATES, Experiment, Setting
 
 from fxopt.evaluate import accuracy
@@ -42,27 +42,6 @@ MEANS = (
     "search_cpu_s",
     "engine_cpu_s",
 )
-
-
-class Parts:
-    """Results so far, a line of a file each."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path is not None and path.is_file() else []
-        self.done: list[dict[str, Any]] = [json.loads(line) for line in lines]
-
-    def add(self, key: dict[str, Any], make: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-        """The result of a key, made unless it is there."""
-        for one in self.done:
-            if all(one.get(name) == value for name, value in key.items()):
-                return one
-        self.done.append({**key, **make(*args)})
-        progress(json.dumps(self.done[-1]))
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.done[-1]) + "\n")
-        return self.done[-1]
 
 
 def recoveries(run: Experiment) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -45,6 +46,8 @@ def sensitivities(
     *,
     method: Method = "mse",
     rounding: bool = False,
+    weights: WeightScheme = _WEIGHTS,
+    activations: ActivationScheme = _ACTIVATIONS,
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> list[list[float]]:
@@ -61,6 +64,8 @@ def sensitivities(
             passes in all. Outputs that are no class scores take half their squared error in its place.
         rounding: Whether weights are rounded as ``Quantize(rounding=True)`` does, by the moments of their inputs in the
             batch, and not to the nearest. Losses of few bits are then much smaller.
+        weights: The grids of weights, as for ``Quantize``; by default those of least error.
+        activations: The same for the inputs of layers.
         cache: A JSON file that keeps what was measured, layer by layer; the same call goes on there.
         seed: Seed of the random signs.
 
@@ -81,19 +86,18 @@ def sensitivities(
         )
     graph = fork(gm)
     args, kwargs = feed(graph, batch, "The batch")
-    known = _Known(
-        None if cache is None else Path(cache), _digest(graph, (args, kwargs), space, f"{method} {rounding}", seed)
-    )
-    findings = Findings(RoundWeights().moments if rounding else None)
+    grids = _Grids(Findings(RoundWeights().moments if rounding else None), weights, activations)
+    terms = f"{method} {rounding} {weights} {activations}"
+    known = _Known(None if cache is None else Path(cache), _digest(graph, (args, kwargs), space, terms, seed))
     with eval_mode(graph):
         measure: Callable[[str, str, int], float] | None = None
         for decision in space:
             if decision.site in known.losses:
                 continue
             if measure is None:
-                findings.begin(graph, [(args, kwargs)])
+                grids.findings.begin(graph, [(args, kwargs)])
                 kind = _Curvature if method == "hessian" else _Measured
-                measure = kind(graph, args, kwargs, [one.site for one in space], method, seed, findings).loss
+                measure = kind(graph, args, kwargs, [one.site for one in space], method, seed, grids).loss
             found = {}
             for part, bits in _asked(decision):
                 loss = measure(decision.site, part, bits)
@@ -154,27 +158,35 @@ def _digest(gm: fx.GraphModule, inputs: Any, space: SearchSpace, method: str, se
     return found.hexdigest()[:16]
 
 
-def _held(findings: Findings, module: nn.Module, site: str, bits: int) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """A layer's weight on a grid, and the bias that goes with it."""
-    layer: Any = findings.layer(module, site, (bits, FLOAT_BITS), _WEIGHTS)
-    return nn.Parameter(layer.weight_quantizer(layer.weight).detach(), requires_grad=False), layer.bias
+@dataclass(frozen=True)
+class _Grids:
+    """How weights and inputs are put on grids."""
 
+    findings: Findings
+    weights: WeightScheme
+    activations: ActivationScheme
 
-def _held_input(x: torch.Tensor, bits: int) -> torch.Tensor:
-    quantizer = ActivationQuantizer(bits, _ACTIVATIONS).to(x.device)
-    quantizer.observe(x)
-    quantizer.settle("an input")
-    return quantizer(x.detach())  # type: ignore[no-any-return]
+    def weight(self, module: nn.Module, site: str, bits: int) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """A layer's weight on a grid, and the bias that goes with it."""
+        layer: Any = self.findings.layer(module, site, (bits, FLOAT_BITS), self.weights)
+        return nn.Parameter(layer.weight_quantizer(layer.weight).detach(), requires_grad=False), layer.bias
+
+    def input(self, x: torch.Tensor, bits: int) -> torch.Tensor:
+        """A layer's input on a grid."""
+        quantizer = ActivationQuantizer(bits, self.activations).to(x.device)
+        quantizer.observe(x)
+        quantizer.settle("an input")
+        return quantizer(x.detach())  # type: ignore[no-any-return]
 
 
 class _Measured:
     """Runs the graph once and keeps all values; a change runs again what depends on it."""
 
     def __init__(
-        self, gm: fx.GraphModule, args: Any, kwargs: Any, sites: list[str], method: str, seed: int, findings: Findings
+        self, gm: fx.GraphModule, args: Any, kwargs: Any, sites: list[str], method: str, seed: int, grids: _Grids
     ) -> None:
         del sites, seed
-        self._gm, self._method, self._findings = gm, method, findings
+        self._gm, self._method, self._grids = gm, method, grids
         self._interpreter = fx.Interpreter(gm, garbage_collect_values=False)
         leaves = pytree.tree_leaves((args, kwargs))
         with torch.no_grad():
@@ -196,7 +208,7 @@ class _Measured:
         self._interpreter.env = dict(self._values)
         try:
             if part == "weight":
-                module.weight, module.bias = _held(self._findings, module, site, bits)
+                module.weight, module.bias = self._grids.weight(module, site, bits)
             for node in self._gm.graph.nodes:
                 if node not in changed and not any(source in changed for source in node.all_input_nodes):
                     continue
@@ -204,7 +216,7 @@ class _Measured:
                 source = node.all_input_nodes[0]
                 exact = self._interpreter.env[source]
                 if part == "input" and node in calls:
-                    self._interpreter.env[source] = _held_input(exact, bits)
+                    self._interpreter.env[source] = self._grids.input(exact, bits)
                 found = self._interpreter.run_node(node)
                 self._interpreter.env[source] = exact
                 self._interpreter.env[node] = found
@@ -237,10 +249,10 @@ class _Curvature:
     """The mean diagonal of the Hessian for every weight and every input of a layer."""
 
     def __init__(
-        self, gm: fx.GraphModule, args: Any, kwargs: Any, sites: list[str], method: str, seed: int, findings: Findings
+        self, gm: fx.GraphModule, args: Any, kwargs: Any, sites: list[str], method: str, seed: int, grids: _Grids
     ) -> None:
         del method
-        self._gm, self._findings = gm, findings
+        self._gm, self._grids = gm, grids
         self._inputs: dict[str, torch.Tensor] = {}
         modules: dict[str, Any] = {site: gm.get_submodule(site) for site in sites}
         handles = [module.register_forward_pre_hook(self._note(site)) for site, module in modules.items()]
@@ -270,9 +282,9 @@ class _Curvature:
         module: Any = self._gm.get_submodule(site)
         exact = module.weight if part == "weight" else self._inputs[site].detach()
         if part == "weight":
-            found: torch.Tensor = _held(self._findings, module, site, bits)[0]
+            found: torch.Tensor = self._grids.weight(module, site, bits)[0]
         else:
-            found = _held_input(exact, bits)
+            found = self._grids.input(exact, bits)
         return 0.5 * max(self._mean[part, site], 0.0) * float((found - exact).square().sum())
 
     def _note(self, site: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:

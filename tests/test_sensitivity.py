@@ -58,11 +58,12 @@ def test_fewer_bits_lose_more_and_floats_nothing(method: Any) -> None:
 
 
 @pytest.mark.parametrize("site", ["a", "b", "c"])
-def test_a_weight_loses_what_the_whole_network_with_it_does(site: str) -> None:
+@pytest.mark.parametrize("method", ["mse", "kmeans"])
+def test_a_weight_loses_what_the_whole_network_with_it_does(site: str, method: Any) -> None:
     gm, space, x = made()
-    table = sensitivities(gm, space, x)[[decision.site for decision in space].index(site)]
+    table = sensitivities(gm, space, x, weights=WeightScheme(method))[[decision.site for decision in space].index(site)]
     twin, _, _ = made()
-    twin.set_submodule(site, quantize_layer(twin.get_submodule(site), 4, scheme=WeightScheme("mse")))
+    twin.set_submodule(site, quantize_layer(twin.get_submodule(site), 4, scheme=WeightScheme(method)))
     with torch.no_grad():
         wanted, found = gm(x), twin(x)
     expected = float((found - wanted).square().sum() / wanted.square().sum())
