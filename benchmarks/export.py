@@ -1,8 +1,12 @@
 """Measure what quantization and export do to real architectures; print JSON.
 
 Weights are random and batch norms estimated on noise, so differences rank nothing but rounding: the figures of interest
-are sizes, times and how many of the file's integers differ from the graph's. ``speedup`` is the median, over rounds in
-which both files run in turn, of float time by 8-bit time.
+are sizes, times and how many of the file's integers differ from the graph's.
+
+Four files run in turn, round by round: the graph in floats, all layers in 8 bits, the layers that ``fastest_bits``
+chooses, and the float file quantized by onnxruntime's own static quantization (QDQ, by channel, unsigned activations,
+signed weights, its own pre-processing, the same calibration data). ``speedup`` of each is the median over the rounds
+of float time by its time.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from common.output import finish, progress
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxopt.export import export_onnx, host_fingerprint, measure
+from fxopt.export import Timing, export_onnx, fastest_bits, host_fingerprint, measure
 from fxopt.graph import trace
 from fxopt.passes import FoldBatchNorm, Quantize
 
@@ -47,6 +51,44 @@ def timed(results: dict[str, Any], name: str, call: Any) -> Any:
     return found
 
 
+class _Reader:
+    """Calibration data as onnxruntime's quantizer reads it: one batch after another, then None."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self._batches = iter([{"x": images.numpy()} for images in data.split(1)])
+
+    def get_next(self) -> dict[str, Any] | None:
+        return next(self._batches, None)
+
+
+def by_onnxruntime(source: Path, folder: Path, data: torch.Tensor) -> Path:
+    """What onnxruntime's own static quantization makes of a float file."""
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    ready, made = folder / "preprocessed.onnx", folder / "onnxruntime.onnx"
+    quant_pre_process(str(source), str(ready))
+    quantize_static(
+        str(ready),
+        str(made),
+        _Reader(data),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    return made
+
+
+def figures(timing: Timing) -> dict[str, Any]:
+    """Milliseconds, and float time by this one's with quartiles."""
+    return {
+        "ms": round(1e3 * timing.median_s, 3),
+        "speedup": round(1 / timing.ratio, 3),
+        "speedup_quartiles": [round(1 / timing.ratio_q75, 3), round(1 / timing.ratio_q25, 3)],
+    }
+
+
 def run(name: str, size: int, rounds: int, threads: int, folder: Path) -> dict[str, Any]:
     model, example = settled(name, size), torch.randn(2, 3, size, size)
     results: dict[str, Any] = {}
@@ -56,15 +98,19 @@ def run(name: str, size: int, rounds: int, threads: int, folder: Path) -> dict[s
     int8 = timed(results, "quantize", lambda: Quantize(calibration=data)(folded).graph_module)
     whole = timed(results, "export_float", lambda: export_onnx(folded, folder / "float.onnx", example))
     packed = timed(results, "export_int8", lambda: export_onnx(int8, folder / "int8.onnx", example))
-    speed = measure(packed.path, runs=rounds, threads=threads, peers=[whole.path])
-    peer = speed.peers[0]
+    fastest = timed(results, "fastest_bits", lambda: fastest_bits(graph, example, threads=threads))
+    mixed = Quantize(fastest.policy, calibration=data)(folded).graph_module
+    best = export_onnx(mixed, folder / "fastest.onnx", example)
+    peer = timed(results, "onnxruntime", lambda: by_onnxruntime(whole.path, folder, data))
+    speed = measure(whole.path, runs=rounds, threads=threads, peers=[packed.path, best.path, peer])
+    names = ("int8", "fastest", "onnxruntime")
     return results | {
-        "float_ms": round(1e3 * peer.median_s, 3),
-        "int8_ms": round(1e3 * speed.median_s, 3),
-        "speedup": round(peer.ratio, 3),
-        "speedup_quartiles": [round(peer.ratio_q25, 3), round(peer.ratio_q75, 3)],
+        "float_ms": round(1e3 * speed.median_s, 3),
+        **{name: figures(timing) for name, timing in zip(names, speed.peers, strict=True)},
+        "fastest_quantizes": [sum(bits == (8, 8) for bits in fastest.policy.values()), len(fastest.policy)],
         "float_bytes": whole.file_bytes,
         "int8_bytes": packed.file_bytes,
+        "fastest_bytes": best.file_bytes,
         "shrink": round(whole.file_bytes / packed.file_bytes, 3),
         "integer_nodes": packed.integer_nodes,
         "float_nodes": packed.float_nodes,
