@@ -144,14 +144,13 @@ class Setting:
             able = self._target.capabilities
         elif self.codebooks:
             able = Capabilities({"*": tuple((w, FLOAT_BITS) for w in range(1, 9))})
-        self.space = SearchSpace(
-            replace(one, choices=tuple(pair for pair in one.choices if self._is_wanted(pair)), default=one.choices[0])
-            for one in Quantize().search_space(network.gm, able)
-        )
+        self.space = SearchSpace(self._wanted(one) for one in Quantize().search_space(network.gm, able))
         self._workload = lower(network.gm, batch=self._target.capabilities.batch)
 
-    def _is_wanted(self, pair: Choice) -> bool:
-        return isinstance(pair, tuple) and (self.codebooks or max(pair) < FLOAT_BITS)
+    def _wanted(self, decision: Decision) -> Decision:
+        """The decision without choices that losses are not measured for."""
+        kept = tuple(pair for pair in decision.choices if self.codebooks or set(pair) <= set(WIDTHS))  # type: ignore[arg-type]
+        return replace(decision, choices=kept, default=kept[-1])
 
     def uniform(self, bits: int) -> Policy:
         """The same bits everywhere, or the nearest that a layer has."""

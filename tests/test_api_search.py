@@ -16,22 +16,9 @@ from fxopt.errors import (
     JournalError,
     SearchError,
 )
-from tests.optimizing import DATA, half_right, make_net, optimize, outcome
+from tests.optimizing import DATA, Stopping, half_right, make_net, optimize, outcome
 
 # Interrupted, and gone on with.
-
-
-class Stopping:
-    """Judges as :func:`half_right`, and is stopped by Ctrl-C at one of its calls."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.calls, self.at = 0, at
-
-    def __call__(self, module: nn.Module) -> float:
-        self.calls += 1
-        if self.calls == self.at:
-            raise KeyboardInterrupt
-        return half_right(module)
 
 
 def searched(folder: Path, judge: Callable[[nn.Module], float], **options: Any) -> OptimizationResult:

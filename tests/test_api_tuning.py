@@ -13,7 +13,7 @@ import fxopt
 from fxopt.api import OptimizationResult
 from fxopt.errors import DataError, FxoptError, UnknownNameError
 from fxopt.training import Distillation, EarlyStop, FineTuning
-from tests.optimizing import DATA, EXAMPLE, half_right, make_net, optimize, outcome
+from tests.optimizing import DATA, EXAMPLE, Stopping, half_right, make_net, optimize, outcome
 
 
 def tuned(how: FineTuning | None, **options: Any) -> OptimizationResult:
@@ -71,26 +71,16 @@ def test_a_loss_of_ones_own_learns_from_a_teacher_when_asked_to() -> None:
 
 
 def test_an_interrupted_fine_tuning_goes_on(tmp_path: Path) -> None:
-    class Stopping:
-        def __init__(self, at: int) -> None:
-            self.calls, self.at = 0, at
-
-        def __call__(self, module: nn.Module) -> float:
-            self.calls += 1
-            if self.calls == self.at:
-                raise KeyboardInterrupt
-            return half_right(module)
-
     how = FineTuning(distillation=Distillation(attention=1.0), early_stop=EarlyStop(patience=2))
     options: dict[str, Any] = {"val": None, "epochs": 4}
-    whole = tuned(how, **options, evaluate=Stopping(0), workdir=tmp_path / "whole")
+    whole = tuned(how, **options, evaluate=Stopping(), workdir=tmp_path / "whole")
     # The original, two trials, the best again, the cut model: the sixth call is after the first epoch.
-    counted = Stopping(0)
+    counted = Stopping()
     tuned(how, **options, evaluate=counted, workdir=tmp_path / "count")
     with pytest.raises(KeyboardInterrupt):
         tuned(how, **options, evaluate=Stopping(counted.calls - 2), workdir=tmp_path / "cut")
     assert list((tmp_path / "cut").glob("fine-tune*"))
-    assert outcome(tuned(how, **options, evaluate=Stopping(0), workdir=tmp_path / "cut")) == outcome(whole)
+    assert outcome(tuned(how, **options, evaluate=Stopping(), workdir=tmp_path / "cut")) == outcome(whole)
 
 
 @pytest.mark.parametrize(

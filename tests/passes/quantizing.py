@@ -13,21 +13,9 @@ from fxopt.decisions import Policy
 from fxopt.graph import trace
 from fxopt.graph.fake_quantize import ActivationQuantizer
 from fxopt.passes import Quantize
+from tests.wiring import Wired
 
 IMAGE = (2, 3, 8, 8)
-
-
-class Wired(nn.Module):
-    """Layers by name, wired by a function."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.wiring = forward
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.wiring(self, x)
 
 
 def conv(inputs: int = 3, outputs: int = 3, **options: Any) -> nn.Conv2d:

@@ -17,6 +17,7 @@ from fxopt.graph import edit, trace
 from fxopt.passes import Canonicalize, FoldBatchNorm, Pipeline
 from fxopt.testing import assert_equivalent
 from tests.strategies import BLOCKS, Cnn, cnns, randomize_statistics, traced
+from tests.wiring import Wired
 
 EXACT = 1e-10
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -153,17 +154,8 @@ def test_no_running_statistics_are_refused() -> None:
     assert not FoldBatchNorm()(gm).modified
 
 
-class Wired(nn.Module):
-    """A convolution and a norm, wired by a function."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
-        self.norm2 = nn.BatchNorm2d(3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(self, x)
+def wired(function: Callable[..., Any]) -> Wired:
+    return Wired(function, conv=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3), norm2=nn.BatchNorm2d(3))
 
 
 def test_another_reader_between_is_refused() -> None:
@@ -171,11 +163,11 @@ def test_another_reader_between_is_refused() -> None:
         y = m.conv(x)
         return m.norm(y) + y
 
-    refuses(Wired(function), "is also read by 'add'", 3, 4, 4)
+    refuses(wired(function), "is also read by 'add'", 3, 4, 4)
 
 
 def test_a_reader_of_the_shape_alone_is_no_reader() -> None:
-    gm, example = prepared(Wired(lambda m, x: m.norm(m.conv(x)).reshape(x.shape[0], -1)), 3, 4, 4)
+    gm, example = prepared(wired(lambda m, x: m.norm(m.conv(x)).reshape(x.shape[0], -1)), 3, 4, 4)
     (conv,) = gm.graph.find_nodes(op="call_module", target="conv")
     (batch,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
     again = edit.insert_function(gm, torch.ops.aten.sym_size.int, conv, (conv, 0))
@@ -198,15 +190,15 @@ def test_folding_rounds_once() -> None:
 
 
 def test_an_operation_between_is_refused() -> None:
-    refuses(Wired(lambda m, x: m.norm(torch.relu(m.conv(x)))), "before it is relu", 3, 4, 4)
+    refuses(wired(lambda m, x: m.norm(torch.relu(m.conv(x)))), "before it is relu", 3, 4, 4)
 
 
 def test_a_layer_called_twice_is_refused() -> None:
-    refuses(Wired(lambda m, x: m.norm(m.conv(m.conv(x)))), "'conv' is called more than once", 3, 4, 4)
+    refuses(wired(lambda m, x: m.norm(m.conv(m.conv(x)))), "'conv' is called more than once", 3, 4, 4)
 
 
 def test_a_norm_called_twice_folds_where_it_can() -> None:
-    gm, example = prepared(Wired(lambda m, x: m.norm(torch.relu(m.norm(m.conv(x))))), 3, 4, 4)
+    gm, example = prepared(wired(lambda m, x: m.norm(torch.relu(m.norm(m.conv(x))))), 3, 4, 4)
     result = FoldBatchNorm()(gm)
     assert result.modified
     assert norms(result.graph_module) == ["norm"]
@@ -216,18 +208,18 @@ def test_a_norm_called_twice_folds_where_it_can() -> None:
 
 
 def test_tied_weights_are_refused() -> None:
-    module = Wired(lambda m, x: m.norm(m.conv(x)) + m.other(x))
+    module = wired(lambda m, x: m.norm(m.conv(x)) + m.other(x))
     module.other = nn.Conv2d(3, 3, 1)
     module.other.weight = module.conv.weight
     refuses(module, "shares a parameter with 'other.weight'", 3, 4, 4)
 
 
 def test_a_weight_that_is_also_read_directly_is_refused() -> None:
-    refuses(Wired(lambda m, x: m.norm(m.conv(x)) * m.conv.bias.sum()), "is also read directly", 3, 4, 4)
+    refuses(wired(lambda m, x: m.norm(m.conv(x)) * m.conv.bias.sum()), "is also read directly", 3, 4, 4)
 
 
 def test_statistics_that_are_also_read_directly_are_refused() -> None:
-    refuses(Wired(lambda m, x: m.norm(m.conv(x)) + m.norm.running_mean.sum()), "is also read directly", 3, 4, 4)
+    refuses(wired(lambda m, x: m.norm(m.conv(x)) + m.norm.running_mean.sum()), "is also read directly", 3, 4, 4)
 
 
 def test_a_norm_over_another_dimension_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from fxopt.graph import trace
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize
 from fxopt.testing import assert_equivalent
 from tests.strategies import BLOCKS, Cnn, Transformer, cnns, networks, randomize_statistics, traced
+from tests.wiring import Wired
 
 EXACT = 1e-10
 
@@ -62,19 +62,6 @@ def assert_no_stale_attribute(gm: fx.GraphModule) -> None:
             assert module.running_mean.shape == (module.num_features,)
         if isinstance(module, (_ConvNd, nn.Linear)) and module.bias is not None:
             assert module.bias.shape == (getattr(module, "out_channels", None) or module.out_features,)
-
-
-class Wired(nn.Module):
-    """Layers by name, wired by a function."""
-
-    def __init__(self, function: Callable[[Any, torch.Tensor], Any], **layers: Any) -> None:
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.function(self, x)
 
 
 # Cutting equals masking.

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.passes import PruneChannels
-from tests.passes.test_prune_channels import Wired, prepared, pruned
+from tests.passes.test_prune_channels import prepared, pruned
+from tests.wiring import Wired
 
 PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "swapped and moved": lambda y: y.swapaxes(1, 3).movedim(3, 1),

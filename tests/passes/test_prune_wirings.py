@@ -17,7 +17,8 @@ from fxopt.decisions import Policy
 from fxopt.graph import trace
 from fxopt.lowering import lower
 from fxopt.passes import PruneChannels
-from tests.passes.test_prune_channels import Wired, prepared, pruned
+from tests.passes.test_prune_channels import prepared, pruned
+from tests.wiring import Wired
 
 Forward = Callable[[Any, Tensor], Tensor]
 Layers = dict[str, nn.Module | nn.Parameter]
