@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxopt import _storage, targets
 from fxopt._arguments import check_weights
-from fxopt._precision import without_slow_integers
+from fxopt._precision import Quickest, not_slower, without_slow_integers
 from fxopt._reporting import metrics_of
 from fxopt._selecting import Selector
 from fxopt.data import Loader
@@ -279,6 +279,47 @@ class Job:
         """Cost of the final graph in every budgeted metric."""
         estimate = self.target.estimate(self._lowered(final).bind())
         return np.array([float(estimate.metric(budget.metric)[0]) for budget in self.budgets])
+
+    def not_slower(
+        self,
+        final: fx.GraphModule,
+        floats: fx.GraphModule,
+        policy: Policy,
+        passes: tuple[TunablePass, ...],
+        train: Loader | None,
+        example_inputs: object,
+        folder: Path | None,
+        show: Progress,
+    ) -> Quickest:
+        """On the machine that is measured, a result that is no slower than the same graph in floats.
+
+        Args:
+            final: What the policy makes.
+            floats: The same before it was quantized.
+            policy: The policy.
+            passes: All passes.
+            train: What to calibrate other bits with.
+            example_inputs: What to measure with.
+            folder: Where the record is kept; None for nowhere.
+            show: Where to tell that it takes a while.
+        """
+        if self.target.name != targets.HOST:
+            return Quickest(final, policy, "")
+        return not_slower(
+            final,
+            floats,
+            policy,
+            space=self.space,
+            passes=passes,
+            example_inputs=example_inputs,
+            calibration=train,
+            allowed=self._within,
+            record=None if folder is None else folder / f"measured-bits-{self.digest_with(policy)}.json",
+            show=show,
+        )
+
+    def _within(self, graph: fx.GraphModule) -> bool:
+        return bool((self.achieved(graph) <= self.limits * (1 + 1e-9)).all())
 
     def check_budget(self, final: fx.GraphModule) -> None:
         """The graph that was built is within the budget, not only the policy that was searched.

@@ -26,6 +26,7 @@ from fxopt._arguments import (
     wanted_objective,
 )
 from fxopt._job import Job, Tuning
+from fxopt._precision import Quickest
 from fxopt._reporting import build_report, changes_in, export_data, notes_on
 from fxopt._selecting import Selector, parted
 from fxopt.data import Loader
@@ -154,7 +155,9 @@ def optimize(
     are within the budget, judged on the data; the best one is applied, fine-tuned and quantized.
 
     Of two policies of equal score the cheaper one wins; see ``fxopt.objectives.BestScore``. For the target ``host`` no
-    layer is quantized that is slower so in onnxruntime on this machine; see ``fxopt.export.fastest_bits``.
+    layer is quantized that is slower so in onnxruntime on this machine (see ``fxopt.export.fastest_bits``), and what
+    comes out is measured against the same graph in floats: if it is slower, the fastest of it, all those layers in 8
+    bits, and floats is taken that the budgets allow, and the report's notes say so.
 
     Args:
         model: The model. It is not changed.
@@ -249,16 +252,8 @@ def optimize(
         detail = f"operators: {len(job.selected)} blocks"
         steps.append(PassLine(selecting.name, detail, after_selection.accuracy, after_selection))
 
-    def between(graph: fx.GraphModule) -> None:
-        cut = [one.name for one in chosen if not isinstance(one, Quantize)]
-        if cut:
-            steps.append(job.step(", ".join(cut), changes_in(job.space, policy), graph, judge))
-        history = tuning.run(graph, job, policy, judge.judge, show)
-        if history is not None:
-            steps.append(job.step("fine-tune", tuning.told(history), graph, judge))
-
-    copy = own_copy(job.graph)
-    final = apply_policy(copy, chosen, policy, calibration=train, reconstruct=reconstruct, between=between).eval()
+    quickest = _built(job, chosen, policy, tuning, judge, reconstruct, example_inputs, steps, show)
+    final, policy = quickest.graph, quickest.policy
     job.check_budget(final)
     source = final.meta.get(CALIBRATION_META, {}).get("source")
     if source is not None and CALIBRATION_META not in job.graph.meta:
@@ -278,11 +273,39 @@ def optimize(
         graph=job.graph,
         search=found,
         score_name=judge.score_name,
-        notes=(*notes_on(train, val, evaluate, found), *job.notes),
+        notes=(*notes_on(train, val, evaluate, found), *job.notes, *filter(None, (quickest.note,))),
         seed=seed,
     )
     _storage.explain_other_weights(final)
     return OptimizationResult(final, job.selected.merged(policy), report, found, everything, example_inputs, job.state)
+
+
+def _built(
+    job: Job,
+    passes: tuple[TunablePass, ...],
+    policy: Policy,
+    tuning: Tuning,
+    judge: Evaluator,
+    reconstruct: bool | Reconstruction,
+    example_inputs: object,
+    steps: list[PassLine],
+    show: Progress,
+) -> Quickest:
+    """The graph that a policy makes, fine-tuned and quantized; what was done on the way goes to ``steps``."""
+    floats: list[fx.GraphModule] = []
+
+    def between(graph: fx.GraphModule) -> None:
+        cut = [one.name for one in passes if not isinstance(one, Quantize)]
+        if cut:
+            steps.append(job.step(", ".join(cut), changes_in(job.space, policy), graph, judge))
+        history = tuning.run(graph, job, policy, judge.judge, show)
+        if history is not None:
+            steps.append(job.step("fine-tune", tuning.told(history), graph, judge))
+        floats.append(graph)
+
+    copy, train = own_copy(job.graph), tuning.train
+    final = apply_policy(copy, passes, policy, calibration=train, reconstruct=reconstruct, between=between).eval()
+    return job.not_slower(final, floats[0], policy, passes, train, example_inputs, tuning.folder, show)
 
 
 def _measured(before: fx.GraphModule, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:
