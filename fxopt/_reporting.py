@@ -90,7 +90,7 @@ def export_data(made: ExportReport) -> dict[str, Any]:
     data["path"] = made.path.name
     data["batches"] = ", ".join(map(str, made.batches))
     data["operators"] = ", ".join(f"{count} {name}" for name, count in made.operators)
-    return data
+    return data | {name: list(data[name]) for name in ("layers", "kernels")}
 
 
 def changes_in(space: SearchSpace, policy: Policy) -> str:

@@ -261,6 +261,37 @@ def optimize(
     tell(result, export, Path(options.out), as_json=as_json)
 
 
+@app.command()
+@guarded()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
+    form: Annotated[str, typer.Option("--format", help="qdq, qdq-native, qonnx or float.")] = "qdq",
+    opset: Annotated[
+        Optional[int],  # noqa: UP045 (read at run time, by typer)
+        typer.Option(help="ONNX opset; by default what the format needs.", show_default=False),
+    ] = None,
+    saved: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder that optimize wrote for this model; by default none.", show_default=False),
+    ] = None,
+    bits: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Bits of weights and activations of all layers, such as 8,8 or 4,32.", show_default=False),
+    ] = None,
+    train: Train = None,
+    inputs: Inputs = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model to an ONNX file, prove it in onnxruntime, and show what runs it there."""
+    from fxopt._cli.exporting import export as write
+    from fxopt._cli.exporting import tell
+
+    with only_json(as_json):
+        made = write(model, out, form=form, opset=opset, saved=saved, bits=bits, train=train, inputs=inputs or ())
+    tell(made, as_json=as_json)
+
+
 @app.command("compare-engines")
 @guarded(resumes=True)
 def compare_engines(

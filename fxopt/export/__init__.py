@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fxopt.export._fastest import FastestBits as FastestBits
     from fxopt.export._fastest import fastest_bits as fastest_bits
     from fxopt.export._forms import Format as Format
+    from fxopt.export._kernels import Kernel as Kernel
+    from fxopt.export._layers import ExportedLayer as ExportedLayer
     from fxopt.export._measure import Measurement as Measurement
     from fxopt.export._measure import Timing as Timing
     from fxopt.export._measure import measure as measure
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "ExportReport": "_export",
+    "ExportedLayer": "_layers",
     "FastestBits": "_fastest",
     "Format": "_forms",
+    "Kernel": "_kernels",
     "Measurement": "_measure",
     "OnnxModule": "_module",
     "Timing": "_measure",

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
 from fxopt._files import replacing
 from fxopt.errors import ExportError
+from fxopt.export._clock import interleave, runner
 from fxopt.export._forms import IR_VERSIONS, Form, Format, check_opset, form_of, opset_for, prepared
+from fxopt.export._kernels import Kernel, kernels_of
+from fxopt.export._layers import ExportedLayer, layers_in, sites_in
 from fxopt.export._parity import check_integers, compare, random_like
-from fxopt.export._runtime import CARRIERS, has_integer_instructions, is_integer, optimized_nodes
+from fxopt.export._runtime import has_integer_instructions, optimized
 from fxopt.export._torch_onnx import export_marked, with_parameters
 from fxopt.graph import ExampleInputs, normalize, trace
 from fxopt.graph.fake_quantize import QuantizedLayer
@@ -31,6 +37,7 @@ _MAX_BYTES = 2**31 - 2**20
 
 _CALIBRATION_META = "fxopt_calibration"
 _OTHER_BATCH = 3
+_RUNS = 15
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,10 @@ class ExportReport:
         integer_nodes: Nodes that compute on integers in onnxruntime's optimized graph.
         float_nodes: Nodes that compute on floats there; conversions and moves are not counted.
         operators: How often each operator stands in that graph.
+        kernels: The nodes that compute there, in order; none for "qonnx".
+        layers: Convolutions and linear layers: bits, bytes in the file, and the kernel.
+        latency_s: Median time of a batch of one in onnxruntime on this machine, with one thread, processor time. None
+            for "qonnx", which onnxruntime has no kernels for.
         notes: What a reader should know: synthetic calibration, a CPU without 8-bit instructions.
     """
 
@@ -68,6 +79,9 @@ class ExportReport:
     integer_nodes: int | None = None
     float_nodes: int | None = None
     operators: tuple[tuple[str, int], ...] = ()
+    kernels: tuple[Kernel, ...] = ()
+    layers: tuple[ExportedLayer, ...] = ()
+    latency_s: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -102,7 +116,7 @@ def export_onnx(
         format: The form; see above.
         opset: ONNX opset, 18 to 25. None is 21, or 25 if integers of 2 bits are packed.
         check: Whether to load and run the file in onnxruntime and compare it with the graph, on the example and on
-            random inputs at another batch size. ``onnx.checker`` runs in any case.
+            random inputs at another batch size, and to take its time. ``onnx.checker`` runs in any case.
 
     Returns:
         The report.
@@ -128,8 +142,17 @@ def export_onnx(
         _write(proto, scratch)
         file_bytes = scratch.stat().st_size
         checked = _checked(with_parameters(graph, made.rounded), proto, form, made.held, inputs) if check else {}
+        if check and form.runs:
+            checked["latency_s"] = _latency(scratch, _at_traced_batch(gm, inputs), form)
     quantized = any(isinstance(module, QuantizedLayer) for module in gm.modules())
-    return ExportReport(final, format, version, file_bytes, notes=_notes(gm, form, quantized), **checked)
+    layers = layers_in(gm, proto, checked.get("kernels"), baked=form.baked)
+    notes = _notes(gm, form, quantized)
+    return ExportReport(final, format, version, file_bytes, layers=layers, notes=notes, **checked)
+
+
+def _latency(file: Path, inputs: ExampleInputs, form: Form) -> float:
+    run = runner(file, (inputs.args, inputs.kwargs), 1, 1, form.settings if form.native else None)
+    return float(np.median(interleave([run], _RUNS, time.thread_time)))
 
 
 def _check_graph(gm: fx.GraphModule, inputs: ExampleInputs) -> None:
@@ -182,9 +205,9 @@ def _checked(
     stepped = check_integers(gm, runnable, held, example, form.settings) if held else None
     packed = runnable.SerializeToString()
     difference = compare(gm, packed, trials, quantized=quantized, settings=form.settings)
-    operators = optimized_nodes(packed, form.settings if form.native else None)
-    integer = sum(count for name, count in operators.items() if is_integer(name))
-    floats = sum(count for name, count in operators.items() if not is_integer(name) and name not in CARRIERS)
+    running = optimized(packed, form.settings if form.native else None)
+    operators = Counter(node.op_type for node in running.graph.node)
+    kernels = kernels_of(runnable, running, sites_in(gm))
     return {
         "batches": tuple(trial.batch for trial in trials),
         "max_abs_diff": difference.max_abs,
@@ -192,9 +215,10 @@ def _checked(
         "relative": difference.relative,
         "top1_agreement": difference.top1_agreement,
         "integers_differing": stepped,
-        "integer_nodes": integer,
-        "float_nodes": floats,
+        "integer_nodes": sum(kernel.integer for kernel in kernels),
+        "float_nodes": sum(not kernel.integer for kernel in kernels),
         "operators": tuple(sorted(operators.items())),
+        "kernels": kernels if form.runs else (),
     }
 
 

@@ -15,22 +15,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
 
 from fxopt.decisions import Capabilities, Policy, SearchSpace
+from fxopt.export._clock import feed_for
 from fxopt.export._export import export_onnx
-from fxopt.export._kernels import KernelTime, kernel_times
-from fxopt.export._measure import feed_for, measure
+from fxopt.export._kernels import KernelTime, kernel_times, names_of, stem
+from fxopt.export._measure import measure
 from fxopt.export._runtime import make_session
 from fxopt.graph import shape
 from fxopt.passes import FoldBatchNorm, Quantize
 from fxopt.passes.quantize import FLOAT
-
-if TYPE_CHECKING:
-    import onnx
 
 __all__ = ["FastestBits", "fastest_bits"]
 
@@ -124,14 +121,16 @@ class _Bench:
 
     def times(self, file: Path) -> tuple[dict[str, float], list[KernelTime]]:
         """Seconds of each layer with all that runs behind it until the next, and all kernels."""
+        import onnx
+
         session = make_session(file, threads=self._threads)
         feed = feed_for(session, file, self._inputs, 1)
         times = kernel_times(file, feed, threads=self._threads)
-        site_of = _names(file, {decision.site for decision in self._space})
+        site_of = names_of(onnx.load(file, load_external_data=False), {decision.site for decision in self._space})
         seconds: dict[str, float] = defaultdict(float)
         last = ""
         for kernel in times:
-            last = site_of.get(_stem(kernel.name), last)
+            last = site_of.get(stem(kernel.name), last)
             seconds[last] += kernel.seconds
         return seconds, times
 
@@ -159,32 +158,6 @@ def _assignments(
     changes = [(pair, _change_s([*before, *after], elements)) for pair, elements in bench.values()]
     for weight in _WEIGHTS_OF_CHANGES:
         yield _cut(sites, floats, integers, [(pair, weight * cost) for pair, cost in changes])
-
-
-def _stem(name: str) -> str:
-    """The name of a file's node or value within the name that an optimized kernel got."""
-    return name.removeprefix("fused ").partition("_token_")[0].removesuffix("_nchwc").partition("/")[0]
-
-
-def _names(file: Path, sites: set[str]) -> dict[str, str]:
-    """The layer behind every name that its kernel may bear: its node's, its output's, those of the node behind it."""
-    import onnx
-
-    model = onnx.load(file, load_external_data=False)
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in model.graph.node:
-        for name in node.input:
-            readers[name].append(node)
-    found: dict[str, str] = {}
-    for node in model.graph.node:
-        owners = {name.rpartition(".weight")[0] for name in node.input} & sites
-        if node.op_type == "DequantizeLinear" or len(owners) != 1:
-            continue
-        (site,) = owners
-        behind = readers[node.output[0]]
-        for one in (node, *(behind if len(behind) == 1 else ())):
-            found |= {_stem(one.name): site, _stem(one.output[0]): site}
-    return found
 
 
 def _change_s(kernels: Sequence[KernelTime], elements: int) -> float:

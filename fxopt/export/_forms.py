@@ -37,6 +37,7 @@ class Form:
         native: Whether grids are packed into the narrowest integers.
         baked: Whether weights are written as the floats that they are held to, and activations left alone.
         runnable: From the model in this form to one that onnxruntime can run.
+        runs: Whether onnxruntime runs the file itself, so that its kernels and its time say something.
         settings: Session settings under which onnxruntime computes what the file says.
     """
 
@@ -44,6 +45,7 @@ class Form:
     native: bool = False
     baked: bool = False
     runnable: Callable[[onnx.ModelProto], onnx.ModelProto] = field(default=lambda model: model)
+    runs: bool = True
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -59,7 +61,7 @@ FORMS: Mapping[Format, Form] = {
         native=True,
         settings={"session.disable_quant_qdq": "1"},
     ),
-    "qonnx": Form(lambda marked, _: to_qonnx(marked), runnable=expanded),
+    "qonnx": Form(lambda marked, _: to_qonnx(marked), runnable=expanded, runs=False),
     "float": Form(lambda marked, opset: to_qdq(marked, native=False, opset=opset), baked=True),
 }
 """What each form is for: ``qdq`` for onnxruntime's integer kernels; ``qdq-native`` for small files and runtimes with

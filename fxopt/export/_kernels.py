@@ -1,25 +1,46 @@
-"""How long each kernel of a model takes, by onnxruntime's own profile."""
+"""The kernels that onnxruntime runs a model by, and how long each takes by its own profile."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fxopt.export._runtime import make_session
+from fxopt.export._runtime import CARRIERS, is_integer, make_session
 
-__all__ = ["KernelTime", "kernel_times"]
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Kernel", "KernelTime", "kernel_times", "kernels_of", "names_of", "stem"]
 
 _WARM_UP = 3
 _SHORTEST_S = 0.5e-6
 """onnxruntime counts whole microseconds; half of one stands for what takes less."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One node that computes in the graph that onnxruntime really runs.
+
+    Attributes:
+        name: The node's name.
+        operator: Its operator, such as ``QLinearConv``.
+        integer: Whether it computes on integers.
+        layer: The layer whose weight it reads, or behind which it stands alone; empty for others.
+    """
+
+    name: str
+    operator: str
+    integer: bool
+    layer: str
 
 
 @dataclass(frozen=True)
@@ -75,3 +96,56 @@ def _elements(arguments: Mapping[str, Any]) -> int:
 def _lower_mean(times: list[float]) -> float:
     ordered = np.sort(times)
     return float(ordered[: (len(ordered) + 1) // 2].mean())
+
+
+def kernels_of(model: onnx.ModelProto, optimized: onnx.ModelProto, sites: Collection[str]) -> tuple[Kernel, ...]:
+    """The nodes of an optimized graph that compute, in order; conversions and moves are left out.
+
+    Args:
+        model: The model as it was written.
+        optimized: What onnxruntime made of it.
+        sites: Paths of the layers.
+    """
+    names = names_of(model, sites)
+    makers = {name: node for node in optimized.graph.node for name in node.output}
+    found = []
+    for node in optimized.graph.node:
+        if node.op_type in CARRIERS:
+            continue
+        layer = names.get(stem(node.name), names.get(stem(node.output[0]), ""))
+        found.append(Kernel(node.name, node.op_type, _computes_on_integers(node, makers), layer))
+    return tuple(found)
+
+
+def _computes_on_integers(node: onnx.NodeProto, makers: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether an operator does, or is a clip between a Q and its DQ: that one is there for integers and floats."""
+    if node.op_type != "Clip":
+        return is_integer(node.op_type)
+    maker = makers.get(node.input[0])
+    while maker is not None and maker.op_type in (CARRIERS | {"Clip"}) - {"QuantizeLinear", "DequantizeLinear"}:
+        maker = makers.get(maker.input[0])
+    return maker is not None and (maker.op_type == "QuantizeLinear" or is_integer(maker.op_type))
+
+
+def stem(name: str) -> str:
+    """The name of a file's node or value within the name that an optimized kernel got."""
+    return name.removeprefix("fused ").partition("_token_")[0].removesuffix("_nchwc").partition("/")[0]
+
+
+def names_of(model: onnx.ModelProto, sites: Collection[str]) -> dict[str, str]:
+    """The layer behind every name that its kernel may bear: its node's, its output's, those of the node behind it."""
+    wanted = set(sites)
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    found: dict[str, str] = {}
+    for node in model.graph.node:
+        owners = {name.rpartition(".weight")[0] for name in node.input} & wanted
+        if node.op_type == "DequantizeLinear" or len(owners) != 1:
+            continue
+        (site,) = owners
+        behind = readers[node.output[0]]
+        for one in (node, *(behind if len(behind) == 1 else ())):
+            found |= {stem(one.name): site, stem(one.output[0]): site}
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,13 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CARRIERS",
-    "count_nodes",
     "exact_integers",
     "has_integer_instructions",
     "host_fingerprint",
     "is_integer",
     "make_session",
-    "optimized_nodes",
+    "optimized",
 ]
 
 CARRIERS = frozenset(
@@ -96,19 +94,18 @@ def make_session(
         raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load {what}: {failure}") from failure
 
 
-def optimized_nodes(model: str | os.PathLike[str] | bytes, settings: Mapping[str, str] | None = None) -> Counter[str]:
-    """How often each operator stands in the graph that onnxruntime really runs."""
+def optimized(model: str | os.PathLike[str] | bytes, settings: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """The graph that onnxruntime really runs.
+
+    Raises:
+        ExportError: If onnxruntime cannot load the model.
+    """
     import onnx
 
     with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
         path = str(Path(folder, "optimized.onnx"))
         make_session(model, optimized_path=path, settings=settings)
-        return count_nodes(onnx.load(path, load_external_data=False))
-
-
-def count_nodes(model: onnx.ModelProto) -> Counter[str]:
-    """How often each operator stands in a model."""
-    return Counter(node.op_type for node in model.graph.node)
+        return onnx.load(path, load_external_data=False)
 
 
 def is_integer(operator: str) -> bool:

@@ -13,9 +13,12 @@ from fxopt.report._charts import bar_chart, curve
 from fxopt.report._data import Report
 from fxopt.report._roofline_chart import roofline_chart
 from fxopt.report._summary import (
+    EXPORT_COLUMNS,
     STEP_COSTS,
     budget_words,
     change_words,
+    export_kernels,
+    export_layers,
     export_words,
     score_words,
     step_costs,
@@ -42,7 +45,10 @@ def to_html(report: Report) -> str:
         missed=any(not budget.met for budget in report.budgets),
         steps=[(step, step_costs(step)) for step in report.passes],
         step_columns=STEP_COSTS,
-        export=export_words(report),
+        export=export_words(report.export),
+        export_columns=EXPORT_COLUMNS,
+        export_layers=export_layers(report.export)[:MOST_LAYERS],
+        export_kernels=export_kernels(report.export)[:MOST_LAYERS],
         layers=report.layers[:MOST_LAYERS],
         layers_left_out=max(len(report.layers) - MOST_LAYERS, 0),
         bars=bar_chart(report.layers),

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fxopt.decisions import format_quantity
 from fxopt.report._data import BudgetLine, Metrics, PassLine, Report
 
 __all__ = [
+    "EXPORT_COLUMNS",
     "STEP_COSTS",
     "SummaryRow",
     "budget_words",
     "change_words",
+    "export_kernels",
+    "export_layers",
     "export_words",
     "percent",
     "score_words",
@@ -27,6 +30,11 @@ __all__ = [
 STEP_COSTS = ("MACs", "Size", "Predicted latency")
 """What is told of the costs after each step."""
 
+EXPORT_COLUMNS = ("Layer", "Bits w/a", "In the file", "Kernel in onnxruntime", "Computes on")
+"""What is told of each layer of an exported file."""
+
+_EXPORT_TABLES = ("layers", "kernels")
+_EXPORT_QUANTITIES = {"file_bytes": ("file size", "size"), "latency_s": ("latency measured on this machine", "latency")}
 _MISSING = "n/a"
 _Pick: TypeAlias = Callable[[Metrics], float | None]
 
@@ -139,15 +147,46 @@ def step_costs(step: PassLine) -> tuple[str, ...]:
     return tuple(format_quantity(metric, value) for metric, value in found)
 
 
-def export_words(report: Report) -> tuple[tuple[str, str], ...]:
+def export_words(data: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
     """What was exported and how it was checked: (what, value)."""
-    if report.export is None:
-        return ()
     return tuple(
-        (key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-        for key, value in report.export.items()
-        if value is not None
+        _export_pair(key, value)
+        for key, value in (data or {}).items()
+        if value is not None and key not in _EXPORT_TABLES
     )
+
+
+def export_layers(data: Mapping[str, Any] | None) -> tuple[tuple[str, ...], ...]:
+    """Layers of the exported file, in the order of :data:`EXPORT_COLUMNS`."""
+    return tuple(
+        (
+            str(line["site"]),
+            f"{line['weight_bits']}/{line['activation_bits']}",
+            format_quantity("size", float(line["stored_bytes"])),
+            str(line["kernel"]) or _MISSING,
+            _MISSING if line["integer"] is None else _arithmetic(bool(line["integer"])),
+        )
+        for line in (data or {}).get("layers", ())
+    )
+
+
+def export_kernels(data: Mapping[str, Any] | None) -> tuple[tuple[str, str, str], ...]:
+    """Every node that computes in the runtime's graph of the exported file: (name, operator, arithmetic)."""
+    return tuple(
+        (str(line["name"]), str(line["operator"]), _arithmetic(bool(line["integer"])))
+        for line in (data or {}).get("kernels", ())
+    )
+
+
+def _arithmetic(integer: bool) -> str:
+    return "integers" if integer else "floats"
+
+
+def _export_pair(key: str, value: object) -> tuple[str, str]:
+    if key in _EXPORT_QUANTITIES and isinstance(value, (int, float)):
+        words, metric = _EXPORT_QUANTITIES[key]
+        return words, format_quantity(metric, float(value))
+    return key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _score_row(report: Report) -> SummaryRow:

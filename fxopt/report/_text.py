@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -13,16 +14,18 @@ from rich.text import Text
 from fxopt.decisions import format_quantity
 from fxopt.report._data import Report
 from fxopt.report._summary import (
+    EXPORT_COLUMNS,
     STEP_COSTS,
     budget_words,
     change_words,
+    export_layers,
     export_words,
     score_words,
     step_costs,
     summary,
 )
 
-__all__ = ["layer_table", "metrics_table", "report_text", "view"]
+__all__ = ["export_tables", "layer_table", "metrics_table", "report_text", "view"]
 
 _WIDTH = 110
 _MOST_LINES = 8
@@ -66,6 +69,15 @@ def layer_table(report: Report) -> Table:
     return _table(f"Layers, latency predicted for {report.target.name}", columns, rows)
 
 
+def export_tables(data: Mapping[str, Any]) -> Iterator[Table]:
+    """What was exported and how it was checked, and its layers."""
+    yield _table(None, ("Exported", ""), export_words(data))
+    layers = export_layers(data)
+    if layers:
+        site, bits, size, *others = EXPORT_COLUMNS
+        yield _table("Layers of the file", (site, f">{bits}", f">{size}", *others), layers)
+
+
 def _parts(report: Report) -> Iterator[RenderableType]:
     yield Text(report.verdict, style="bold")
     for note in report.notes:
@@ -79,7 +91,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         steps = [(one.name, one.detail, score_words(report, one.accuracy), *step_costs(one)) for one in report.passes]
         yield _table(None, ("Step", "What", f">{report.score_name.capitalize()} after it", *costs), steps)
     if report.export is not None:
-        yield _table(None, ("Exported", ""), export_words(report))
+        yield from export_tables(report.export)
     yield Text(f"{report.target.title}: {report.target.status}. {report.target.error}")
     yield from _lines("Caveat", report.target.caveats)
     yield from _lines("Without a cost model, in no figure above", report.uncosted)

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +15,7 @@ from torch import nn
 
 from fxopt.export import _fastest as fastest
 from fxopt.export import export_onnx, fastest_bits
-from fxopt.export._kernels import KernelTime, kernel_times
+from fxopt.export._kernels import KernelTime, kernel_times, names_of, stem
 from fxopt.graph import trace
 from fxopt.passes import Quantize
 
@@ -70,7 +71,7 @@ def test_a_change_costs_two_kernels_and_two_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "stem"),
+    ("kernel", "name"),
     [
         ("node_conv2d_1_token_5", "node_conv2d_1"),
         ("sigmoid_3_nchwc", "sigmoid_3"),
@@ -78,8 +79,8 @@ def test_a_change_costs_two_kernels_and_two_passes() -> None:
         ("fused node_conv2d", "node_conv2d"),
     ],
 )
-def test_a_kernel_bears_the_name_of_a_node_or_value(kernel: str, stem: str) -> None:
-    assert fastest._stem(kernel) == stem
+def test_a_kernel_bears_the_name_of_a_node_or_value(kernel: str, name: str) -> None:
+    assert stem(kernel) == name
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -88,10 +89,10 @@ def test_every_kernel_of_a_layer_is_found(tmp_path: Path, quantized: bool) -> No
     if quantized:
         graph = Quantize()(graph).graph_module
     file = export_onnx(graph, tmp_path / "gated.onnx", torch.randn(2, 3, 8, 8), check=False).path
-    names = fastest._names(file, {"first", "gate", "last"})
+    names = names_of(onnx.load(file), {"first", "gate", "last"})
     feed = {"x": np.random.default_rng(0).standard_normal((1, 3, 8, 8), dtype=np.float32)}
     kernels = kernel_times(file, feed, runs=1)
-    found = [names[fastest._stem(kernel.name)] for kernel in kernels if fastest._stem(kernel.name) in names]
+    found = [names[stem(kernel.name)] for kernel in kernels if stem(kernel.name) in names]
     assert list(dict.fromkeys(found)) == ["first", "gate", "last"]
     assert all(kernel.seconds > 0 for kernel in kernels)
 

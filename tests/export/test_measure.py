@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fxopt.errors import DataError, ExportError
+from fxopt.export import _clock as clock_of
 from fxopt.export import _measure as protocol
 from fxopt.export import export_onnx, host_fingerprint, measure
 from fxopt.graph import trace
@@ -42,7 +43,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_models_run_in_turn_and_each_leads_its_share_of_rounds() -> None:
     clock = Counting()
     models = [clock.model("a", 0.01), clock.model("b", 0.03), clock.model("c", 0.02)]
-    samples = protocol._interleave(models, 6, lambda: clock.now)
+    samples = clock_of.interleave(models, 6, lambda: clock.now)
     np.testing.assert_allclose(samples, np.repeat([[0.01], [0.03], [0.02]], 6, axis=1))
     rounds = ["".join(clock.ran[-36:][start : start + 6]) for start in range(0, 36, 6)]
     assert rounds == 2 * ["aabbcc", "bbccaa", "ccaabb"]
@@ -50,9 +51,9 @@ def test_models_run_in_turn_and_each_leads_its_share_of_rounds() -> None:
 
 def test_short_models_are_repeated_within_a_sample() -> None:
     clock = Counting()
-    samples = protocol._interleave([clock.model("short", 1e-5)], 4, lambda: clock.now)
+    samples = clock_of.interleave([clock.model("short", 1e-5)], 4, lambda: clock.now)
     np.testing.assert_allclose(samples, 1e-5)
-    warm_up = 2 * protocol._WARM_UP
+    warm_up = 2 * clock_of._WARM_UP
     assert (len(clock.ran) - warm_up) / 4 == pytest.approx(100, abs=1)
 
 

@@ -57,6 +57,31 @@ def report(**changes: Any) -> Report:
         "notes": ("No training data was given.",),
         "seed": 3,
         "versions": {"python": "3.11.2", "torch": "2.13.0"},
-        "export": {"path": "model.onnx", "max_abs_diff": 0.0123456, "top1_agreement": None},
+        "export": {
+            "path": "model.onnx",
+            "file_bytes": 12_300,
+            "max_abs_diff": 0.0123456,
+            "top1_agreement": None,
+            "latency_s": 0.00123,
+            "layers": [
+                {
+                    "site": "conv<1>",
+                    "weight_bits": 4,
+                    "activation_bits": 8,
+                    "stored_bytes": 640,
+                    "kernel": "QLinearConv",
+                    "integer": True,
+                },
+                {
+                    "site": "last",
+                    "weight_bits": 32,
+                    "activation_bits": 32,
+                    "stored_bytes": 99,
+                    "kernel": "",
+                    "integer": None,
+                },
+            ],
+            "kernels": [{"name": "node_a<b>", "operator": "QLinearConv", "integer": True, "layer": "conv"}],
+        },
     }
     return Report(**(known | changes))

@@ -139,6 +139,27 @@ def test_the_text_has_everything_a_reader_needs() -> None:
     assert "\x1b" not in text
 
 
+def test_the_exported_file_is_told_layer_by_layer() -> None:
+    text, page = str(report()), report().to_html()
+    for shown in (text, page):
+        for wanted in (
+            "file size",
+            "12.3 KB",
+            "latency measured on this machine",
+            "1.23 ms",
+            "QLinearConv",
+            "integers",
+        ):
+            assert wanted in shown, wanted
+    assert "conv<1>" in text
+    assert "4/8" in text
+    assert "<td>32/32</td>" in page.replace(' class="n"', "")
+    assert "node_a&lt;b&gt;" in page
+    assert "conv&lt;1&gt;" in page
+    assert report().export is not None
+    assert Report.from_json(report().to_json()).export == report().export
+
+
 def test_markup_in_names_is_taken_literally() -> None:
     made = report(title="[red]net[/red]", layers=(layer("head[0]/[/x]"),))
     assert "head[0]/[/x]" in table_text(made.layer_table())
