@@ -88,7 +88,7 @@ def wanted_objective(objective: Objective | None) -> Objective:
 def terms_of(**options: object) -> dict[str, str]:
     """Options in words for journals, the same in every process; of an object that has none, its type."""
     return {
-        name: repr(value) if dataclasses.is_dataclass(value) or isinstance(value, bool) else type(value).__name__
+        name: repr(value) if dataclasses.is_dataclass(value) or isinstance(value, (bool, int)) else type(value).__name__
         for name, value in options.items()
     }
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import fx, nn
 
 from fxopt import _storage, targets
@@ -20,7 +17,7 @@ from fxopt._reporting import metrics_of
 from fxopt._selecting import Selector
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
-from fxopt.errors import FxoptError, InfeasibleError, PassError
+from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import Evaluator
 from fxopt.lowering import ParametricWorkload, lower
 from fxopt.passes import PruneChannels, Quantize, TunablePass
@@ -28,108 +25,8 @@ from fxopt.passes._fork import own_copy
 from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
 from fxopt.search import SearchResult, engines, run_search
-from fxopt.training import FineTuning, History, fit, rehearse
 
-__all__ = ["Job", "Tuning"]
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How to fine-tune what the search has found.
-
-    Attributes:
-        train: Batches of (input, label); None for no fine-tuning.
-        epochs: Epochs.
-        loss: The loss; cross entropy of class scores if None.
-        learning_rate: The highest learning rate.
-        seed: The seed.
-        folder: Where the checkpoint is; None for none.
-        options: Everything else; None distils class scores unless there is a loss of one's own.
-    """
-
-    train: Loader | None
-    epochs: int
-    loss: Callable[[Any, Any], torch.Tensor] | None
-    learning_rate: float
-    seed: int
-    folder: Path | None
-    options: FineTuning | None = None
-
-    def __post_init__(self) -> None:
-        """Look at the options.
-
-        Raises:
-            FxoptError: If they are of another type.
-        """
-        given: Any = self.options
-        if given is not None and not isinstance(given, FineTuning):
-            raise FxoptError(f"fine_tune is a {type(given).__name__}; give a fxopt.training.FineTuning, or None.")
-
-    def rehearse(self, original: fx.GraphModule) -> None:
-        """Notice what is wrong with data or loss before anything is searched.
-
-        Raises:
-            FxoptError: If fine-tuning could not take a step.
-        """
-        if self.train is not None:
-            rehearse(
-                original,
-                self.train,
-                epochs=self.epochs,
-                loss=self.loss,
-                learning_rate=self.learning_rate,
-                **self._distilled(original),
-            )
-
-    def run(
-        self, graph: fx.GraphModule, job: Job, policy: Policy, judge: Callable[[nn.Module], float], show: Progress
-    ) -> History | None:
-        """Fine-tune ``graph`` in place, if there is something to train on; what happened."""
-        if self.train is None or self.epochs < 1:
-            return None
-        how = self._options
-        show.start("fine-tuning", self.epochs)
-        history = fit(
-            graph,
-            self.train,
-            epochs=self.epochs,
-            loss=self.loss,
-            learning_rate=self.learning_rate,
-            optimizer=how.optimizer,
-            schedule=how.schedule,
-            momentum=how.momentum,
-            weight_decay=how.weight_decay,
-            evaluate=judge if how.early_stop is not None else None,
-            early_stop=how.early_stop,
-            checkpoint=None if self.folder is None else self.folder / f"fine-tune-{job.digest_with(policy)}",
-            seed=self.seed,
-            progress=lambda epoch, _, value: show.advance("fine-tuning", 1, f"loss {value:.4f}"),
-            **self._distilled(job.source),
-        )
-        show.finish("fine-tuning")
-        return history
-
-    @property
-    def _options(self) -> FineTuning:
-        if self.options is not None:
-            return self.options
-        return FineTuning() if self.loss is None else FineTuning(distillation=None)
-
-    def _distilled(self, original: fx.GraphModule) -> dict[str, Any]:
-        how = self._options.distillation
-        return {} if how is None else {"teacher": original, "distillation": how}
-
-    def told(self, history: History) -> str:
-        """What was done, in a few words."""
-        words = [f"epochs: {len(history.loss)}"]
-        if history.best_epoch:
-            words.append(f"the best is {history.best_epoch}")
-        how = self._options.distillation
-        if how is not None and how.features:
-            words.append(f"feature maps at {len(history.features)} places")
-        if how is not None and how.attention:
-            words.append(f"attention maps at {len(history.attention)} places")
-        return ", ".join(words)
+__all__ = ["Job"]
 
 
 class Job:

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxopt import _storage, targets
+from fxopt._applying import Stages
 from fxopt._arguments import (
     PassLike,
     careful,
@@ -25,10 +26,11 @@ from fxopt._arguments import (
     terms_of,
     wanted_objective,
 )
-from fxopt._job import Job, Tuning
+from fxopt._job import Job
 from fxopt._precision import Quickest
 from fxopt._reporting import build_report, changes_in, export_data, notes_on
 from fxopt._selecting import Selector, parted
+from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Policy
 from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
@@ -141,6 +143,7 @@ def optimize(
     epochs: int = 2,
     learning_rate: float = 0.02,
     fine_tune: FineTuning | None = None,
+    trial_epochs: int = 0,
     reconstruct: bool | Reconstruction = True,
     seed: int = 0,
     workdir: str | os.PathLike[str] | None = None,
@@ -177,11 +180,13 @@ def optimize(
         val: Loader of (input, label) to judge a classifier by.
         evaluate: A function of a module, higher is better, in place of ``val``.
         loss: ``loss(output, label)`` for fine-tuning; cross entropy by default.
-        epochs: Epochs of fine-tuning after the search.
+        epochs: Epochs of fine-tuning after the search: of the network that was cut, in floats; and of the quantized
+            one, through its quantizers, where something has fewer than 8 bits or nothing but bits was decided.
         learning_rate: Its highest learning rate.
         fine_tune: Its optimizer and schedule, what it learns from the model as it was (class scores, feature maps,
             attention maps), and when it ends early. None for SGD under a cosine that learns class scores, or nothing
             where there is a ``loss`` of your own.
+        trial_epochs: Epochs of fine-tuning in every trial, before it is judged; 0 for none.
         reconstruct: Whether weights behind cut channels are found anew by least squares on ``train``, without training,
             in every trial and at the end; or how.
         seed: Seed of everything random.
@@ -203,14 +208,14 @@ def optimize(
     budgets = Budget.parse_all(budget or {})
     engines.load(engine)
     check_whole(1, trials=trials, parallel=parallel)
-    check_whole(0, epochs=epochs, seed=seed)
+    check_whole(0, epochs=epochs, trial_epochs=trial_epochs, seed=seed)
     show = reporter(progress)
     device = load_target(target, show)
     check_data(train, val, evaluate)
     check_executor(executor)
     everything = careful(everything, passes, device)
     folder = Path(workdir) if workdir is not None else None
-    tuning = Tuning(train, epochs, loss, learning_rate, seed, folder, fine_tune)
+    tuning = Tuning(train, epochs, loss, learning_rate, seed, fine_tune)
     selecting, chosen = parted(everything)
     selector = None
     if selecting is not None:
@@ -227,6 +232,7 @@ def optimize(
         seed=seed,
         source=(model, example_inputs) if selector is None else None,
         reconstruct=reconstruct,
+        training=tuning.for_trials(trial_epochs),
     )
     first = judge.rehearse()
     wanted.check(first, "The model before the search")
@@ -242,7 +248,7 @@ def optimize(
         executor,
         parallel,
         show,
-        terms_of(objective=wanted, reconstruct=reconstruct),
+        terms_of(objective=wanted, reconstruct=reconstruct, trial_epochs=trial_epochs),
     )
     policy = found.policy if found is not None else job.space.default()
     if found is not None:
@@ -252,12 +258,9 @@ def optimize(
         detail = f"operators: {len(job.selected)} blocks"
         steps.append(PassLine(selecting.name, detail, after_selection.accuracy, after_selection))
 
-    quickest = _built(job, chosen, policy, tuning, judge, reconstruct, example_inputs, steps, show)
+    quickest = _built(job, chosen, policy, tuning, judge, reconstruct, example_inputs, steps, folder, show)
     final, policy = quickest.graph, quickest.policy
     job.check_budget(final)
-    source = final.meta.get(CALIBRATION_META, {}).get("source")
-    if source is not None and CALIBRATION_META not in job.graph.meta:
-        steps.append(job.step("quantize", f"calibrated on: {source}", final, judge))
     after = job.metrics(final, steps[-1].accuracy if steps else judge.judge(final))
     timed = _measured(job.source, final, example_inputs) if verify_on_host else (None, None)
     report = build_report(
@@ -289,23 +292,41 @@ def _built(
     reconstruct: bool | Reconstruction,
     example_inputs: object,
     steps: list[PassLine],
+    folder: Path | None,
     show: Progress,
 ) -> Quickest:
     """The graph that a policy makes, fine-tuned and quantized; what was done on the way goes to ``steps``."""
     floats: list[fx.GraphModule] = []
+    train = tuning.train
+
+    def tune(graph: fx.GraphModule, *, on_grids: bool) -> None:
+        name = f"fine-tune-{'bits-' if on_grids else ''}{job.digest_with(policy)}"
+        place = None if folder is None else folder / name
+        history = tuning(graph, job.source, on_grids=on_grids, judge=judge.judge, checkpoint=place, show=show)
+        if history is not None:
+            step = "fine-tune in few bits" if on_grids else "fine-tune"
+            steps.append(job.step(step, tuning.told(history, on_grids=on_grids), graph, judge))
 
     def between(graph: fx.GraphModule) -> None:
         cut = [one.name for one in passes if not isinstance(one, Quantize)]
         if cut:
             steps.append(job.step(", ".join(cut), changes_in(job.space, policy), graph, judge))
-        history = tuning.run(graph, job, policy, judge.judge, show)
-        if history is not None:
-            steps.append(job.step("fine-tune", tuning.told(history), graph, judge))
+        if stages(policy).in_floats:
+            tune(graph, on_grids=False)
         floats.append(graph)
 
-    copy, train = own_copy(job.graph), tuning.train
+    def stages(policy: Policy) -> Stages:
+        return Stages.of(policy, changed=len(job.selected) > 0)
+
+    copy = own_copy(job.graph)
     final = apply_policy(copy, passes, policy, calibration=train, reconstruct=reconstruct, between=between).eval()
-    return job.not_slower(final, floats[0], policy, passes, train, example_inputs, tuning.folder, show)
+    found = job.not_slower(final, floats[0], policy, passes, train, example_inputs, folder, show)
+    source = found.graph.meta.get(CALIBRATION_META, {}).get("source")
+    if source is not None and CALIBRATION_META not in job.graph.meta:
+        steps.append(job.step("quantize", f"calibrated on: {source}", found.graph, judge))
+    if stages(found.policy).on_grids:
+        tune(found.graph, on_grids=True)
+    return found
 
 
 def _measured(before: fx.GraphModule, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:

@@ -209,6 +209,14 @@ def optimize(
         Optional[str],  # noqa: UP045
         typer.Option(help="What it learns from the original: none, or such as logits=0.5,features=1,attention=1."),
     ] = None,
+    scales: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Scales of quantizers in training: lsq, the default, pact or fixed.", show_default=False),
+    ] = None,
+    trial_epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="Epochs of fine-tuning in every trial; by default 0.", show_default=False),
+    ] = None,
     objective: Objective = None,
     reconstruct: Reconstruct = None,
     inputs: Inputs = None,
@@ -246,6 +254,8 @@ def optimize(
         "schedule": schedule,
         "patience": patience,
         "distill": distill,
+        "scales": scales,
+        "trial_epochs": trial_epochs,
         "objective": objective,
         "reconstruct": reconstruct,
         "input": tuple(inputs or ()),

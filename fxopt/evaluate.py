@@ -6,15 +6,15 @@ import contextlib
 import math
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from fxopt._applying import SETTLING_BATCHES, InputsOnly, Stages, apply_policy, recalibrate_batch_norm
 from fxopt.data import (
     IGNORED_LABEL,
     Loader,
@@ -24,7 +24,6 @@ from fxopt.data import (
     class_numbers,
     class_scores,
     read,
-    split_batch,
 )
 from fxopt.decisions import Policy
 from fxopt.errors import DataError, SearchError
@@ -32,16 +31,14 @@ from fxopt.graph import eval_mode, trace
 from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, RoundWeights, TunablePass
 from fxopt.passes._calibrate import feed, synthetic_batch
 from fxopt.passes._findings import Findings
-from fxopt.passes._fork import fork
+from fxopt.passes._fork import own_copy
 from fxopt.passes._reconstruction import Reconstruction, Reconstructor
-from fxopt.passes.base import PassResult
-from fxopt.passes.prune_channels import CutResult
-from fxopt.passes.quantize import FLOAT
 
 __all__ = [
     "Evaluator",
     "Reconstruction",
     "Reconstructor",
+    "Training",
     "accuracy",
     "apply_policy",
     "recalibrate_batch_norm",
@@ -49,7 +46,14 @@ __all__ = [
 
 Judge: TypeAlias = Callable[[nn.Module], float]
 
-_SETTLING_BATCHES = 4
+
+class Training(Protocol):
+    """Trains a graph in place."""
+
+    def __call__(self, graph: fx.GraphModule, teacher: fx.GraphModule, *, on_grids: bool) -> object:
+        """Train ``graph``, which was made of ``teacher``; ``on_grids`` if it is quantized."""
+
+
 _SETTLING_BYTES = 2**28
 _OTHER_TASKS = "give evaluate=callable(module) -> float"
 
@@ -79,127 +83,6 @@ def accuracy(model: nn.Module, loader: Loader, max_batches: int | None = None) -
     return right / seen
 
 
-def apply_policy(
-    gm: fx.GraphModule,
-    passes: Sequence[TunablePass],
-    policy: Policy,
-    *,
-    calibration: Loader | None = None,
-    reconstruct: bool | Reconstruction | Reconstructor = True,
-    between: Callable[[fx.GraphModule], object] | None = None,
-) -> fx.GraphModule:
-    """Rewrite a graph as a policy says; the graph given is left alone, its tensors are shared.
-
-    Args:
-        gm: A canonical graph.
-        passes: The passes in order.
-        policy: Decisions for all of them.
-        calibration: Batches of (input, label) that quantizers are calibrated on and, where the policy decides channels,
-            batch norm is estimated anew from; the first few are read.
-        reconstruct: Whether, where channels were cut, the weights behind them are found anew by least squares on the
-            calibration data; or how; or a reconstructor of ``gm``, which saves reading the data again.
-        between: Called with the rewritten graph before the first Quantize, or at the end if there is none, after batch
-            norm was estimated: the place for fine-tuning, of a graph whose tensors are nobody else's.
-
-    Returns:
-        The new graph.
-    """
-    gm = given = fork(gm)
-    settled = False
-    for one in passes:
-        if isinstance(one, Quantize):
-            if not settled:
-                _settle(gm, policy, calibration, between)
-            settled = True
-            if not _quantizes(one, policy):
-                continue
-            gm = FoldBatchNorm()(gm.eval()).graph_module
-            if one.calibration is None and calibration is not None:
-                batches = one.max_batches or _SETTLING_BATCHES
-                one = replace(one, calibration=_InputsOnly(calibration), max_batches=batches)
-        result = one.with_policy(policy)(gm)
-        if result.modified and isinstance(one, PruneChannels):
-            result = _reconstructed(gm, result, one.with_policy(policy), calibration, reconstruct, first=gm is given)
-        gm = result.graph_module
-    if not settled:
-        _settle(gm, policy, calibration, between)
-    return gm
-
-
-def recalibrate_batch_norm(model: nn.Module, loader: Loader, max_batches: int = 8) -> None:
-    """Estimate running means and variances anew from data, as plain averages over batches.
-
-    New buffers take the place of the old ones, so that models that share them are not changed.
-
-    Args:
-        model: The model; every other module stays in its mode.
-        loader: Batches of (input, label).
-        max_batches: Batches to average over.
-
-    Raises:
-        DataError: If the loader yields nothing, an empty batch, or what makes a mean or variance NaN or infinite; the
-            model is then as it was.
-    """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    if not norms:
-        return
-    batches = list(read(loader, "train", max_batches))
-    if not batches:
-        raise DataError("There is no batch to estimate batch norm from; give a loader with at least one.")
-    kept = [(norm, norm.momentum, norm.training, dict(norm._buffers)) for norm in norms]
-    for norm in norms:
-        for name in ("running_mean", "running_var"):
-            buffer = norm._buffers[name]
-            norm._buffers[name] = None if buffer is None else torch.zeros_like(buffer)
-        norm._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long)
-        # Without a momentum batch norm keeps the plain average over all batches.
-        norm.momentum, norm.training = None, True
-    done = False
-    try:
-        with torch.no_grad():
-            for number, batch in enumerate(batches):
-                inputs, _ = batch_for(model, batch, "train")
-                _check_filled(inputs, number)
-                call_model(model, inputs, "train")
-        _check_statistics(model, norms)
-        done = True
-    finally:
-        for norm, momentum, training, buffers in kept:
-            norm.momentum, norm.training = momentum, training
-            if not done:
-                norm._buffers.update(buffers)
-
-
-def _check_filled(inputs: Any, number: int) -> None:
-    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-    if any(not leaf.numel() for leaf in tensors):
-        raise DataError(f"train, batch {number}, is empty; give batches with samples in them.")
-
-
-def _check_statistics(model: nn.Module, norms: Sequence[nn.Module]) -> None:
-    paths = {id(module): path for path, module in model.named_modules()}
-    for norm in norms:
-        for name in ("running_mean", "running_var"):
-            buffer = norm._buffers[name]
-            if buffer is not None and not bool(torch.isfinite(buffer).all()):
-                raise DataError(
-                    f"{name} of {paths[id(norm)]!r} becomes NaN or infinite on the batches of train; clean the data, "
-                    "or look at the weights in front of that layer."
-                )
-
-
-@dataclass(frozen=True)
-class _InputsOnly:
-    """The inputs of a loader of (input, label), as the arguments of a call."""
-
-    loader: Loader
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in read(self.loader, "train"):
-            inputs, _ = split_batch(batch, "train")
-            yield (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else inputs
-
-
 class Evaluator:
     """Scores policies, each once.
 
@@ -225,6 +108,8 @@ class Evaluator:
         source: The model that ``gm`` was traced from and its example inputs, for trials in other processes.
         reconstruct: Whether weights behind cut channels are found anew by least squares, or how; see
             :func:`apply_policy`.
+        training: Trains the network of a trial in place; None for no training. Trials on threads then train one at a
+            time.
 
     Attributes:
         score_name: What the score is, for reports.
@@ -246,6 +131,7 @@ class Evaluator:
         seed: int = 0,
         source: tuple[nn.Module, Any] | None = None,
         reconstruct: bool | Reconstruction = True,
+        training: Training | None = None,
     ) -> None:
         _check_way(reconstruct)
         self._gm: fx.GraphModule | None = gm
@@ -257,6 +143,7 @@ class Evaluator:
         self._identity = uuid.uuid4().hex
         self._rewriting = threading.Lock()
         self._reconstruct = reconstruct
+        self._training = training
         self._reconstructor: Reconstructor | None = None
         self._shared: tuple[fx.GraphModule, tuple[TunablePass, ...]] | None = None
         with torch.random.fork_rng():
@@ -316,7 +203,7 @@ class Evaluator:
             for batch in self._train or ():
                 call_model(graph, batch_for(graph, batch, "train")[0], "train")
         if self._train is not None and any(isinstance(one, Quantize) for one in self._passes):
-            for number, inputs in enumerate(_InputsOnly(self._train)):
+            for number, inputs in enumerate(InputsOnly(self._train)):
                 feed(graph, inputs, f"train, batch {number}")
         score = self.judge(graph)
         if not math.isfinite(score):
@@ -372,8 +259,37 @@ class Evaluator:
             how = self._reconstructor or self._reconstruct
             if self._reconstructor is None and how is not False and self._train is not None and self._cuts(policy):
                 options = how if isinstance(how, Reconstruction) else None
-                how = self._reconstructor = Reconstructor(graph, _InputsOnly(self._train), options)
-            return apply_policy(graph, passes, policy, calibration=self._train, reconstruct=how)
+                how = self._reconstructor = Reconstructor(graph, InputsOnly(self._train), options)
+            if self._training is None:
+                return apply_policy(graph, passes, policy, calibration=self._train, reconstruct=how)
+            return self._trained(graph, passes, policy, how, self._training)
+
+    def _trained(
+        self,
+        graph: fx.GraphModule,
+        passes: tuple[TunablePass, ...],
+        policy: Policy,
+        how: bool | Reconstruction | Reconstructor,
+        training: Training,
+    ) -> fx.GraphModule:
+        """What a policy makes, trained; no tensor of the graph changes."""
+        stages = Stages.of(policy)
+
+        def between(made: fx.GraphModule) -> None:
+            training(made, graph, on_grids=False)
+
+        made = apply_policy(
+            own_copy(graph) if stages.in_floats else graph,
+            passes,
+            policy,
+            calibration=self._train,
+            reconstruct=how,
+            between=between if stages.in_floats else None,
+        )
+        if stages.on_grids:
+            made = own_copy(made)
+            training(made, graph, on_grids=True)
+        return made
 
     def _prepared(self) -> tuple[fx.GraphModule, tuple[TunablePass, ...]]:
         """The graph to rewrite, and the passes; where bits alone are decided, trials share what quantizing it finds."""
@@ -433,51 +349,13 @@ def _settling_batches(train: Loader, reconstruct: bool | Reconstruction) -> list
     found: list[Any] = []
     seen = held = 0
     for batch in read(train, "train"):
-        if len(found) >= _SETTLING_BATCHES and (seen >= samples or held > _SETTLING_BYTES):
+        if len(found) >= SETTLING_BATCHES and (seen >= samples or held > _SETTLING_BYTES):
             break
         found.append(batch)
         tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()]
         seen += len(tensors[0]) if tensors else 1
         held += sum(leaf.numel() * leaf.element_size() for leaf in tensors)
     return found
-
-
-def _settle(
-    gm: fx.GraphModule,
-    policy: Policy,
-    data: Loader | None,
-    between: Callable[[fx.GraphModule], object] | None,
-) -> None:
-    if data is not None and any(kind in ("channels", "sparsity") for kind, _ in policy):
-        recalibrate_batch_norm(gm, data, _SETTLING_BATCHES)
-    if between is not None:
-        between(gm)
-
-
-def _reconstructed(
-    gm: fx.GraphModule,
-    result: PassResult,
-    one: PruneChannels,
-    data: Loader | None,
-    how: bool | Reconstruction | Reconstructor,
-    first: bool,
-) -> PassResult:
-    """The result of a cut with weights found anew, if that is wanted and there are data.
-
-    A reconstructor is taken only where no pass before has changed the graph that it is for.
-    """
-    reconstructor = how if isinstance(how, Reconstructor) and first else None
-    if reconstructor is None:
-        if how is False or data is None:
-            return result
-        options = how.options if isinstance(how, Reconstructor) else how if isinstance(how, Reconstruction) else None
-        reconstructor = Reconstructor(gm, _InputsOnly(data), options)
-    kept = result.kept if isinstance(result, CutResult) else one.kept(gm)
-    return PassResult(reconstructor.restore(result.graph_module, kept), True)
-
-
-def _quantizes(one: Quantize, policy: Mapping[tuple[str, str], object]) -> bool:
-    return any(kind in one.kinds and choice != FLOAT for (kind, _), choice in policy.items())
 
 
 def _probe_inputs(gm: fx.GraphModule, seed: int) -> tuple[tuple[object, ...], dict[str, object]]:

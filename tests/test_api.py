@@ -276,7 +276,7 @@ def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("a search or a training was begun")
 
     monkeypatch.setattr("fxopt._job.run_search", refuse)
-    monkeypatch.setattr("fxopt._job.fit", refuse)
+    monkeypatch.setattr("fxopt._tuning.fit", refuse)
 
 
 def never(_: nn.Module) -> float:

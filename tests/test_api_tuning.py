@@ -11,7 +11,9 @@ from torch import nn
 
 import fxopt
 from fxopt.api import OptimizationResult
-from fxopt.errors import DataError, FxoptError, UnknownNameError
+from fxopt.errors import DataError, FxoptError, JournalError, UnknownNameError
+from fxopt.graph.fake_quantize import ActivationQuantizer, WeightQuantizer
+from fxopt.passes import Quantize
 from fxopt.training import Distillation, EarlyStop, FineTuning
 from tests.optimizing import DATA, EXAMPLE, Stopping, half_right, make_net, optimize, outcome
 
@@ -88,6 +90,8 @@ def test_an_interrupted_fine_tuning_goes_on(tmp_path: Path) -> None:
     [
         (lambda: FineTuning(optimizer="sdg"), UnknownNameError, "Did you mean 'sgd'"),  # type: ignore[arg-type]
         (lambda: FineTuning(schedule="cosinus"), UnknownNameError, "schedule 'cosinus'"),  # type: ignore[arg-type]
+        (lambda: FineTuning(scales="learned"), UnknownNameError, "way with scales"),  # type: ignore[arg-type]
+        (lambda: FineTuning(quantized_rate=0.0), FxoptError, "quantized_rate has to be above zero"),
         (lambda: FineTuning(momentum=1.0), FxoptError, r"momentum lies in \[0, 1\)"),
         (lambda: FineTuning(weight_decay=-1.0), FxoptError, "weight_decay has to be finite and not below zero"),
         (lambda: "adamw", FxoptError, "fine_tune is a str"),
@@ -115,3 +119,69 @@ def test_scores_that_cannot_be_distilled_say_what_to_do() -> None:
             evaluate=lambda module: 1.0,
             budget=None,
         )
+
+
+# In few bits.
+
+FEW: dict[str, Any] = {"target": "zynq7020", "passes": "quantize", "budget": {"latency": 0.2}}
+
+
+def quantizers(result: OptimizationResult, kind: type[Any]) -> list[Any]:
+    return [module for module in result.model.modules() if isinstance(module, kind)]
+
+
+@pytest.mark.parametrize(
+    ("scales", "said", "of_activations"),
+    [("lsq", "step sizes", "lsq"), ("pact", "clipping bounds", "pact"), ("fixed", "scales are fixed", "")],
+)
+def test_few_bits_are_trained_through_their_quantizers(scales: Any, said: str, of_activations: str) -> None:
+    result = tuned(FineTuning(scales=scales, distillation=Distillation(attention=1.0)), **FEW, learning_rate=0.1)
+    names = [step.name for step in result.report.passes]
+    assert names == ["quantize", "fine-tune in few bits"]
+    assert said in result.report.passes[-1].detail
+    assert {one.learned for one in quantizers(result, ActivationQuantizer)} == {of_activations}
+    assert outcome(result)[3] != outcome(tuned(None, **FEW, epochs=0))[3]
+
+
+def test_scales_that_are_powers_of_two_stay_so() -> None:
+    grids = {"power_of_two": True}
+    result = tuned(None, **{**FEW, "passes": Quantize(weights=grids, activations=grids)}, learning_rate=0.1)  # type: ignore[arg-type]
+    scales = torch.cat([one.scale.flatten() for one in quantizers(result, (ActivationQuantizer, WeightQuantizer))])  # type: ignore[arg-type]
+    assert torch.equal(scales.log2(), scales.log2().round())
+
+
+def test_what_was_cut_and_quantized_is_trained_twice() -> None:
+    result = tuned(None, **{**FEW, "passes": ("prune-channels", "quantize"), "budget": {"latency": 0.1}})
+    names = [step.name for step in result.report.passes]
+    assert names == ["prune-channels", "fine-tune", "quantize", "fine-tune in few bits"]
+
+
+def test_trained_scales_come_back_from_a_file(tmp_path: Path) -> None:
+    result = tuned(None, **FEW, learning_rate=0.1)
+    result.save(tmp_path)
+    again = fxopt.load(tmp_path, make_net())
+    inputs = DATA[0][0]
+    assert torch.equal(again.eval()(inputs), result.model.eval()(inputs))
+
+
+# In every trial.
+
+
+def likelihood(module: nn.Module) -> float:
+    with torch.no_grad():
+        return -sum(float(nn.functional.cross_entropy(module(inputs), labels)) for inputs, labels in DATA)
+
+
+def test_trials_are_judged_after_training() -> None:
+    """Bits, and channels with bits; what is trained is never the model, nor what the next trial starts from."""
+    for passes in ("quantize", ("prune-channels", "quantize")):
+        options = {**FEW, "passes": passes, "trials": 3, "val": None, "evaluate": likelihood}
+        plain, trained, again = (tuned(None, **options, trial_epochs=epochs) for epochs in (0, 1, 1))
+        scores = [[trial.score for trial in result.search.trials] for result in (plain, trained, again)]  # type: ignore[union-attr]
+        assert scores[0] != scores[1] == scores[2]
+
+
+def test_a_search_with_training_is_another_search(tmp_path: Path) -> None:
+    tuned(None, **FEW, workdir=tmp_path)
+    with pytest.raises(JournalError, match="trial_epochs"):
+        tuned(None, **FEW, workdir=tmp_path, trial_epochs=1)

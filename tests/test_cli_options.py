@@ -124,18 +124,23 @@ def test_all_of_it_reaches_optimize(file: str, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(api, "optimize", optimize)
     monkeypatch.chdir(tmp_path)
     words = "--objective macs@0.9 --reconstruct none --optimizer adamw --patience 3 --distill attention=1"
+    words += " --scales pact --trial-epochs 2"
     run("optimize", f"{file}:small", "--target", "pixel1", *words.split())
     (tmp_path / "recipe.toml").write_text(
         f'model = "{file}:small"\ntarget = "pixel1"\nobjective = "macs@0.9"\nreconstruct = "none"\n'
-        'optimizer = "adamw"\npatience = 3\ndistill = "attention=1"\n',
+        'optimizer = "adamw"\npatience = 3\ndistill = "attention=1"\nscales = "pact"\ntrial_epochs = 2\n',
         encoding="utf-8",
     )
     run("optimize", "--recipe", "recipe.toml")
     for options in seen:
         assert options["objective"] == SmallestCost(0.9, "macs")
         assert options["reconstruct"] is False
+        assert options["trial_epochs"] == 2
         assert options["fine_tune"] == FineTuning(
-            optimizer="adamw", early_stop=EarlyStop(3), distillation=Distillation(logits=0.0, attention=1.0)
+            optimizer="adamw",
+            scales="pact",
+            early_stop=EarlyStop(3),
+            distillation=Distillation(logits=0.0, attention=1.0),
         )
     assert len(seen) == 2
 

@@ -60,7 +60,9 @@ def fine_tuning_of(options: Options) -> FineTuning | None:
     """
     from fxopt.training import EarlyStop, FineTuning
 
-    said = {name: value for name in ("optimizer", "schedule") if (value := getattr(options, name)) is not None}
+    said = {
+        name: value for name in ("optimizer", "schedule", "scales") if (value := getattr(options, name)) is not None
+    }
     if not said and options.patience is None and options.distill is None:
         return None
     # With a loss of one's own there may be no class scores to learn.

@@ -42,6 +42,8 @@ class Options:
         schedule: How its learning rate goes.
         patience: Epochs without a better score before it ends.
         distill: What it learns from the original model, such as ``logits=0.5,attention=1``.
+        scales: What becomes of quantizers' scales in training: lsq, pact or fixed.
+        trial_epochs: Epochs of fine-tuning in every trial.
         objective: What to search for, such as ``macs@0.97``.
         reconstruct: How weights behind cut channels are found anew.
         out: Folder for results.
@@ -65,6 +67,8 @@ class Options:
     schedule: str | None = None
     patience: int | None = None
     distill: str | None = None
+    scales: str | None = None
+    trial_epochs: int = 0
     objective: str | None = None
     reconstruct: str | None = None
     out: str = "fxopt-out"
@@ -76,9 +80,9 @@ class Options:
         return dataclasses.replace(self, **given)
 
 
-_WAYS = ("optimizer", "schedule", "distill", "objective", "reconstruct")
+_WAYS = ("optimizer", "schedule", "distill", "scales", "objective", "reconstruct")
 _TEXT = ("model", "target", "engine", "train", "val", "evaluate", "loss", "out", *_WAYS)
-_NUMBERS = {"trials": 1, "epochs": 0, "seed": 0, "patience": 1}
+_NUMBERS = {"trials": 1, "epochs": 0, "trial_epochs": 0, "seed": 0, "patience": 1}
 _LISTS = ("input", "passes")
 
 

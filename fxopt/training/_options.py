@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
 from fxopt._schedules import SCHEDULES
 from fxopt.errors import FxoptError, UnknownNameError
 
-__all__ = ["Distillation", "EarlyStop", "FineTuning", "History", "OptimizerName", "ScheduleName"]
+__all__ = ["Distillation", "EarlyStop", "FineTuning", "History", "OptimizerName", "ScalesName", "ScheduleName"]
 
 OptimizerName: TypeAlias = Literal["sgd", "adamw"]
 ScheduleName: TypeAlias = Literal["cosine", "step", "one-cycle", "constant"]
 
+ScalesName: TypeAlias = Literal["lsq", "pact", "fixed"]
+
 _OPTIMIZERS = ("sgd", "adamw")
+_SCALES = ("lsq", "pact", "fixed")
 
 
 def _check_positive(**values: float) -> None:
@@ -97,6 +100,10 @@ class Distillation:
                 raise FxoptError(f"sites takes patterns of module paths or names of nodes, got {self.sites!r}.")
             object.__setattr__(self, "sites", patterns)
 
+    def of_scores(self) -> Distillation:
+        """The same without feature and attention maps."""
+        return replace(self, features=0.0, attention=0.0, sites=None)
+
     @property
     def looks_inside(self) -> bool:
         """Whether values inside the graphs are compared."""
@@ -154,9 +161,14 @@ class FineTuning:
         weight_decay: Decay of parameters with more than one dimension.
         distillation: What is learnt from the model as it was before; None for nothing.
         early_stop: When to end before the last epoch, by the score that the search goes by; None for never.
+        scales: What becomes of the scales of quantizers where the quantized network is trained: "lsq" learns step sizes
+            (Esser et al. 2020), "pact" the clipping bounds of activations and step sizes of weights (Choi et al. 2018),
+            "fixed" leaves those of activations, and those of weights follow the weights. Scales that are powers of two
+            are never learned.
+        quantized_rate: Its highest learning rate, relative to that in floats: it has only to make up for rounding.
 
     Raises:
-        UnknownNameError: If there is no such optimizer or schedule.
+        UnknownNameError: If there is no such optimizer, schedule or way with scales.
         FxoptError: If a number is out of range.
     """
 
@@ -166,10 +178,15 @@ class FineTuning:
     weight_decay: float = 1e-4
     distillation: Distillation | None = Distillation()
     early_stop: EarlyStop | None = None
+    scales: ScalesName = "lsq"
+    quantized_rate: float = 0.1
 
     def __post_init__(self) -> None:
         """Check the options."""
         check_names(self.optimizer, self.schedule)
+        if self.scales not in _SCALES:
+            raise UnknownNameError("way with scales", self.scales, _SCALES)
+        _check_positive(quantized_rate=self.quantized_rate)
         if not 0.0 <= self.momentum < 1.0:
             raise FxoptError(f"momentum lies in [0, 1), got {self.momentum!r}.")
         _check_not_negative(weight_decay=self.weight_decay)
