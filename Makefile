@@ -6,7 +6,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMP   := $(VENV)/.fxopt-installed
-CYTHON  := $(shell find targets -name '*.pyx' -o -name '*.pxd')
+CYTHON  := $(shell find targets fxopt/graph -name '*.pyx' -o -name '*.pxd')
 WORKERS ?= 2
 
 # cython-lint starts pycodestyle by name.
@@ -40,12 +40,12 @@ test: $(STAMP)
 test-debug: $(STAMP)
 	rm -f $(STAMP)
 	FXOPT_CYTHON_DEBUG=1 $(BIN)/python setup.py --quiet build_ext --inplace
-	$(BIN)/python -m pytest -q tests/targets $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q tests/targets tests/graph/test_hold.py $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/cython-lint targets
+	$(BIN)/cython-lint targets fxopt/graph
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
@@ -67,5 +67,5 @@ build: $(STAMP)
 clean:
 	rm -rf build dist site demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find fxopt/ passes targets tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
-	find targets -name '*.so' -delete
+	find targets fxopt/graph -name '*.so' -delete
 	rm -f $(STAMP)

@@ -1,6 +1,7 @@
-"""Builds the compiled cost models; everything else about the package stands in pyproject.toml.
+"""Builds the compiled cost models and quantizers; everything else about the package stands in pyproject.toml.
 
-Every ``.pyx`` under fxopt/targets becomes an extension module: a new family of models is a new file, no edit here.
+Every ``.pyx`` under fxopt/targets and fxopt/graph becomes an extension module: a new family of models is a new file, no
+edit here.
 ``FXOPT_CYTHON_DEBUG=1`` keeps bounds checks and debug symbols.
 """
 
@@ -37,7 +38,8 @@ DIRECTIVES = {
 
 def extensions() -> list[Extension]:
     """One extension for each .pyx, named by its path (fxopt/targets is a link, or real files in a distribution)."""
-    sources = sorted(Path("fxopt/targets").glob("*.pyx")) + sorted(Path("fxopt/targets").glob("*/*.pyx"))
+    patterns = ("graph/*.pyx", "targets/*.pyx", "targets/*/*.pyx")
+    sources = [source for pattern in patterns for source in sorted(Path("fxopt").glob(pattern))]
     return [
         Extension(".".join(source.with_suffix("").parts), [source.as_posix()], extra_compile_args=COMPILE_ARGS)
         for source in sources

@@ -1,9 +1,10 @@
 """Time of a step of quantization-aware training against torch's own fake-quantize modules, in the same places.
 
 Prints JSON: processor seconds of forward, backward and update of a MobileNetV2 for small images, W8A8, 1 thread;
-medians of steps taken in turn. ``observed`` is how torch's modules come (ranges observed at every step), ``fixed`` has
-observers of activations off, ``learned`` learns scales (torch's ``_LearnableFakeQuantize``, ours by LSQ).
-``quantizers`` are the same without convolutions: the step less that of the float graph.
+medians of steps taken in turn, and of ratios within a turn. ``observed`` is how torch's modules come (ranges observed
+at every step), ``fixed`` has observers of activations off, ``learned`` learns scales (torch's
+``_LearnableFakeQuantize``, ours by LSQ). ``quantizers`` are the same without convolutions: the step
+less that of the float graph.
 
     python benchmarks/qat_step.py > qat_step.json
 """
@@ -27,6 +28,8 @@ from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantiz
 from fxopt.graph import edit, trace
 from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer, learn_scales
 from fxopt.passes import FoldBatchNorm, Quantize
+
+WARM_UP = 3
 
 
 def theirs(gm: fx.GraphModule, kind: str) -> fx.GraphModule:
@@ -95,7 +98,7 @@ def step_of(gm: fx.GraphModule, images: torch.Tensor) -> Callable[[], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=11, help="steps of each kind")
+    parser.add_argument("--repeat", type=int, default=30, help="steps of each kind")
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,23 +112,27 @@ def main() -> None:
     graphs = {"float": copy.deepcopy(plain), "ours": copy.deepcopy(quantized), "ours learned": learned}
     graphs |= {f"torch {kind}": theirs(quantized, kind) for kind in ("observed", "fixed", "learned")}
     steps = {name: step_of(gm, images) for name, gm in graphs.items()}
-    for step in steps.values():
-        step()
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.repeat):
-        for name, step in steps.items():
-            taken[name].append(step())
-    seconds = {name: statistics.median(times) for name, times in taken.items()}
     pairs = {"observed": "ours", "fixed": "ours", "learned": "ours learned"}
+    names = list(steps)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(WARM_UP + options.repeat):
+        # Each kind comes first as often as any other: what a step leaves in caches and heap is the next one's start.
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            seconds = steps[name]()
+            if turn >= WARM_UP:
+                taken[name].append(seconds)
+
+    def ratio(mine: str, other: str, less: str = "") -> float:
+        base = taken[less] if less else [0.0] * options.repeat
+        turns = zip(taken[mine], taken[other], base, strict=True)
+        return round(statistics.median((one - own) / (two - own) for one, two, own in turns), 3)
+
     finish(
         "qat_step",
         {
-            "ms": {name: round(1e3 * value, 1) for name, value in seconds.items()},
-            "step": {kind: round(seconds[mine] / seconds[f"torch {kind}"], 3) for kind, mine in pairs.items()},
-            "quantizers": {
-                kind: round((seconds[mine] - seconds["float"]) / (seconds[f"torch {kind}"] - seconds["float"]), 3)
-                for kind, mine in pairs.items()
-            },
+            "ms": {name: round(1e3 * statistics.median(times), 1) for name, times in taken.items()},
+            "step": {kind: ratio(mine, f"torch {kind}") for kind, mine in pairs.items()},
+            "quantizers": {kind: ratio(mine, f"torch {kind}", "float") for kind, mine in pairs.items()},
         },
         batch=options.batch,
         repeat=options.repeat,

@@ -78,6 +78,9 @@ class CodebookQuantizer(nn.Module):
     def follow(self, weight: torch.Tensor) -> None:
         """Nothing: training moves the shared values themselves."""
 
+    def settle(self, weight: torch.Tensor) -> None:
+        """Nothing, as training left the shared values where they are."""
+
     def extra_repr(self) -> str:
         """The bits and the gradient."""
         return f"bits={self.bits}, gradient={self.gradient}"

@@ -9,7 +9,8 @@ from torch import nn
 from typing_extensions import Self
 
 from fxopt.errors import DataError, PassError
-from fxopt.graph._hold import hold, hold_learned, hold_signs
+from fxopt.graph._hold import hold, hold_learned, hold_signs, positive, spread
+from fxopt.graph._in_memory import follow
 from fxopt.graph.grids import (
     MAX_BITS,
     MIN_SCALE,
@@ -31,23 +32,31 @@ _SAMPLED = 1 << 16
 
 
 class _Quantizer(nn.Module):
-    """What both quantizers share: a scale that may be learned, and stays positive."""
+    """What both quantizers share: a grid, and a scale that may be learned, and stays positive."""
 
+    bits: int
+    scheme: ActivationScheme | WeightScheme
     scale: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.learned = ""
 
-    def positive_scale(self) -> torch.Tensor:
-        """The scale; a learned one as training uses it."""
-        return self.scale.abs().clamp(min=MIN_SCALE) if self.learned and self.training else self.scale
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the largest integer of the grid."""
+        return self.scheme.bounds(self.bits)
+
+    @property
+    def largest(self) -> int:
+        """The largest integer of the grid."""
+        return self.bounds[1]
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; when training ends, a learned scale becomes what training used."""
         if self.learned and self.training and not mode:
             with torch.no_grad():
-                self.scale.copy_(self.positive_scale())
+                self.scale.copy_(positive(self.scale))
         return super().train(mode)
 
 
@@ -73,6 +82,7 @@ class ActivationQuantizer(_Quantizer):
         PassError: If ``bits`` is out of range.
     """
 
+    scheme: ActivationScheme
     zero_point: torch.Tensor
     minimum: torch.Tensor
     maximum: torch.Tensor
@@ -88,16 +98,6 @@ class ActivationQuantizer(_Quantizer):
         self.register_buffer("minimum", torch.tensor(float("inf")))
         self.register_buffer("maximum", torch.tensor(float("-inf")))
 
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """The least and the largest integer of the grid."""
-        return self.scheme.bounds(self.bits)
-
-    @property
-    def largest(self) -> int:
-        """The largest integer of the grid; the least is 0."""
-        return self.bounds[1]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` held to the grid, or ``x`` itself while calibrating; same shape and type."""
         if self.calibrating:
@@ -105,7 +105,7 @@ class ActivationQuantizer(_Quantizer):
             return x
         if self.learned:
             rounding = self.learned == "lsq"
-            return hold_learned(x, self.positive_scale(), self.zero_point, self.bounds, rounding=rounding)
+            return hold_learned(x, self.scale, self.zero_point, self.bounds, rounding=rounding)
         return hold(x, self.scale, self.zero_point, self.bounds)
 
     @torch.no_grad()
@@ -189,6 +189,9 @@ class ActivationQuantizer(_Quantizer):
 class WeightQuantizer(_Quantizer):
     """Holds a weight to a signed grid, one scale an output channel (all equal if the scheme has one grid a tensor).
 
+    In training the scales follow the weight. Where a scheme searches for its ranges, training takes for a range the
+    part of the weight's extent that it had at the start, and searches anew when it ends.
+
     Args:
         bits: Bits of the grid, 1 to 8.
         channels: Number of scales.
@@ -205,7 +208,9 @@ class WeightQuantizer(_Quantizer):
         PassError: If ``bits`` is out of range.
     """
 
+    scheme: WeightScheme
     zero_point: torch.Tensor | None
+    _part: torch.Tensor | None
 
     def __init__(self, bits: int, channels: int, axis: int = 0, scheme: WeightScheme = PLAIN_WEIGHTS) -> None:
         super().__init__()
@@ -214,42 +219,53 @@ class WeightQuantizer(_Quantizer):
         self.scheme = scheme
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("zero_point", None if scheme.symmetric else torch.zeros(channels, dtype=torch.int32))
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """The least and the largest integer of the grid."""
-        return self.scheme.bounds(self.bits)
-
-    @property
-    def largest(self) -> int:
-        """The largest integer of the grid."""
-        return self.bounds[1]
+        self.register_buffer("_part", None, persistent=False)
 
     @property
     def is_binary(self) -> bool:
         """Whether the grid is -1 and 1, without zero."""
         return self.bits == 1 and self.scheme.symmetric
 
+    @property
+    def _holds_all(self) -> bool:
+        """Whether scales follow from the largest magnitude of each channel and nothing else."""
+        plain = self.scheme.method == "max" and self.scheme.per_channel and self.scheme.symmetric
+        return plain and not self.scheme.power_of_two and not self.is_binary
+
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """``weight`` held to the grid."""
-        scale, zero = self._spread(self.positive_scale(), weight), self._zero(weight)
         if self.is_binary:
-            return hold_signs(weight, scale)
+            return hold_signs(weight, spread(self.scale, self.axis, weight.dim()))
         if self.learned:
-            return hold_learned(weight, scale, zero, self.bounds, rounding=True)
-        return hold(weight, scale, zero, self.bounds)
+            return hold_learned(weight, self.scale, self.zero_point, self.bounds, self.axis, rounding=True)
+        return hold(weight, self.scale, self.zero_point, self.bounds, self.axis)
 
     @torch.no_grad()
     def calibrate(self, weight: torch.Tensor) -> None:
         """Take the scales from ``weight``, as the scheme says. A channel of zeros gets scale 1."""
-        rows = weight.detach().float().movedim(self.axis, 0).flatten(1)
-        scale, zero = weight_scales(rows, self.bits, self.scheme)
-        self.scale.copy_(scale)
-        if self.zero_point is not None:
-            self.zero_point.copy_(zero)
+        self._part = None
+        if self._holds_all and follow(weight, self.axis, self.scale, (self.largest - self.bounds[0]) / 2, MIN_SCALE):
+            return
+        self._take(*weight_scales(self._rows(weight), self.bits, self.scheme))
 
+    @torch.no_grad()
     def follow(self, weight: torch.Tensor) -> None:
         """Take the scales from a weight that training changed, unless they are learned."""
+        if self.learned:
+            return
+        if self.scheme.method == "max" or self.scheme.power_of_two or self.is_binary:
+            self.calibrate(weight)
+            return
+        rows = self._rows(weight)
+        rows = rows if self.scheme.per_channel else rows.reshape(1, -1)
+        low, high = rows.amin(1), rows.amax(1)
+        if self._part is None:
+            whole, _ = affine(low, high, self.bits, self.scheme)
+            self._part = torch.where(low < high, self.scale[: len(whole)] / whole, 1.0)  # Rows of zeros had no range.
+        self._take(*affine(low * self._part, high * self._part, self.bits, self.scheme))
+
+    def settle(self, weight: torch.Tensor) -> None:
+        """Take the scales from a weight that training leaves, unless they are learned."""
         if not self.learned:
             self.calibrate(weight)
 
@@ -258,19 +274,22 @@ class WeightQuantizer(_Quantizer):
         """The integers that stand for ``weight``: int8, same shape."""
         if self.is_binary:
             return torch.where(weight >= 0, 1, -1).to(torch.int8)
-        steps = torch.div(weight, self._spread(self.scale, weight)).round_()
-        zero = self._zero(weight)
-        return (steps if zero is None else steps.add_(zero)).clamp_(*self.bounds).to(torch.int8)
+        steps = torch.div(weight, spread(self.scale, self.axis, weight.dim())).round_()
+        if self.zero_point is not None:
+            steps.add_(spread(self.zero_point, self.axis, weight.dim()))
+        return steps.clamp_(*self.bounds).to(torch.int8)
 
     def extra_repr(self) -> str:
         """The bits and the axis."""
         return f"bits={self.bits}, axis={self.axis}"
 
-    def _zero(self, weight: torch.Tensor) -> torch.Tensor | None:
-        return None if self.zero_point is None else self._spread(self.zero_point, weight)
+    def _rows(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.detach().float().movedim(self.axis, 0).flatten(1)
 
-    def _spread(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return values.view([-1 if axis == self.axis else 1 for axis in range(weight.dim())])
+    def _take(self, scale: torch.Tensor, zero: torch.Tensor) -> None:
+        self.scale.copy_(scale)
+        if self.zero_point is not None:
+            self.zero_point.copy_(zero)
 
 
 def learn_scales(module: nn.Module, activations: Literal["lsq", "pact"] = "lsq", *, weights: bool = True) -> None:

@@ -122,9 +122,9 @@ class QuantizedLayer(nn.Module):
         return self.weight_quantizer(self.weight)  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; when training ends, the scales are taken from the weight a last time."""
+        """Set the mode; when training ends, the scales are taken from the weight a last time, as the scheme says."""
         if self.training and not mode:
-            self.weight_quantizer.follow(self.weight)
+            self.weight_quantizer.settle(self.weight)
         return super().train(mode)
 
 

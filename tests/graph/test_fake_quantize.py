@@ -21,6 +21,7 @@ from fxopt.graph.fake_quantize import (
     QuantConv2d,
     QuantLinear,
     WeightQuantizer,
+    WeightScheme,
     learn_scales,
     observing,
     quantize_layer,
@@ -214,6 +215,44 @@ def test_scales_follow_the_weight_in_training_and_stay_in_evaluation() -> None:
         layer.weight.mul_(3.0)
     layer(torch.ones(1, 3))
     torch.testing.assert_close(layer.weight_quantizer.scale, expected)
+
+
+SEARCHED = [WeightScheme("mse"), WeightScheme("percentile", symmetric=False, percentile=90.0)]
+SEARCHED.append(WeightScheme("kl", per_channel=False))
+
+
+@pytest.mark.parametrize("scheme", SEARCHED, ids=lambda scheme: scheme.method)
+def test_searched_ranges_keep_their_part_of_the_extent_in_training(scheme: WeightScheme) -> None:
+    layer = QuantLinear.from_float(nn.Linear(40, 3).eval(), 3, scheme=scheme)
+    start = layer.weight_quantizer.scale.clone()
+    with torch.no_grad():
+        layer.weight[0, 0] = 4.0  # An outlier; what the search finds for it is not the part that it had.
+    layer.weight_quantizer.calibrate(layer.weight)
+    searched = layer.weight_quantizer.scale.clone()
+    layer.train()
+    layer(torch.ones(1, 40))
+    torch.testing.assert_close(layer.weight_quantizer.scale, searched)
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    layer(torch.ones(1, 40))
+    torch.testing.assert_close(layer.weight_quantizer.scale, 2.0 * searched)
+    with torch.no_grad():
+        layer.weight.mul_(0.5)
+        layer.weight[0, 0] = 0.0
+    layer.eval()
+    if scheme.method == "kl":
+        return
+    torch.testing.assert_close(layer.weight_quantizer.scale[1:], start[1:])
+
+
+def test_a_weight_on_its_grid_keeps_its_scales_in_training() -> None:
+    layer = QuantLinear.from_float(nn.Linear(40, 3).eval(), 3, scheme=WeightScheme("mse"))
+    scale = layer.weight_quantizer.scale.clone()
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight_quantizer(layer.weight))
+    layer.train()
+    layer(torch.ones(1, 40))
+    torch.testing.assert_close(layer.weight_quantizer.scale, scale)
 
 
 def test_a_state_dict_brings_the_calibration_back() -> None:
