@@ -143,14 +143,17 @@ def explain(
     residual_stream: Annotated[
         bool, typer.Option("--residual-stream", help="Let the width of a transformer be cut.")
     ] = False,
+    attention: Annotated[str, typer.Option(help="Cut attention by whole heads, or by the width of each.")] = "heads",
     inputs: Inputs = None,
     as_json: Json = False,
 ) -> None:
     """Show which channels of a model can be cut, and what keeps the others from it."""
     with only_json(as_json):
         from fxopt._cli.pruning import explain as tell_groups
+        from fxopt.passes import PruneChannels
 
-        found, tables = tell_groups(model, keep, residual_stream, inputs or ())
+        step = PruneChannels(residual_stream=residual_stream, attention=attention)
+        found, tables = tell_groups(model, keep, step, inputs or ())
     emit_json(found) if as_json else show(*tables)
 
 

@@ -209,3 +209,25 @@ def test_an_optimization_of_another_objective_does_not_go_on(tmp_path: Path) -> 
     for change in ({"objective": SmallestCost(0.0, "macs")}, {"reconstruct": False}):
         with pytest.raises(SearchError, match=next(iter(change))):
             optimize(**(options | change))
+
+
+# Attention, cut by heads or by their width.
+
+
+def test_explain_cuts_attention_as_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "attentive.py").write_text(
+        "import torch\nfrom torch import nn\n\n\ndef encoder():\n"
+        "    torch.manual_seed(0)\n"
+        "    return nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16)\n",
+        encoding="utf-8",
+    )
+    model = f"{tmp_path / 'attentive.py'}:encoder"
+    sizes = {}
+    for way in ("heads", "width"):
+        result = run("explain", model, "--keep", "0.5", "--attention", way, "--json")
+        assert result.exit_code == 0, result.output
+        sizes[way] = {group["size"] for group in json.loads(result.stdout)["groups"]}
+    assert sizes == {"heads": {2, 32}, "width": {8, 32}}
+    refused = run("explain", model, "--attention", "depth")
+    assert refused.exit_code == 1
+    assert "by 'heads' or by 'width'" in refused.stderr

@@ -10,25 +10,26 @@ from fxopt._cli.output import table
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fxopt.passes import PruneChannels
+
 __all__ = ["explain"]
 
 
 def explain(
-    reference: str, keep: float, residual_stream: bool, inputs: Sequence[str]
+    reference: str, keep: float, step: PruneChannels, inputs: Sequence[str]
 ) -> tuple[dict[str, Any], list[Table | str]]:
-    """What would be cut of the model that ``reference`` names, as plain data and as tables for rich.
+    """What a pass would cut of the model that ``reference`` names, as plain data and as tables for rich.
 
     Raises:
         FxoptError: If the model cannot be loaded or traced, or the fraction is out of range.
     """
     from fxopt._cli.loading import load_model
     from fxopt.graph import trace
-    from fxopt.passes import Canonicalize, PruneChannels
+    from fxopt.passes import Canonicalize
     from fxopt.passes.prune_channels import COLUMNS
 
     model, example = load_model(reference, inputs)
     graph = Canonicalize()(trace(model.eval(), example)).graph_module
-    step = PruneChannels(residual_stream=residual_stream)
     policy = step.search_space(graph).uniform(keep)
     found = step.with_policy(policy).explain(graph)
     parameters = sum(parameter.numel() for parameter in graph.parameters())
