@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -21,9 +21,10 @@ from torch.utils import _pytree as pytree
 from fxopt._files import write_text
 from fxopt.decisions import FLOAT_BITS, Decision, SearchSpace
 from fxopt.errors import DataError, PassError
-from fxopt.graph import eval_mode
+from fxopt.graph import edit, eval_mode
 from fxopt.graph.fake_quantize import ActivationQuantizer
-from fxopt.graph.grids import ActivationScheme, WeightScheme
+from fxopt.graph.grids import MAX_BITS, ActivationScheme, WeightScheme
+from fxopt.graph.matrix_products import matrix_products, quantize_product
 from fxopt.passes import RoundWeights
 from fxopt.passes._calibrate import feed
 from fxopt.passes._findings import Findings
@@ -74,17 +75,20 @@ def sensitivities(
 
     Raises:
         DataError: If the batch does not fit the graph or leads to losses that are not finite.
-        PassError: If the method is unknown or a decision is not about the bits of a layer that is called.
+        PassError: If the method is unknown or a decision is not about the bits of a layer that is called, or of a
+            product of activations. Of a product the second operands stand for weights, the first ones for the input;
+            what the softmax between those of an attention gives is among the first.
     """
     if method not in ("mse", "kl", "hessian"):
         raise PassError(f"There are no sensitivities by {method!r}; choose mse, kl or hessian.")
-    calls = {str(node.target): node for node in reversed(gm.graph.find_nodes(op="call_module"))}
-    strange = [decision.site for decision in space if decision.kind != "bits" or decision.site not in calls]
+    graph = fork(gm)
+    parts = _spelled_out(graph, {decision.site for decision in space})
+    calls = {str(node.target) for node in graph.graph.find_nodes(op="call_module")}
+    strange = [one.site for one in space if one.kind != "bits" or not calls.issuperset(parts.get(one.site, [one.site]))]
     if strange:
         raise PassError(
             f"{strange[0]!r} is no layer of this graph whose bits are decided; fold and ask Quantize for them."
         )
-    graph = fork(gm)
     args, kwargs = feed(graph, batch, "The batch")
     grids = _Grids(Findings(RoundWeights().moments if rounding else None), weights, activations)
     terms = f"{method} {rounding} {weights} {activations}"
@@ -97,7 +101,8 @@ def sensitivities(
             if measure is None:
                 grids.findings.begin(graph, [(args, kwargs)])
                 kind = _Curvature if method == "hessian" else _Measured
-                measure = kind(graph, args, kwargs, [one.site for one in space], method, seed, grids).loss
+                modules = _Modules(graph, [one.site for one in space], parts)
+                measure = kind(modules, args, kwargs, method, seed, grids).loss
             found = {}
             for part, bits in _asked(decision):
                 loss = measure(decision.site, part, bits)
@@ -111,6 +116,35 @@ def sensitivities(
         [_total(known.losses[decision.site], choice) for choice in decision.choices]  # type: ignore[arg-type]
         for decision in space
     ]
+
+
+def _spelled_out(gm: fx.GraphModule, sites: set[str]) -> dict[str, list[str]]:
+    """Make modules of products of activations; their paths, by the products' sites."""
+    found = {one.site: quantize_product(gm, one, MAX_BITS) for one in matrix_products(gm) if one.site in sites}
+    if found:
+        edit.finish(gm)
+    return found
+
+
+@dataclass(frozen=True)
+class _Modules:
+    """The modules that decisions are about.
+
+    Attributes:
+        gm: The graph that calls them.
+        sites: The sites of the decisions.
+        products: Paths of the modules that multiply activations, by site.
+    """
+
+    gm: fx.GraphModule
+    sites: Sequence[str]
+    products: Mapping[str, Sequence[str]]
+
+    def operands(self, site: str, part: str) -> list[tuple[str, int]]:
+        """Path and argument of every tensor that a part of a decision holds to a grid; none for a layer's weight."""
+        if site in self.products:
+            return [(path, int(part == "weight")) for path in self.products[site]]
+        return [(site, 0)] if part == "input" else []
 
 
 def _asked(decision: Decision) -> Iterator[tuple[str, int]]:
@@ -182,11 +216,10 @@ class _Grids:
 class _Measured:
     """Runs the graph once and keeps all values; a change runs again what depends on it."""
 
-    def __init__(
-        self, gm: fx.GraphModule, args: Any, kwargs: Any, sites: list[str], method: str, seed: int, grids: _Grids
-    ) -> None:
-        del sites, seed
-        self._gm, self._method, self._grids = gm, method, grids
+    def __init__(self, modules: _Modules, args: Any, kwargs: Any, method: str, seed: int, grids: _Grids) -> None:
+        del seed
+        gm = modules.gm
+        self._gm, self._modules, self._method, self._grids = gm, modules, method, grids
         self._interpreter = fx.Interpreter(gm, garbage_collect_values=False)
         leaves = pytree.tree_leaves((args, kwargs))
         with torch.no_grad():
@@ -201,27 +234,29 @@ class _Measured:
     @torch.no_grad()
     def loss(self, site: str, part: str, bits: int) -> float:
         """The loss with one weight, or one layer's input wherever it is called, at so many bits."""
-        calls = list(self._gm.graph.find_nodes(op="call_module", target=site))
-        module: Any = self._gm.get_submodule(site)
-        before = module.weight, module.bias
+        held = dict(self._modules.operands(site, part))
+        calls = [node for path in held or (site,) for node in self._gm.graph.find_nodes(op="call_module", target=path)]
         changed = dict.fromkeys(calls)
         self._interpreter.env = dict(self._values)
+        module: Any = self._gm.get_submodule(site)
+        before = None if held else (module.weight, module.bias)
         try:
-            if part == "weight":
+            if before is not None:
                 module.weight, module.bias = self._grids.weight(module, site, bits)
             for node in self._gm.graph.nodes:
                 if node not in changed and not any(source in changed for source in node.all_input_nodes):
                     continue
                 changed[node] = None
-                source = node.all_input_nodes[0]
+                source: Any = node.args[held[str(node.target)]] if held and node in calls else node.all_input_nodes[0]
                 exact = self._interpreter.env[source]
-                if part == "input" and node in calls:
+                if held and node in calls:
                     self._interpreter.env[source] = self._grids.input(exact, bits)
                 found = self._interpreter.run_node(node)
                 self._interpreter.env[source] = exact
                 self._interpreter.env[node] = found
         finally:
-            module.weight, module.bias = before
+            if before is not None:
+                module.weight, module.bias = before
         output = self._interpreter.env[next(iter(self._gm.graph.find_nodes(op="output")))]
         return _distance(_floats(output), self._wanted, self._method)
 
@@ -248,14 +283,14 @@ def _distance(found: list[torch.Tensor], wanted: list[torch.Tensor], method: str
 class _Curvature:
     """The mean diagonal of the Hessian for every weight and every input of a layer."""
 
-    def __init__(
-        self, gm: fx.GraphModule, args: Any, kwargs: Any, sites: list[str], method: str, seed: int, grids: _Grids
-    ) -> None:
+    def __init__(self, modules: _Modules, args: Any, kwargs: Any, method: str, seed: int, grids: _Grids) -> None:
         del method
-        self._gm, self._grids = gm, grids
-        self._inputs: dict[str, torch.Tensor] = {}
-        modules: dict[str, Any] = {site: gm.get_submodule(site) for site in sites}
-        handles = [module.register_forward_pre_hook(self._note(site)) for site, module in modules.items()]
+        gm = modules.gm
+        self._gm, self._modules, self._grids = gm, modules, grids
+        self._inputs: dict[tuple[str, int], torch.Tensor] = {}
+        layers = [site for site in modules.sites if site not in modules.products]
+        read = [one for site in modules.sites for part in ("input", "weight") for one in modules.operands(site, part)]
+        handles = [gm.get_submodule(path).register_forward_pre_hook(self._note(path, at)) for path, at in read]
         try:
             with torch.enable_grad():
                 args, kwargs = pytree.tree_map_only(torch.Tensor, _as_leaf, (args, kwargs))
@@ -263,8 +298,8 @@ class _Curvature:
         finally:
             for handle in handles:
                 handle.remove()
-        named = {("weight", site): module.weight for site, module in modules.items()}
-        named |= {("input", site): self._inputs[site] for site in sites}
+        named: dict[object, Any] = {site: gm.get_submodule(site).weight for site in layers}
+        named |= {one: self._inputs[one] for one in read}
         tensors = list(named.values())
         slopes = torch.autograd.grad(loss, tensors, create_graph=True)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(seed)
@@ -279,22 +314,24 @@ class _Curvature:
     @torch.no_grad()
     def loss(self, site: str, part: str, bits: int) -> float:
         """Half the mean curvature, never below zero, times the squared error."""
-        module: Any = self._gm.get_submodule(site)
-        exact = module.weight if part == "weight" else self._inputs[site].detach()
-        if part == "weight":
-            found: torch.Tensor = self._grids.weight(module, site, bits)[0]
-        else:
-            found = self._grids.input(exact, bits)
-        return 0.5 * max(self._mean[part, site], 0.0) * float((found - exact).square().sum())
+        operands = self._modules.operands(site, part)
+        if not operands:
+            module: Any = self._gm.get_submodule(site)
+            return self._lost(site, module.weight, self._grids.weight(module, site, bits)[0])
+        exact = {one: self._inputs[one].detach() for one in operands}
+        return sum(self._lost(one, tensor, self._grids.input(tensor, bits)) for one, tensor in exact.items())
 
-    def _note(self, site: str) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
+    def _lost(self, name: object, exact: torch.Tensor, held: torch.Tensor) -> float:
+        return 0.5 * max(self._mean[name], 0.0) * float((held - exact).square().sum())
+
+    def _note(self, path: str, at: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def note(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
             del module
-            if site in self._inputs:
+            if (path, at) in self._inputs:
                 return None  # Of a layer that is called more than once, the first input stands for all.
             # A copy, which activation functions in place leave as it is.
-            self._inputs[site] = inputs[0] + 0.0
-            return (self._inputs[site], *inputs[1:])
+            self._inputs[path, at] = inputs[at] + 0.0
+            return (*inputs[:at], self._inputs[path, at], *inputs[at + 1 :])
 
         return note
 

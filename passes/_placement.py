@@ -22,6 +22,7 @@ from torch import fx, nn
 from fxopt.errors import PassError
 from fxopt.graph import ops
 from fxopt.graph.grids import MAX_BITS
+from fxopt.graph.matrix_products import QuantMatMul
 
 __all__ = ["ROLES", "Point", "Role", "place"]
 
@@ -40,8 +41,8 @@ _TABLE = {
     Role.CLIP: "ReLU ReLU6 Hardtanh relu relu6 hardtanh clamp clamp_min",
     Role.KEEP: (
         "MaxPool1d MaxPool2d MaxPool3d max_pool1d max_pool2d max_pool3d Flatten flatten view reshape _unsafe_view "
-        "squeeze unsqueeze permute transpose t slice getitem upsample_nearest1d upsample_nearest2d PixelShuffle "
-        "pixel_shuffle"
+        "squeeze unsqueeze unflatten permute transpose t slice select getitem upsample_nearest1d upsample_nearest2d "
+        "PixelShuffle pixel_shuffle"
     ),
     Role.PASS: "Identity Dropout Dropout1d Dropout2d Dropout3d dropout feature_dropout contiguous clone alias detach",
     Role.SPLIT: "chunk split split_with_sizes",
@@ -77,7 +78,7 @@ def place(gm: fx.GraphModule, layers: Mapping[str, int]) -> list[Point]:
 
     Args:
         gm: A canonical graph.
-        layers: Activation bits of each layer to quantize, by module path.
+        layers: Bits that each layer to quantize, and each product of activations, reads values at, by module path.
 
     Returns:
         The points, in the order of the graph.
@@ -95,7 +96,14 @@ class _Placement:
         self._gm = gm
         self._layers = layers
         self._fused: dict[fx.Node, fx.Node] = {}
-        self._demanded = {self._origin(node.args[0]) for node in gm.graph.nodes if self._is_layer(node)}
+        # A layer reads one tensor, a product of activations two.
+        self._demanded = {
+            self._origin(source)
+            for node in gm.graph.nodes
+            if self._is_layer(node)
+            for source in node.args[:2]
+            if isinstance(source, fx.Node) and _is_tensor(source)
+        }
         self._integer: set[fx.Node] = set()
         self._grow()
         self._prune()
@@ -203,7 +211,7 @@ class _Placement:
         return node.op == "call_module" and str(node.target) in self._layers
 
     def _is_linear(self, node: fx.Node) -> bool:
-        return self._is_layer(node) and isinstance(self._gm.get_submodule(str(node.target)), nn.Linear)
+        return self._is_layer(node) and isinstance(self._gm.get_submodule(str(node.target)), (nn.Linear, QuantMatMul))
 
     def _name(self, node: fx.Node) -> str:
         return ops.semantics(self._gm, node).name

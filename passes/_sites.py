@@ -13,8 +13,19 @@ from fxopt.decisions import FLOAT_BITS, Decision
 from fxopt.errors import DataError, PolicyError
 from fxopt.graph import shape
 from fxopt.graph.fake_quantize import MAX_BITS, QUANTIZED_LAYERS, QuantizedLayer
+from fxopt.graph.matrix_products import MatrixProduct
 
-__all__ = ["BITS", "FLOAT", "check_sharing", "check_weights", "decide", "kind_of", "layers"]
+__all__ = [
+    "BITS",
+    "FLOAT",
+    "PRODUCT_BITS",
+    "check_sharing",
+    "check_weights",
+    "decide",
+    "decide_product",
+    "kind_of",
+    "layers",
+]
 
 FLOAT = (FLOAT_BITS, FLOAT_BITS)
 
@@ -25,6 +36,9 @@ BITS: tuple[tuple[int, int], ...] = (
     FLOAT,
 )
 """The pairs of weight and activation bits on offer: 1 to 8 of each, weights alone, and floating point."""
+
+PRODUCT_BITS: tuple[tuple[int, int], ...] = (*((bits, bits) for bits in _WIDTHS), FLOAT)
+"""The choices for a product of activations: the bits of all its operands, twice, and floating point."""
 
 
 def layers(gm: fx.GraphModule) -> list[fx.Node]:
@@ -81,6 +95,37 @@ def decide(gm: fx.GraphModule, node: fx.Node, index: int) -> Decision:
         "index": index,
     }
     return Decision("bits", str(node.target), BITS, FLOAT, features, operator=kind)
+
+
+def decide_product(product: MatrixProduct, index: int) -> Decision:
+    """The decision on the bits of a matrix product of activations, or of the two of an attention.
+
+    Its features are those of layers: a product has as many channels as what it sums over and no weights.
+
+    Args:
+        product: The product.
+        index: Its place among all that is decided.
+    """
+    left, right = product.operands[:2]
+    rows, inner = shape(left)[-2:]
+    attention = len(product.operands) > 2
+    columns = shape(right)[-2 if attention else -1]
+    out = shape(product.operands[2])[-1] if attention else columns
+    heads = math.prod(shape(product.node)[1:-2])
+    features = {
+        "is_depthwise": 0.0,
+        "in_channels": inner,
+        "out_channels": out,
+        "kernel": 1,
+        "stride": 1,
+        "groups": 1,
+        "input_size": heads * rows,
+        "positions": heads * rows,
+        "weights": 0,
+        "macs": heads * rows * columns * (inner + out if attention else inner),
+        "index": index,
+    }
+    return Decision("bits", product.site, PRODUCT_BITS, FLOAT, features, operator="matmul")
 
 
 def check_weights(gm: fx.GraphModule, chosen: Iterable[str]) -> None:

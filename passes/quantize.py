@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import fx
@@ -14,22 +14,27 @@ from fxopt.errors import DataError, PassError
 from fxopt.graph import edit, eval_mode, ops
 from fxopt.graph.fake_quantize import ActivationQuantizer, observing
 from fxopt.graph.grids import PLAIN_ACTIVATIONS, PLAIN_WEIGHTS, ActivationScheme, WeightScheme
+from fxopt.graph.matrix_products import MatrixProduct, matrix_products, quantize_product
 from fxopt.passes._calibrate import as_normalized, batches, feed, refuse_quantized, synthetic_batch
 from fxopt.passes._findings import ROUNDED_BITS, Findings, Site
 from fxopt.passes._placement import Point, place
-from fxopt.passes._sites import BITS, FLOAT, check_sharing, check_weights, decide, kind_of, layers
+from fxopt.passes._sites import BITS, FLOAT, check_sharing, check_weights, decide, decide_product, kind_of, layers
 from fxopt.passes.base import PassResult, TunablePass
 from fxopt.passes.round_weights import RoundWeights
 
 __all__ = ["BITS", "CALIBRATION_META", "DEFAULT_RECIPE", "FLOAT", "Quantize"]
 
-DEFAULT_RECIPE = {"conv": (8, 8), "depthwise": (8, 8), "linear": (8, 8)}
+DEFAULT_RECIPE = {"conv": (8, 8), "depthwise": (8, 8), "linear": (8, 8), "matmul": (8, 8)}
 """Bits by kind of operator without a policy. Transposed convolutions have no integer kernel in onnxruntime."""
 
 CALIBRATION_META = "fxopt_calibration"
 """Key of ``gm.meta`` under which a quantized graph says what it was calibrated on."""
 
+_Widths: TypeAlias = dict[str, int]
+
 _QUANTIZERS = "quantizers"
+_PRODUCT = "matmul"
+"""What targets call a product of activations."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,15 @@ class Quantize(TunablePass):
     Weights go to symmetric grids of 1 to 8 bits, one scale an output channel; activations to asymmetric unsigned ones
     of 1 to 8 bits, one scale a tensor, or stay in floating point. Quantizers stand behind activation functions that a
     runtime fuses, at the inputs and outputs of additions, concatenations and poolings inside a chain of quantized
-    layers, and nowhere around layers left in floating point. Parameters are shared with the graph before; its own
-    quantizers and their observed ranges are new.
+    layers, and nowhere around layers left in floating point. Both operands of a matrix product of activations are
+    quantized, as in attention, whose mask and softmax stay in floating point. Parameters are shared with the graph
+    before; its own quantizers and their observed ranges are new.
 
     Attributes:
         policy: Decisions of kind "bits": ``(weight_bits, activation_bits)`` for each layer, 1 to 8 of each; 32
-            activation bits quantize the weight alone, and ``(32, 32)`` leaves the layer in floating point. None
-            quantizes all that :data:`DEFAULT_RECIPE` names.
+            activation bits quantize the weight alone, and ``(32, 32)`` leaves the layer in floating point. A product of
+            activations has one number of bits for all operands, given twice; its site is the path of the module in
+            which it is computed, and the operator's name. None quantizes all that :data:`DEFAULT_RECIPE` names.
         calibration: An iterable of batches as the model takes them (labels behind the inputs are left out), or one
             batch as a tensor, tuple or mapping. None takes one synthetic batch of standard normal numbers; the outputs
             of layers that batch norm was folded into get the moments that the norm says, and ranges follow from that.
@@ -55,6 +62,8 @@ class Quantize(TunablePass):
         seed: Seed of the synthetic batch.
         weights: The grids of weights and how their ranges are chosen; a mapping of its fields will do.
         activations: The same for activations.
+        products: Whether bits of products of activations are decided, and quantized without a policy; else they stay in
+            floating point unless a policy names them.
         ends: Bits of the first and the last layer: their only choice in the search space, and what they get without a
             policy. None treats them as all others.
         rounding: Whether the integers of weights of fewer than 8 bits are found by :class:`~fxopt.passes.RoundWeights`
@@ -76,6 +85,7 @@ class Quantize(TunablePass):
     seed: int = 0
     weights: WeightScheme = PLAIN_WEIGHTS
     activations: ActivationScheme = PLAIN_ACTIVATIONS
+    products: bool = True
     ends: tuple[int, int] | None = None
     rounding: bool = False
     findings: Findings | None = field(default=None, compare=False, repr=False, metadata={"saved": False})
@@ -93,7 +103,9 @@ class Quantize(TunablePass):
             object.__setattr__(self, "ends", tuple(self.ends))
 
     def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
-        """One decision of kind "bits" for every layer that has a quantized form and that the target can run so.
+        """One decision of kind "bits" for all that has a quantized form and that the target can run so.
+
+        Layers come first, then products of activations.
 
         Args:
             graph_module: A graph from ``fxopt.trace``.
@@ -103,11 +115,12 @@ class Quantize(TunablePass):
             PassError: If some layers, but not all, are quantized already.
         """
         able = capabilities or Capabilities({kind: (bits, FLOAT) for kind, bits in DEFAULT_RECIPE.items()})
-        decisions = self._decisions(graph_module)
+        decisions = self._decisions(graph_module, products=self.products)
         if decisions:
             refuse_quantized(graph_module, self.name)
         offered = [decision for decision in SearchSpace(decisions).restrict(able) if decision.choices != (FLOAT,)]
-        return SearchSpace(self._pinned(decision, decisions) for decision in offered)
+        ends = [decision.site for decision in decisions if decision.operator != _PRODUCT]
+        return SearchSpace(self._pinned(decision, ends) for decision in offered)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """The options are in range.
@@ -134,11 +147,14 @@ class Quantize(TunablePass):
         if not chosen:
             return PassResult(graph_module, False)
         refuse_quantized(graph_module, self.name)
+        products = [product for product in matrix_products(graph_module) if product.site in chosen]
+        widths = {product.site: chosen.pop(product.site)[0] for product in products}
         check_weights(graph_module, chosen)
         check_sharing(graph_module, chosen)
         inputs = {path: activation for path, (_, activation) in chosen.items() if activation != FLOAT_BITS}
         findings = self.findings or Findings()
         findings.begin(graph_module, self.calibration)
+        inputs |= _quantize_products(graph_module, products, widths)
         _split_silu(graph_module, inputs)
         sites = _insert(graph_module, place(graph_module, inputs), self.activations)
         graph_module.recompile()
@@ -156,20 +172,24 @@ class Quantize(TunablePass):
         if self.policy is None:
             kinds = {str(node.target): kind_of(gm, node) for node in layers(gm)}
             found = {path: DEFAULT_RECIPE[kind] for path, kind in kinds.items() if kind in DEFAULT_RECIPE}
+            if found and self.products:
+                found |= {product.site: DEFAULT_RECIPE[_PRODUCT] for product in _float_products(gm)}
             if self.ends is not None and kinds:
                 found |= dict.fromkeys((next(iter(kinds)), next(reversed(kinds))), self.ends)
             return {path: bits for path, bits in found.items() if bits != FLOAT}
         SearchSpace(self._decisions(gm)).validate(self.own_choices)
         return {site: bits for (_, site), bits in self.own_choices.items() if bits != FLOAT}  # type: ignore[misc]
 
-    def _pinned(self, decision: Decision, decisions: Sequence[Decision]) -> Decision:
-        """The decision, with one choice left if it is about an end and the target has it."""
-        if decision.site not in (decisions[0].site, decisions[-1].site) or self.ends not in decision.choices:
+    def _pinned(self, decision: Decision, sites: Sequence[str]) -> Decision:
+        """The decision, with one choice left if it is about an end of these layers and the target has it."""
+        if decision.site not in (*sites[:1], *sites[-1:]) or self.ends not in decision.choices:
             return decision
         return replace(decision, choices=(self.ends,), default=self.ends)
 
-    def _decisions(self, gm: fx.GraphModule) -> list[Decision]:
-        return [decide(gm, node, index) for index, node in enumerate(layers(gm))]
+    def _decisions(self, gm: fx.GraphModule, products: bool = True) -> list[Decision]:
+        found = [decide(gm, node, index) for index, node in enumerate(layers(gm))]
+        multiplied = _float_products(gm) if products else []
+        return found + [decide_product(product, index) for index, product in enumerate(multiplied, len(found))]
 
     def _calibrate(self, gm: fx.GraphModule, sites: list[Site], findings: Findings) -> None:
         if not sites:
@@ -223,6 +243,21 @@ def _scheme(kind: type[S], given: Any, name: str) -> S:
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.dim()]
     return int(tensors[0].shape[0]) if tensors else 1
+
+
+def _float_products(gm: fx.GraphModule) -> list[MatrixProduct]:
+    """The products of activations of a graph in which nothing is quantized."""
+    return [] if any(isinstance(module, ActivationQuantizer) for module in gm.modules()) else matrix_products(gm)
+
+
+def _quantize_products(gm: fx.GraphModule, products: Iterable[MatrixProduct], widths: Mapping[str, int]) -> _Widths:
+    """Put quantized forms in the place of products; the bits that each reads, by path."""
+    found: _Widths = {}
+    for product in products:
+        found |= dict.fromkeys(quantize_product(gm, product, widths[product.site]), widths[product.site])
+    if found:
+        edit.finish(gm)
+    return found
 
 
 def _split_silu(gm: fx.GraphModule, chosen: Container[str]) -> None:

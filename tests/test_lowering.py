@@ -46,7 +46,7 @@ def test_bound_channels_equal_the_lowered_pruned_graph(network, seed):
 
 
 @settings(max_examples=6)
-@given(network=cnns(), seed=st.integers(0, 2**16))
+@given(network=networks(), seed=st.integers(0, 2**16))
 def test_bound_bits_equal_the_lowered_quantized_graph(network, seed):
     gm = FoldBatchNorm()(traced(network)[0].eval()).graph_module
     if any(isinstance(module, nn.BatchNorm2d) for module in gm.modules()):

@@ -14,6 +14,7 @@ from fxopt._lowering.operators import Constant, Drafts, fields_of
 from fxopt.graph import ops, values_at_batch
 from fxopt.graph.channels import analyze
 from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
+from fxopt.graph.matrix_products import matrix_products
 from fxopt.graph.sparsity import pattern_of, sparse_sites
 from fxopt.targets.rows import FLOAT_BITS, OpKind
 
@@ -23,6 +24,7 @@ _LAYERS = ("conv", "linear")
 _WITH_WEIGHTS = (*_LAYERS, "embedding")
 _INTEGER_KINDS = ("elementwise", "pool", "copy", "resize", "none")
 _SILU = ops.OpSemantics("SiLU", "elementwise", "broadcast", activation=True, fuses=True)
+_ATTENTION = ops.OpSemantics("scaled_dot_product_attention", "attention", "attention")
 
 
 @dataclass
@@ -93,6 +95,8 @@ class Builder(Drafts):
         self._weights: set[int] = set()
         self._numbers: dict[object, int] = {}
         self._value_of: dict[fx.Node, int] = {}
+        self.products = {product.node: product for product in matrix_products(gm)}
+        self._inner = {node for product in self.products.values() for node in product.inner}
 
     def walk(self) -> None:
         """Make the rows and values, in graph order."""
@@ -106,11 +110,19 @@ class Builder(Drafts):
                 if isinstance(self.found.get(node), torch.Tensor):
                     self._store(node)
             elif not self._is_constant(node):
-                meaning = _SILU if self._is_product_with(gates, node) else ops.semantics(self.gm, node)
-                if node in gates or meaning.kind == "none" or meaning.flow == "split" or self.tensor(node) is None:
+                meaning = self._meaning(gates, node)
+                passed = node in gates or node in self._inner or self.tensor(node) is None
+                if passed or meaning.kind == "none" or meaning.flow == "split":
                     self._pass_through(node)
                 else:
                     self._lower_node(node, meaning)
+
+    def _meaning(self, gates: set[fx.Node], node: fx.Node) -> ops.OpSemantics:
+        """What a node is to a runtime, however it is spelled out."""
+        if self._is_product_with(gates, node):
+            return _SILU
+        product = self.products.get(node)
+        return _ATTENTION if product is not None and product.inner else ops.semantics(self.gm, node)
 
     def _is_constant(self, node: fx.Node) -> bool:
         """Whether a tensor depends on no input of the model; notes what it is computed from."""
@@ -163,10 +175,16 @@ class Builder(Drafts):
             found |= dict.fromkeys(self._readers(user) if quantized else [user])
         return list(found)
 
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """What a node reads; of a spelled-out attention, what all of it reads."""
+        product = self.products.get(node)
+        if product is None:
+            return node.all_input_nodes
+        return [*product.operands, *([] if product.mask is None else [product.mask])]
+
     def _read(self, node: fx.Node) -> tuple[int, ...]:
-        return tuple(
-            dict.fromkeys(self._value_of[source] for source in node.all_input_nodes if source in self._value_of)
-        )
+        sources = self._sources(node)
+        return tuple(dict.fromkeys(self._value_of[source] for source in sources if source in self._value_of))
 
     def _pass_through(self, node: fx.Node) -> None:
         """A view or a no-op: its value is its first input's."""
@@ -188,10 +206,13 @@ class Builder(Drafts):
         last = len(self.rows) + len(drafts) - 1
         output = inputs[0] if fused else self._store(node)
         self._value_of[node] = output
+        product = self.products.get(node)
+        # The mask of an attention is added in floating point.
+        masks = set() if product is None else set(inputs) - {self._value_of[one] for one in product.operands}
         for index in inputs:
             value = self.values[index]
             value.last = max(value.last, last)
-            if layer is not None:
+            if layer is not None and index not in masks:
                 value.read_by_layers.add(layer)
             elif meaning.kind in _INTEGER_KINDS or fused:
                 if index != output:
@@ -200,10 +221,13 @@ class Builder(Drafts):
                 value.needs_float = True
         self.values[output].last = max(self.values[output].last, last)
         name = str(node.target) if node.op == "call_module" else node.name
+        name = name if product is None else product.site
         reused, held = self._parameters(node, meaning)
         shared = {"fused": Forms.fixed(int(fused)), "reused": Forms.fixed(int(reused))}
         for suffix, kind, fields in drafts:
-            row = Row(name + suffix, meaning.name, kind, node.name, fields | shared, held, layer, output, inputs)
+            # A softmax between products of integers stays in floating point.
+            own, read = (None, ()) if product is not None and kind == OpKind.SOFTMAX else (layer, inputs)
+            row = Row(name + suffix, meaning.name, kind, node.name, fields | shared, held, own, output, read)
             self.rows.append(row)
             shared, held = {"fused": shared["fused"]}, ()
         if meaning.kind == "unknown":
@@ -212,11 +236,13 @@ class Builder(Drafts):
     def _parameters(self, node: fx.Node, meaning: ops.OpSemantics) -> tuple[bool, tuple[Size, ...]]:
         """Whether the weights of a row are stored by another, and what else it is the first to hold."""
         held = self._own_parameters(node)
-        for source in node.all_input_nodes:
+        for source in self._sources(node):
             held |= self.constants[source].parameters if source in self.constants else {}
         fresh = tuple(size for key, size in held.items() if key not in self._counted)
         self._counted |= held.keys()
         if meaning.kind not in (*_WITH_WEIGHTS, "matmul"):
+            return False, fresh
+        if node in self.products:
             return False, fresh
         module: Any = self.module(node)
         weight = None if module is not None else self.weight(node, meaning)
@@ -251,14 +277,17 @@ class Builder(Drafts):
         return [self._through(source) for source in node.all_input_nodes]
 
     def _layer(self, node: fx.Node, meaning: ops.OpSemantics) -> int | None:
-        """Index of a layer that has bits of its own."""
-        module = self.module(node)
-        if module is None or meaning.kind not in _LAYERS:
+        """Index of a layer, or a product of activations, that has bits of its own."""
+        module, product = self.module(node), self.products.get(node)
+        if product is not None:
+            path, bits = product.site, (product.bits, product.bits)
+        elif module is not None and meaning.kind in _LAYERS:
+            path, bits = str(node.target), _current_bits(module)
+        else:
             return None
-        path = str(node.target)
         if path not in self._layers:
             self._layers[path] = len(self._layers)
-            self.bit_sites[path] = _current_bits(module)
+            self.bit_sites[path] = bits
         return self._layers[path]
 
 

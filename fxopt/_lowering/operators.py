@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fxopt._lowering.forms import Forms, Size
 from fxopt.graph import ops
 from fxopt.graph.channels import ChannelGraph
+from fxopt.graph.matrix_products import MatrixProduct
 from fxopt.targets.rows import Activation, OpKind
 
 __all__ = ["Constant", "Draft", "Drafts", "fields_of"]
@@ -56,6 +57,7 @@ class Drafts:
         gm: The graph.
         found: Value of every node at the batch lowered for.
         constants: The nodes whose tensors depend on no input.
+        products: The products of activations that can run on integers, by the node of their result.
     """
 
     def __init__(self, gm: fx.GraphModule, channels: ChannelGraph, found: Mapping[fx.Node, Any], forms: Forms) -> None:
@@ -63,6 +65,7 @@ class Drafts:
         self.found = found
         self.forms = forms
         self.constants: dict[fx.Node, Constant] = {}
+        self.products: dict[fx.Node, MatrixProduct] = {}
         self._channels = channels
         self._modules = dict(gm.named_modules(remove_duplicate=False))
         self._dims: dict[fx.Node, list[Size]] = {}
@@ -190,7 +193,9 @@ def _matmul(drafts: Drafts, node: fx.Node) -> list[Draft]:
 
 
 def _attention(drafts: Drafts, node: fx.Node) -> list[Draft]:
-    query, key, value = (drafts.dims(source) for source in node.args[:3] if isinstance(source, fx.Node))
+    found = drafts.products.get(node)
+    operands = node.args[:3] if found is None else found.operands
+    query, key, value = (drafts.dims(source) for source in operands if isinstance(source, fx.Node))
     heads = product(query[:-2])
     rows, columns = query[-2], key[-2]
     scores = {"n": heads, "c": query[-1], "k": columns, "in_h": rows, "out_h": rows}

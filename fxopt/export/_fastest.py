@@ -26,6 +26,7 @@ from fxopt.export._kernels import KernelTime, kernel_times, names_of, stem
 from fxopt.export._measure import measure
 from fxopt.export._runtime import make_session
 from fxopt.graph import shape
+from fxopt.graph.matrix_products import matrix_products
 from fxopt.passes import FoldBatchNorm, Quantize
 from fxopt.passes.quantize import FLOAT
 
@@ -42,7 +43,7 @@ class FastestBits:
     """What :func:`fastest_bits` found.
 
     Attributes:
-        policy: ``(8, 8)`` or ``(32, 32)`` for every layer that can be quantized.
+        policy: ``(8, 8)`` or ``(32, 32)`` for every layer and product of activations that can be quantized.
         median_s: Measured seconds of a sample with this policy.
         float_s: The same for the file in floats.
         integer_s: The same for the file with all layers quantized.
@@ -58,6 +59,8 @@ def fastest_bits(
     gm: fx.GraphModule, example_inputs: object, quantize: Quantize | None = None, *, threads: int = 1, runs: int = 25
 ) -> FastestBits:
     """Decide for every layer between floats and 8 bits by what onnxruntime takes on this machine.
+
+    Products of activations stand on the side where values change least; all of them in floats is tried too.
 
     Args:
         gm: A graph from ``fxopt.trace``; it is not changed.
@@ -78,7 +81,10 @@ def fastest_bits(
     with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
         bench = _Bench(graph, one, example_inputs, space, Path(folder), threads)
         everything = frozenset(decision.site for decision in space)
+        layers = frozenset(decision.site for decision in space if decision.operator != "matmul")
         files = {chosen: bench.file(chosen) for chosen in (frozenset[str](), everything)}
+        if layers != everything:
+            files[layers] = bench.file(layers)
         for chosen in _assignments(bench, everything, files) if everything else ():
             if chosen not in files:
                 files[chosen] = bench.file(chosen)
@@ -137,10 +143,11 @@ class _Bench:
     def values(self) -> Iterator[tuple[tuple[str, str], int]]:
         """Every value between two operators, with the elements of it that a sample has.
 
-        A layer goes by its path, any other operator by its node's name.
+        A layer goes by its path, a product of activations by its site, any other operator by its node's name.
         """
         nodes = self._graph.graph.nodes
         names = {node: str(node.target) if node.op == "call_module" else node.name for node in nodes}
+        names |= {product.node: product.site for product in matrix_products(self._graph)}
         for node in nodes:
             if not isinstance(node.meta.get("val"), torch.Tensor) or node.op == "get_attr":
                 continue
