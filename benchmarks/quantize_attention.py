@@ -1,9 +1,9 @@
 """Quantize transformers to 8 bits, with and without the products of attention, and run all in onnxruntime; print JSON.
 
 Networks with random weights: ``vit_tiny_patch16_224`` and a ``swin_tiny_patch4_window7_224`` of two stages with two
-blocks each (timm), and ``BertModel`` (BERT-base, 2 of its 12 layers, 128 tokens). Every file is compared with its graph,
-integer by integer, and timed beside the float file: batch 1, one thread, processor time, in turns; the ratio is that of
-a round.
+blocks each (timm), and ``BertModel`` (BERT-base, 2 of its 12 layers, 128 tokens). Every file is compared with its
+graph, integer by integer, and timed beside the float file: batch 1, one thread, processor time, in turns; the ratio is
+that of a round.
 
     .venv/bin/python benchmarks/quantize_attention.py > attention.json
 """

@@ -1,30 +1,42 @@
 """Where activation quantizers go, so that a runtime's integer kernels run in unbroken chains.
 
-The rules are a table, :data:`ROLES`, by operator name. A quantized layer reads integers and writes integers after the
-activation function that the runtime fuses into it. An operator with an integer kernel joins the chain if all that it
-reads is quantized and something behind it needs integers. All others stay in floating point and get no quantizer.
+The rules are a table, :data:`ROLES`, by operator name; it says what onnxruntime does, and a target's
+:class:`~fxopt.decisions.Placement` what is different there. A quantized layer reads integers and writes integers after
+the activation function that the runtime fuses into it. An operator with an integer kernel joins the chain if all that
+it reads is quantized and something behind it needs integers. All others stay in floating point and get no quantizer.
 
 Every reader takes a value at the bits it asks for: a layer at its activation bits, any other integer operator at the
 most that its own result is asked for, floating point at 8. A value that is asked for at several widths gets a quantizer
 for each.
+
+A grid belongs to all values that an operator gives back without computing new ones and, where the target asks for it,
+to all operands of an addition, or all parts of a concatenation and its result.
 """
 
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
 
+from fxopt.decisions import PLAIN_PLACEMENT, Placement, operator_key
 from fxopt.errors import PassError
 from fxopt.graph import ops
 from fxopt.graph.grids import MAX_BITS
 from fxopt.graph.matrix_products import QuantMatMul
 
-__all__ = ["ROLES", "Point", "Role", "place"]
+__all__ = ["ROLES", "Point", "Role", "check_names", "place"]
+
+_Place: TypeAlias = tuple[fx.Node, int]
+_JOIN = "cat"
 
 
 class Role(enum.Enum):
@@ -64,21 +76,22 @@ class Point:
         node: The node whose value is quantized.
         bits: Bits of the grid.
         readers: The nodes that read the quantized value.
-        grid_of: The node whose quantizer this one shares, or None for one of its own.
+        grid: Points of the same number have one quantizer.
     """
 
     node: fx.Node
     bits: int
     readers: tuple[fx.Node, ...]
-    grid_of: fx.Node | None
+    grid: int
 
 
-def place(gm: fx.GraphModule, layers: Mapping[str, int]) -> list[Point]:
+def place(gm: fx.GraphModule, layers: Mapping[str, int], how: Placement = PLAIN_PLACEMENT) -> list[Point]:
     """Decide where quantizers go.
 
     Args:
         gm: A canonical graph.
         layers: Bits that each layer to quantize, and each product of activations, reads values at, by module path.
+        how: What the target asks for.
 
     Returns:
         The points, in the order of the graph.
@@ -86,15 +99,32 @@ def place(gm: fx.GraphModule, layers: Mapping[str, int]) -> list[Point]:
     Raises:
         PassError: If batch normalization follows a layer directly.
     """
-    return _Placement(gm, layers).points()
+    return _Placement(gm, layers, how).points()
+
+
+def check_names(how: Placement) -> None:
+    """Refuse names of operators that mean nothing here.
+
+    Raises:
+        PassError: Naming one.
+    """
+    known = {operator_key(name) for name in ROLES}
+    for name in how.floats:
+        if name not in known:
+            raise PassError(f"floats names {name!r}, which has no integer kernel; those that have: {', '.join(ROLES)}.")
+    activations = ops.activation_names()
+    for name in how.fuses:
+        if name not in {operator_key(one) for one in activations}:
+            raise PassError(f"fuses names {name!r}, which is no activation function: {', '.join(activations)}.")
 
 
 class _Placement:
     """The state of one placement: which nodes compute on integers, and which activation is fused into which."""
 
-    def __init__(self, gm: fx.GraphModule, layers: Mapping[str, int]) -> None:
+    def __init__(self, gm: fx.GraphModule, layers: Mapping[str, int], how: Placement) -> None:
         self._gm = gm
         self._layers = layers
+        self._how = how
         self._fused: dict[fx.Node, fx.Node] = {}
         # A layer reads one tensor, a product of activations two.
         self._demanded = {
@@ -110,20 +140,42 @@ class _Placement:
         self._asked = self._demands()
 
     def points(self) -> list[Point]:
-        found: list[Point] = []
+        found: dict[tuple[fx.Node, int], tuple[fx.Node, ...]] = {}
         inside = set(self._fused.values())
         for node in self._gm.graph.nodes:
             if not _is_tensor(node) or node in inside or self._role(node) is Role.PASS:
                 continue
             readers = self._readers(node)
-            if readers:
-                found += self._points_at(node, readers)
-        return found
+            for bits in sorted({self._bits(reader) for reader in readers}):
+                found[node, bits] = tuple(reader for reader in readers if self._bits(reader) == bits)
+        places = list(found)
+        index_of = {place: index for index, place in enumerate(places)}
+        pairs = [pair for pair in self._same_grid(places) if pair[0] in index_of and pair[1] in index_of]
+        ends = np.array([(index_of[one], index_of[other]) for one, other in pairs], np.int64).reshape(-1, 2).T
+        matrix = coo_array((np.ones(len(pairs), np.int8), (ends[0], ends[1])), shape=(len(places),) * 2)
+        _, grids = connected_components(matrix, directed=False)
+        return [
+            Point(node, bits, readers, int(grid))
+            for ((node, bits), readers), grid in zip(found.items(), grids, strict=True)
+        ]
 
-    def _points_at(self, node: fx.Node, readers: Sequence[fx.Node]) -> Iterator[Point]:
-        for bits in sorted({self._bits(reader) for reader in readers}):
-            mine = [reader for reader in readers if self._bits(reader) == bits]
-            yield Point(node, bits, tuple(mine), self._grid_of(node))
+    def _same_grid(self, places: Sequence[_Place]) -> Iterator[tuple[_Place, _Place]]:
+        """Pairs of a node and bits each whose values lie on one grid."""
+        for node, bits in places:
+            if node in self._integer and self._role(node) is Role.KEEP:
+                yield (node, bits), (self._origin(node.args[0], (Role.PASS, Role.SPLIT)), bits)
+        for node in self._integer:
+            name = "" if self._role(node) is None else operator_key(self._name(node))
+            if name in self._how.shared_grids:
+                bits = self._bits(node)
+                shared = [self._origin(source) for source in node.all_input_nodes if not _is_number(source)]
+                if name == _JOIN:
+                    shared.append(self._reader_of(node))
+                yield from (((one, bits), (other, bits)) for one, other in itertools.pairwise(shared))
+
+    def _reader_of(self, node: fx.Node) -> fx.Node:
+        """The node behind which the quantizer of a result stands: an activation that is fused into it, or itself."""
+        return next((other for other, source in self._fused.items() if source is node), node)
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         """Who reads the quantized value: integer users, and all others too if the producer writes integers."""
@@ -135,12 +187,6 @@ class _Placement:
         if self._is_linear(producer) and not integer:
             return []
         return list(node.users)
-
-    def _grid_of(self, node: fx.Node) -> fx.Node | None:
-        """The node that defines the grid of a node which gives back what it reads."""
-        if node not in self._integer or self._role(node) is not Role.KEEP:
-            return None
-        return self._origin(node.args[0], (Role.PASS, Role.SPLIT))
 
     def _origin(self, value: Any, through: Sequence[Role] = (Role.PASS,)) -> fx.Node:
         """The node that made a value, before those that only pass it on."""
@@ -187,7 +233,9 @@ class _Placement:
 
     def _fuses(self, node: fx.Node) -> bool:
         """Whether the runtime takes this activation into the kernel that makes its input."""
-        if self._role(node) is not Role.CLIP or len(node.all_input_nodes) != 1:
+        calls = node.op in ("call_module", "call_function")
+        fuses = self._role(node) is Role.CLIP or (calls and operator_key(self._name(node)) in self._how.fuses)
+        if not fuses or len(node.all_input_nodes) != 1:
             return False
         source = node.args[0]
         if not isinstance(source, fx.Node) or source not in self._integer or len(source.users) != 1:
@@ -219,7 +267,8 @@ class _Placement:
     def _role(self, node: fx.Node) -> Role | None:
         if node.op not in ("call_module", "call_function") or self._is_layer(node):
             return None
-        return ROLES.get(self._name(node))
+        name = self._name(node)
+        return None if operator_key(name) in self._how.floats else ROLES.get(name)
 
     def _refuse_batch_norm(self, node: fx.Node) -> None:
         for user in node.users:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import torch
 from torch import fx
 
-from fxopt.decisions import FLOAT_BITS, Capabilities, Decision, SearchSpace
+from fxopt.decisions import FLOAT_BITS, PLAIN_PLACEMENT, Capabilities, Decision, Placement, SearchSpace
 from fxopt.errors import DataError, PassError
 from fxopt.graph import edit, eval_mode, ops
 from fxopt.graph.fake_quantize import ActivationQuantizer, observing
@@ -17,7 +17,7 @@ from fxopt.graph.grids import PLAIN_ACTIVATIONS, PLAIN_WEIGHTS, ActivationScheme
 from fxopt.graph.matrix_products import MatrixProduct, matrix_products, quantize_product
 from fxopt.passes._calibrate import as_normalized, batches, feed, refuse_quantized, synthetic_batch
 from fxopt.passes._findings import ROUNDED_BITS, Findings, Site
-from fxopt.passes._placement import Point, place
+from fxopt.passes._placement import Point, check_names, place
 from fxopt.passes._sites import BITS, FLOAT, check_sharing, check_weights, decide, decide_product, kind_of, layers
 from fxopt.passes.base import PassResult, TunablePass
 from fxopt.passes.round_weights import RoundWeights
@@ -65,7 +65,9 @@ class Quantize(TunablePass):
         products: Whether bits of products of activations are decided, and quantized without a policy; else they stay in
             floating point unless a policy names them.
         ends: Bits of the first and the last layer: their only choice in the search space, and what they get without a
-            policy. None treats them as all others.
+            policy. None for what ``placement`` says of them.
+        placement: Which values the target wants quantized, and which on one grid. None for what onnxruntime does; a
+            mapping of its fields will do. ``fxopt.optimize`` takes the target's.
         rounding: Whether the integers of weights of fewer than 8 bits are found by :class:`~fxopt.passes.RoundWeights`
             on the calibration data, if there are some, for outputs that stay near; else they are the nearest.
         findings: What earlier passes with the same data and options found of the same graph, and what this one finds:
@@ -87,6 +89,7 @@ class Quantize(TunablePass):
     activations: ActivationScheme = PLAIN_ACTIVATIONS
     products: bool = True
     ends: tuple[int, int] | None = None
+    placement: Placement | None = None
     rounding: bool = False
     findings: Findings | None = field(default=None, compare=False, repr=False, metadata={"saved": False})
 
@@ -95,10 +98,13 @@ class Quantize(TunablePass):
 
         Raises:
             PassError: If an option of a scheme is unknown or out of range.
+            TargetError: If a field of the placement is.
         """
         super().__post_init__()
         object.__setattr__(self, "weights", _scheme(WeightScheme, self.weights, "weights"))
         object.__setattr__(self, "activations", _scheme(ActivationScheme, self.activations, "activations"))
+        if self.placement is not None:
+            object.__setattr__(self, "placement", _scheme(Placement, self.placement, "placement"))
         if self.ends is not None:
             object.__setattr__(self, "ends", tuple(self.ends))
 
@@ -119,8 +125,9 @@ class Quantize(TunablePass):
         if decisions:
             refuse_quantized(graph_module, self.name)
         offered = [decision for decision in SearchSpace(decisions).restrict(able) if decision.choices != (FLOAT,)]
-        ends = [decision.site for decision in decisions if decision.operator != _PRODUCT]
-        return SearchSpace(self._pinned(decision, ends) for decision in offered)
+        sites = [decision.site for decision in decisions if decision.operator != _PRODUCT]
+        ends = self.ends or (self.placement or able.placement).ends
+        return SearchSpace(_pinned(decision, sites, ends) for decision in offered)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """The options are in range.
@@ -131,6 +138,7 @@ class Quantize(TunablePass):
         del graph_module
         if self.ends is not None and self.ends not in BITS:
             raise PassError(f"ends is {self.ends!r}; give 1 to 8 bits of weights and of activations, or (32, 32).")
+        check_names(self._how)
         if self.max_batches is not None and self.max_batches < 1:
             raise PassError(f"max_batches is {self.max_batches}; give at least 1, or None for all.")
 
@@ -155,8 +163,9 @@ class Quantize(TunablePass):
         findings = self.findings or Findings()
         findings.begin(graph_module, self.calibration)
         inputs |= _quantize_products(graph_module, products, widths)
-        _split_silu(graph_module, inputs)
-        sites = _insert(graph_module, place(graph_module, inputs), self.activations)
+        if "silu" not in self._how.fuses:
+            _split_silu(graph_module, inputs)
+        sites = _insert(graph_module, place(graph_module, inputs, self._how), self.activations)
         graph_module.recompile()
         self._calibrate(graph_module, sites, findings)
         for path, bits in chosen.items():
@@ -167,6 +176,10 @@ class Quantize(TunablePass):
             RoundWeights(self.calibration, most_bits=ROUNDED_BITS, seed=self.seed).call(graph_module)
         return PassResult(graph_module, True)
 
+    @property
+    def _how(self) -> Placement:
+        return self.placement or PLAIN_PLACEMENT
+
     def _chosen(self, gm: fx.GraphModule) -> dict[str, tuple[int, int]]:
         """Bits of the layers to quantize, by path."""
         if self.policy is None:
@@ -174,17 +187,12 @@ class Quantize(TunablePass):
             found = {path: DEFAULT_RECIPE[kind] for path, kind in kinds.items() if kind in DEFAULT_RECIPE}
             if found and self.products:
                 found |= {product.site: DEFAULT_RECIPE[_PRODUCT] for product in _float_products(gm)}
-            if self.ends is not None and kinds:
-                found |= dict.fromkeys((next(iter(kinds)), next(reversed(kinds))), self.ends)
+            ends = self.ends or self._how.ends
+            if ends is not None and kinds:
+                found |= dict.fromkeys((next(iter(kinds)), next(reversed(kinds))), ends)
             return {path: bits for path, bits in found.items() if bits != FLOAT}
         SearchSpace(self._decisions(gm)).validate(self.own_choices)
         return {site: bits for (_, site), bits in self.own_choices.items() if bits != FLOAT}  # type: ignore[misc]
-
-    def _pinned(self, decision: Decision, sites: Sequence[str]) -> Decision:
-        """The decision, with one choice left if it is about an end of these layers and the target has it."""
-        if decision.site not in (*sites[:1], *sites[-1:]) or self.ends not in decision.choices:
-            return decision
-        return replace(decision, choices=(self.ends,), default=self.ends)
 
     def _decisions(self, gm: fx.GraphModule, products: bool = True) -> list[Decision]:
         found = [decide(gm, node, index) for index, node in enumerate(layers(gm))]
@@ -226,7 +234,7 @@ class Quantize(TunablePass):
         return {"source": source, "batches": count, "samples": samples}
 
 
-S = TypeVar("S", WeightScheme, ActivationScheme)
+S = TypeVar("S", WeightScheme, ActivationScheme, Placement)
 
 
 def _scheme(kind: type[S], given: Any, name: str) -> S:
@@ -238,6 +246,13 @@ def _scheme(kind: type[S], given: Any, name: str) -> S:
         return kind(**given)
     except TypeError as failure:
         raise PassError(f"{name}: {failure}; its options are {', '.join(kind.__dataclass_fields__)}.") from failure
+
+
+def _pinned(decision: Decision, sites: Sequence[str], ends: tuple[int, int] | None) -> Decision:
+    """The decision, with one choice left if it is about the first or last of these layers and the target has it."""
+    if decision.site not in (*sites[:1], *sites[-1:]) or ends is None or ends not in decision.choices:
+        return decision
+    return replace(decision, choices=(ends,), default=ends)
 
 
 def _samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -285,14 +300,12 @@ def _follows(node: fx.Node, chosen: Container[str]) -> bool:
 def _insert(gm: fx.GraphModule, points: Iterable[Point], scheme: ActivationScheme) -> list[Site]:
     """Insert a quantizer at every point, one module at several paths where a grid is shared."""
     device = next((parameter.device for parameter in gm.parameters()), torch.device("cpu"))
-    at: dict[tuple[fx.Node, int], ActivationQuantizer] = {}
+    at: dict[int, ActivationQuantizer] = {}
     members: dict[ActivationQuantizer, list[fx.Node]] = {}
     readers_of: dict[fx.Node, list[tuple[fx.Node, Point]]] = {}
     for point in points:
-        shared = at.get((point.grid_of, point.bits)) if point.grid_of is not None else None
-        quantizer = shared or ActivationQuantizer(point.bits, scheme).to(device)
+        quantizer = at.setdefault(point.grid, ActivationQuantizer(point.bits, scheme).to(device))
         quantizer.train(gm.training)
-        at[point.node, point.bits] = quantizer
         path = edit.free_path(gm, f"{_QUANTIZERS}.{_site(point.node).replace('.', '_')}")
         inserted = edit.insert_module(gm, path, quantizer, after=point.node, args=(point.node,))
         readers_of.setdefault(point.node, []).append((inserted, point))

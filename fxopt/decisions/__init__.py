@@ -11,12 +11,14 @@ from fxopt.decisions._additive import AdditiveCosts
 from fxopt.decisions._budget import METRICS, Budget, format_quantity
 from fxopt.decisions._constraint import Constraint
 from fxopt.decisions._decision import FLOAT_BITS, Capabilities, Choice, Decision, Key
+from fxopt.decisions._placement import PLAIN_PLACEMENT, Placement, operator_key
 from fxopt.decisions._policy import POLICY_SCHEMA, Policy
 from fxopt.decisions._space import SearchSpace
 
 __all__ = [
     "FLOAT_BITS",
     "METRICS",
+    "PLAIN_PLACEMENT",
     "POLICY_SCHEMA",
     "AdditiveCosts",
     "Budget",
@@ -25,7 +27,9 @@ __all__ = [
     "Constraint",
     "Decision",
     "Key",
+    "Placement",
     "Policy",
     "SearchSpace",
     "format_quantity",
+    "operator_key",
 ]

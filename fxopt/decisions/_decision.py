@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from fxopt.decisions._placement import PLAIN_PLACEMENT, Placement
 from fxopt.errors import SearchError, TargetError
 
 __all__ = ["FLOAT_BITS", "Capabilities", "Choice", "Decision", "Key", "as_choice"]
@@ -161,6 +162,7 @@ class Capabilities:
         channel_tile: Channel counts are best as multiples of this.
         operators: The operator names the target has, or None for all.
         batch: The batch size the target runs at.
+        placement: Which values it wants quantized, and which on one grid.
 
     Raises:
         TargetError: If a pair is malformed or a size is below 1.
@@ -170,6 +172,7 @@ class Capabilities:
     channel_tile: int = 1
     operators: tuple[str, ...] | None = None
     batch: int = 1
+    placement: Placement = PLAIN_PLACEMENT
 
     def __post_init__(self) -> None:
         """Check the table and make it read-only."""
@@ -191,7 +194,7 @@ class Capabilities:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by constructor arguments: the read-only view of the table cannot be pickled."""
-        return (Capabilities, (dict(self.bits), self.channel_tile, self.operators, self.batch))
+        return (Capabilities, (dict(self.bits), self.channel_tile, self.operators, self.batch, self.placement))
 
 
 def _as_pair(kind: str, pair: Sequence[int]) -> tuple[int, int]:

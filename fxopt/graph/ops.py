@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 __all__ = [
     "BARRIER",
     "OpSemantics",
+    "activation_names",
     "arguments",
     "is_activation",
     "is_known",
@@ -102,6 +103,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def is_activation(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a unary, channel-wise activation function."""
     return semantics(gm, node).activation
+
+
+def activation_names() -> list[str]:
+    """Names of all activation functions, modules and ATen operators, in alphabetical order."""
+    return sorted({known.name for table in (_MODULES, _FUNCTIONS) for known in table.values() if known.activation})
 
 
 def is_known(module: nn.Module) -> bool:

@@ -150,7 +150,7 @@ def test_random_networks_quantize_and_run(network: Cnn | Transformer) -> None:
     gm, example = traced(network)
     folded = FoldBatchNorm()(gm).graph_module
     result = quantized(folded)
-    layers = [d.site for d in Quantize().search_space(folded)]
+    layers = [d.site for d in Quantize().search_space(folded) if d.operator != "matmul"]
     assert layers
     for site in layers:
         assert isinstance(result.get_submodule(site), QuantizedLayer)
