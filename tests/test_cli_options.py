@@ -227,7 +227,7 @@ def test_explain_cuts_attention_as_it_is_told(tmp_path: Path) -> None:
         result = run("explain", model, "--keep", "0.5", "--attention", way, "--json")
         assert result.exit_code == 0, result.output
         sizes[way] = {group["size"] for group in json.loads(result.stdout)["groups"]}
-    assert sizes == {"heads": {2, 32}, "width": {8, 32}}
+    assert sizes == {"heads": {2, 16, 32}, "width": {8, 16, 32}}
     refused = run("explain", model, "--attention", "depth")
     assert refused.exit_code == 1
     assert "by 'heads' or by 'width'" in refused.stderr
