@@ -44,6 +44,9 @@ _MAX_BIAS = 2.0**30
 _LARGEST = 127
 """The largest integer of a weight in 8 bits."""
 
+_MOST_OF_A_CLIP = 4
+"""Operators of fewer inputs may stand between a layer and its Q: activation functions and clips."""
+
 _BIASED = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
 """Operators whose integer kernels take an int32 bias, and the input that it is."""
 
@@ -83,6 +86,7 @@ class _QdqRewriter(Rewriter):
         self._biases: dict[tuple[str, str, str], str] = {}
         self._sources: dict[str, str] = {}
         self._alone: set[str] = set()
+        self._loose: dict[str, str] = {}
 
     def prepare(self) -> None:
         """See what is redundant, which weights are quantized alone, and which biases need larger steps."""
@@ -171,7 +175,34 @@ class _QdqRewriter(Rewriter):
         found = self._bias_of(node)
         if found is not None:
             yield from self._quantize_bias(node, *found)
+        if self._is_float_amid_integers(node):
+            yield from self._loosen(node)
         yield from self._as_global_pool(node)
+
+    def _is_float_amid_integers(self, node: onnx.NodeProto) -> bool:
+        """Whether onnxruntime would put the weight of a layer that stays in floats on a grid of 8 bits.
+
+        It does so between a DQ and a Q.
+        """
+        if self._native or node.op_type not in _BIASED or node.input[0] not in self.site_of:
+            return False
+        if not self.is_stored(node.input[1]):
+            return False
+        behind = self.readers[node.output[0]]
+        while len(behind) == 1 and behind[0].domain == "" and len(behind[0].input) < _MOST_OF_A_CLIP:
+            behind = self.readers[behind[0].output[0]]
+        return any(reader.output[0] in self.site_of for reader in behind)
+
+    def _loosen(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+        """A clip that cuts nothing off keeps a DQ and the layer that reads it apart."""
+        from onnx import helper
+
+        held = node.input[0]
+        if held not in self._loose:
+            self._loose[held] = f"{held}_loose"
+            least = self.store("lowest", np.asarray(np.finfo(np.float32).min, np.float32))
+            yield helper.make_node("Clip", [held, least], [self._loose[held]])
+        node.input[0] = self._loose[held]
 
     def _as_bounds(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """A Clip as Max and Min: onnxruntime refuses one in front of a Q to integers of fewer than 8 bits."""

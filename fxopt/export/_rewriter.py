@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["INNER", "QuantizedWeight", "Rewriter", "Rewritten"]
 
-INNER = ("quantized", "raised", "unclipped")
+INNER = ("quantized", "raised", "unclipped", "loose")
 """Suffixes of the names of values on the way to a quantizer's result."""
 
 
