@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import fx, nn
@@ -32,10 +33,13 @@ from fxopt.passes._fork import fork
 
 __all__ = ["sensitivities"]
 
-Method: TypeAlias = Literal["mse", "kl", "hessian"]
+Method: TypeAlias = Literal["mse", "kl", "hessian", "gradient"]
 Losses: TypeAlias = dict[str, dict[str, float]]
 
 _PROBES = 8
+_DRAWS = 32
+_INPUT_DRAWS = 4
+"""Draws for inputs: every sample is a draw of its own there, and their gradients take room."""
 _WEIGHTS = WeightScheme("mse")
 _ACTIVATIONS = ActivationScheme("mse")
 
@@ -63,12 +67,17 @@ def sensitivities(
             ``"hessian"``: half the mean diagonal of the Hessian of that divergence, estimated with random signs
             (Hutchinson; Dong et al. 2020, HAWQ-V2, equation 5), times the squared error of the weight or input: a few
             passes in all. Outputs that are no class scores take half their squared error in its place.
+            ``"gradient"``: half the mean square of what a change of the weight or input does to the logarithm of a
+            class's probability in first order, ``(gradient . change)^2``, the class being drawn as the graph itself
+            predicts; no labels. Its mean over draws is the second order of the divergence (Fisher information; Martens
+            2020, "New insights and perspectives on the natural gradient method", section 8), signs and cross terms of
+            the weights of an output channel, or of a sample's input, included; a few passes in all.
         rounding: Whether weights are rounded as ``Quantize(rounding=True)`` does, by the moments of their inputs in the
             batch, and not to the nearest. Losses of few bits are then much smaller.
         weights: The grids of weights, as for ``Quantize``; by default those of least error.
         activations: The same for the inputs of layers.
         cache: A JSON file that keeps what was measured, layer by layer; the same call goes on there.
-        seed: Seed of the random signs.
+        seed: Seed of the random signs and of the classes that are drawn.
 
     Returns:
         For each decision in the order of the space, the loss of each choice; 0 in floating point.
@@ -79,8 +88,8 @@ def sensitivities(
             product of activations. Of a product the second operands stand for weights, the first ones for the input;
             what the softmax between those of an attention gives is among the first.
     """
-    if method not in ("mse", "kl", "hessian"):
-        raise PassError(f"There are no sensitivities by {method!r}; choose mse, kl or hessian.")
+    if method not in get_args(Method):
+        raise PassError(f"There are no sensitivities by {method!r}; choose mse, kl, hessian or gradient.")
     graph = fork(gm)
     parts = _spelled_out(graph, {decision.site for decision in space})
     calls = {str(node.target) for node in graph.graph.find_nodes(op="call_module")}
@@ -100,7 +109,7 @@ def sensitivities(
                 continue
             if measure is None:
                 grids.findings.begin(graph, [(args, kwargs)])
-                kind = _Curvature if method == "hessian" else _Measured
+                kind = {"hessian": _Curvature, "gradient": _Information}.get(method, _Measured)
                 modules = _Modules(graph, [one.site for one in space], parts)
                 measure = kind(modules, args, kwargs, method, seed, grids).loss
             found = {}
@@ -280,13 +289,14 @@ def _distance(found: list[torch.Tensor], wanted: list[torch.Tensor], method: str
     return total / len(found)
 
 
-class _Curvature:
-    """The mean diagonal of the Hessian for every weight and every input of a layer."""
+class _Differentiated(ABC):
+    """Runs the graph once, so that its outputs can be differentiated by every weight and input of a layer."""
 
     def __init__(self, modules: _Modules, args: Any, kwargs: Any, method: str, seed: int, grids: _Grids) -> None:
         del method
         gm = modules.gm
         self._gm, self._modules, self._grids = gm, modules, grids
+        self._generator = torch.Generator().manual_seed(seed)
         self._inputs: dict[tuple[str, int], torch.Tensor] = {}
         layers = [site for site in modules.sites if site not in modules.products]
         read = [one for site in modules.sites for part in ("input", "weight") for one in modules.operands(site, part)]
@@ -294,35 +304,33 @@ class _Curvature:
         try:
             with torch.enable_grad():
                 args, kwargs = pytree.tree_map_only(torch.Tensor, _as_leaf, (args, kwargs))
-                loss = sum(_own_divergence(value) for value in _floats(gm(*args, **kwargs)))
+                outputs = _floats(gm(*args, **kwargs))
         finally:
             for handle in handles:
                 handle.remove()
         named: dict[object, Any] = {site: gm.get_submodule(site).weight for site in layers}
         named |= {one: self._inputs[one] for one in read}
-        tensors = list(named.values())
-        slopes = torch.autograd.grad(loss, tensors, create_graph=True)  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(seed)
-        sums = [0.0] * len(tensors)
-        for probe in range(_PROBES):
-            signs = [torch.randint(0, 2, one.shape, generator=generator).to(one) * 2 - 1 for one in tensors]
-            turned = torch.autograd.grad(slopes, tensors, signs, retain_graph=probe + 1 < _PROBES)
-            for index, (sign, curve) in enumerate(zip(signs, turned, strict=True)):
-                sums[index] += float((sign * curve).sum()) / _PROBES / sign.numel()
-        self._mean = dict(zip(named, sums, strict=True))
+        with torch.enable_grad():
+            self._study(outputs, named)
+
+    @abstractmethod
+    def _study(self, outputs: list[torch.Tensor], named: dict[object, Any]) -> None:
+        """Find out what losses follow from; weights are named by site, inputs by path and place."""
+
+    @abstractmethod
+    def _lost(self, name: object, change: torch.Tensor, of_bias: torch.Tensor | None = None) -> float:
+        """The loss with a change of what is named."""
 
     @torch.no_grad()
     def loss(self, site: str, part: str, bits: int) -> float:
-        """Half the mean curvature, never below zero, times the squared error."""
+        """The loss with one weight or one layer's input at so many bits."""
         operands = self._modules.operands(site, part)
         if not operands:
             module: Any = self._gm.get_submodule(site)
-            return self._lost(site, module.weight, self._grids.weight(module, site, bits)[0])
+            weight, bias = self._grids.weight(module, site, bits)
+            return self._lost(site, weight - module.weight, None if bias is None else bias - module.bias)
         exact = {one: self._inputs[one].detach() for one in operands}
-        return sum(self._lost(one, tensor, self._grids.input(tensor, bits)) for one, tensor in exact.items())
-
-    def _lost(self, name: object, exact: torch.Tensor, held: torch.Tensor) -> float:
-        return 0.5 * max(self._mean[name], 0.0) * float((held - exact).square().sum())
+        return sum(self._lost(one, self._grids.input(tensor, bits) - tensor) for one, tensor in exact.items())
 
     def _note(self, path: str, at: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
         def note(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
@@ -336,6 +344,56 @@ class _Curvature:
         return note
 
 
+class _Curvature(_Differentiated):
+    """The mean diagonal of the Hessian for every weight and every input of a layer."""
+
+    def _study(self, outputs: list[torch.Tensor], named: dict[object, Any]) -> None:
+        tensors = list(named.values())
+        loss = torch.stack([_own_divergence(value) for value in outputs]).sum()
+        slopes = torch.autograd.grad(loss, tensors, create_graph=True)
+        sums = [0.0] * len(tensors)
+        for probe in range(_PROBES):
+            signs = [torch.randint(0, 2, one.shape, generator=self._generator).to(one) * 2 - 1 for one in tensors]
+            turned = torch.autograd.grad(slopes, tensors, signs, retain_graph=probe + 1 < _PROBES)
+            for index, (sign, curve) in enumerate(zip(signs, turned, strict=True)):
+                sums[index] += float((sign * curve).sum()) / _PROBES / sign.numel()
+        self._mean = dict(zip(named, sums, strict=True))
+
+    def _lost(self, name: object, change: torch.Tensor, of_bias: torch.Tensor | None = None) -> float:
+        """Half the mean curvature, never below zero, times the squared error."""
+        del of_bias
+        return 0.5 * max(self._mean[name], 0.0) * float(change.square().sum())
+
+
+class _Information(_Differentiated):
+    """Gradients of what the graph predicts, for classes drawn as it predicts them."""
+
+    def _study(self, outputs: list[torch.Tensor], named: dict[object, Any]) -> None:
+        layers: dict[str, Any] = {name: self._gm.get_submodule(name) for name in named if isinstance(name, str)}
+        named = named | {(name, "bias"): layer.bias for name, layer in layers.items() if layer.bias is not None}
+        self._slopes: dict[object, list[torch.Tensor]] = {name: [] for name in named}
+        for draw in range(_DRAWS):
+            wanted = {name: one for name, one in named.items() if draw < _INPUT_DRAWS or name not in self._inputs}
+            score = torch.stack([_drawn_score(value, self._generator) for value in outputs]).sum()
+            found = torch.autograd.grad(score, list(wanted.values()), retain_graph=True)
+            for name, slope in zip(wanted, found, strict=True):
+                self._slopes[name].append(slope)
+
+    def _lost(self, name: object, change: torch.Tensor, of_bias: torch.Tensor | None = None) -> float:
+        """Half the mean over draws of the squares of first-order changes, by output channel or sample."""
+        transposed = isinstance(name, str) and isinstance(self._gm.get_submodule(name), _TRANSPOSED)
+        total = 0.0
+        for draw, slope in enumerate(self._slopes[name]):
+            first = (slope * change).double().movedim(int(transposed), 0).flatten(1).sum(1)
+            if of_bias is not None and len(of_bias) == len(first):
+                first += (self._slopes[name, "bias"][draw] * of_bias).double()
+            total += float(first.square().sum())
+        return 0.5 * total / len(self._slopes[name])
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone().requires_grad_() if tensor.is_floating_point() else tensor
 
@@ -346,3 +404,18 @@ def _own_divergence(output: torch.Tensor) -> torch.Tensor:
         logs = functional.log_softmax(output, 1)
         return functional.kl_div(logs, logs.detach(), log_target=True, reduction="sum") / len(output)
     return 0.5 * (output - output.detach()).square().mean()
+
+
+def _drawn_score(output: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The cost of what is drawn, a logarithm of its probability; its gradient has the mean square that errors meet.
+
+    Scaled so that the mean square goes with the curvature of :func:`_own_divergence`. Draws are apart from one another,
+    so cross terms of samples are zero in the mean.
+    """
+    if output.dim() < 2 or output.shape[1] < 2:
+        noise = torch.randn(output.shape, generator=generator).to(output)
+        return (output * noise).sum().mul(output.numel() ** -0.5)
+    chances = functional.softmax(output.detach().double(), 1).movedim(1, -1)
+    drawn = torch.multinomial(chances.reshape(-1, chances.shape[-1]).cpu(), 1, generator=generator)
+    labels = drawn.view(chances.shape[:-1]).to(output.device)
+    return functional.cross_entropy(output, labels, reduction="sum").mul(len(output) ** -0.5)

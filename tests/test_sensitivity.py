@@ -20,7 +20,7 @@ from fxopt.search import engines
 from fxopt.sensitivity import sensitivities
 
 ABLE = Capabilities({"*": ((2, 8), (4, 4), (8, 8), (4, 32), (32, 32))})
-METHODS: Any = pytest.mark.parametrize("method", ["mse", "kl", "hessian"])
+METHODS: Any = pytest.mark.parametrize("method", ["mse", "kl", "hessian", "gradient"])
 
 
 class Net(nn.Module):
@@ -136,3 +136,30 @@ def test_weights_rounded_by_moments_lose_less_than_the_nearest() -> None:
     nearest, rounded = (sensitivities(gm, space, x, rounding=rounding) for rounding in (False, True))
     assert sum(map(sum, rounded)) < 0.9 * sum(map(sum, nearest))
     assert all(table[-1] == 0.0 for table in rounded)
+
+
+class Narrow(nn.Module):
+    """One output channel that is to be measured, and classes made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 1), nn.Linear(1, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("choice", [(3, 32), (8, 3)])
+def test_gradients_foretell_the_divergence_of_small_changes(choice: tuple[int, int], monkeypatch: Any) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(64, 6)
+    gm = trace(Narrow().eval(), x[:2])
+    able = Capabilities({"*": (choice, (32, 32))})
+    space = SearchSpace([one for one in Quantize().search_space(gm, able) if one.site == "a"])
+    at = next(iter(space)).choices.index(choice)
+    monkeypatch.setattr(sensitivity, "_DRAWS", 300)
+    found = sensitivities(gm, space, x, method="gradient")[0][at]
+    # The divergence itself: the finite difference that the gradients foretell.
+    measured = sensitivities(gm, space, x, method="kl")[0][at]
+    assert found == pytest.approx(measured, rel=0.25)
+    assert found == sensitivities(gm, space, x, method="gradient")[0][at]
