@@ -1,7 +1,9 @@
 """Mixed bits against the same bits everywhere: small MobileNets on Fashion-MNIST, after training.
 
-A policy is the exact solution for what each layer loses at each of its choices (``fxopt.sensitivity``: divergence of
-the class probabilities on training images without labels), within the cost that the same bits everywhere have:
+Policies come from the exact engine: the first is the solution for what each layer loses at each of its choices
+(``fxopt.sensitivity``: divergence of the class probabilities on training images without labels), within the cost that
+the same bits everywhere have; the others follow from the divergence that those before it had as a whole, on other
+images. ``--trials 1`` takes the first. Costs are
 
 - ``bops``: bit operations, that is multiply-accumulates times weight bits times activation bits;
 - ``TARGET:METRIC``, such as ``zynq7020:latency`` or ``bitfusion:energy``: what a target says;
@@ -27,30 +29,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from common import fashion
 from common.output import finish, keep_memory
 from common.parts import Parts
-from torch import fx
+from torch import fx, nn
+from torch.nn import functional
 
 from fxopt import targets
-from fxopt.decisions import FLOAT_BITS, Capabilities, Choice, Decision, Policy, SearchSpace
-from fxopt.evaluate import accuracy
+from fxopt.data import TensorLoader
+from fxopt.decisions import FLOAT_BITS, AdditiveCosts, Capabilities, Choice, Constraint, Decision, Policy, SearchSpace
+from fxopt.evaluate import Evaluator, accuracy
 from fxopt.graph import trace
 from fxopt.graph.fake_quantize import WeightScheme, learn_scales
-from fxopt.lowering import lower
+from fxopt.lowering import IndexCosts, lower
 from fxopt.passes import FoldBatchNorm, Quantize
-from fxopt.search.solver import solve
+from fxopt.search import engines, run_search
 from fxopt.sensitivity import sensitivities
 from fxopt.training import fit
-
-Costs: TypeAlias = Callable[[list[Policy]], npt.NDArray[np.float64]]
 
 NETWORKS = ("mobilenet_v2", "mobilenet_v1")
 COSTS = ("bops", "zynq7020:latency", "vu9p:latency", "bitfusion:latency", "bitfusion:energy", "size")
@@ -70,6 +70,7 @@ class Trained:
         seed: Says which images are looked at, and in what order.
         samples: Training images to calibrate and round on.
         probe: Training images to measure losses on.
+        judged: Held-out training images that whole policies are compared on.
         rate: The highest learning rate of further training.
     """
 
@@ -77,6 +78,7 @@ class Trained:
     seed: int
     samples: int
     probe: int
+    judged: int
     rate: float
 
     def __post_init__(self) -> None:
@@ -106,14 +108,28 @@ class Trained:
         )
         return {one.site: dict(zip(one.choices, table, strict=True)) for one, table in zip(space, found, strict=True)}
 
+    @cached_property
+    def divergence(self) -> Callable[[nn.Module], float]:
+        """Minus the divergence of the class probabilities from those of the float network, on held-out images."""
+        images = self.data.held_out.inputs[: self.judged]
+        with torch.no_grad():
+            wanted = functional.log_softmax(self.gm(images), 1)
+
+        def judge(module: nn.Module) -> float:
+            found = functional.log_softmax(module(images), 1)
+            return -float(functional.kl_div(found, wanted, log_target=True, reduction="batchmean"))
+
+        return judge
+
+    def evaluator(self, codebooks: bool) -> Evaluator:
+        """Judges policies without training."""
+        loader = TensorLoader(self.images, torch.zeros(len(self.images), dtype=torch.long), 256)
+        return Evaluator(self.gm, (_quantize(codebooks),), train=loader, evaluate=self.divergence)
+
     def quantized(self, policy: Policy, codebooks: bool) -> fx.GraphModule:
         """The network with a policy, calibrated and rounded, not trained."""
-        images = list(self.images.split(128))
-        if codebooks:
-            return Quantize(policy, weights={"method": "kmeans"})(self.gm).graph_module
-        return (
-            Quantize(policy, calibration=images, weights=LEAST_ERROR, activations=LEAST_ERROR, rounding=True)(self.gm)
-        ).graph_module
+        step = replace(_quantize(codebooks), calibration=list(self.images.split(128)), policy=policy)
+        return step(self.gm).graph_module
 
     def told(self, policy: Policy, codebooks: bool, tune: float) -> dict[str, Any]:
         """Test accuracy of a policy, after ``tune`` epochs of training."""
@@ -137,15 +153,22 @@ class Setting:
     def __init__(self, network: Trained, name: str) -> None:
         self.name, self.network = name, network
         self.codebooks = name == "size"
-        target_name, _, self._metric = name.partition(":")
-        self._target = targets.load(target_name) if self._metric else targets.load("bitfusion")
+        target_name, _, metric = name.partition(":")
+        target = targets.load(target_name) if metric else targets.load("bitfusion")
         able = Capabilities({"*": tuple((w, a) for w in WIDTHS for a in WIDTHS)})
-        if self._metric:
-            able = self._target.capabilities
+        if metric:
+            able = target.capabilities
         elif self.codebooks:
             able = Capabilities({"*": tuple((w, FLOAT_BITS) for w in range(1, 9))})
         self.space = SearchSpace(self._wanted(one) for one in Quantize().search_space(network.gm, able))
-        self._workload = lower(network.gm, batch=self._target.capabilities.batch)
+        self.costs: AdditiveCosts | IndexCosts = self._bit_operations()
+        if name != "bops":
+            workload = lower(network.gm, batch=target.capabilities.batch)
+            self.costs = workload.index_costs(target, self.space, [metric or "size"])
+
+    def _bit_operations(self) -> AdditiveCosts:
+        macs = self.network.macs
+        return AdditiveCosts(self.space, [[macs[one.site] * w * a for w, a in one.choices] for one in self.space])
 
     def _wanted(self, decision: Decision) -> Decision:
         """The decision without choices that losses are not measured for."""
@@ -160,28 +183,21 @@ class Setting:
 
         return Policy({decision.key: nearest(decision) for decision in self.space})
 
-    def costs(self, policies: list[Policy]) -> npt.NDArray[np.float64]:
-        """Costs of policies."""
-        if self.name == "bops":
-            macs = self.network.macs
-            return np.array([sum(macs[site] * w * a for (_, site), (w, a) in one.items()) for one in policies], float)
-        return np.asarray(self._workload.estimate(self._target, policies).metric(self._metric or "size"))
-
-    def tables(self) -> list[npt.NDArray[np.float64]]:
-        """What every choice of every layer adds to the cost of 8 bits everywhere, of which each has a share."""
-        base = self.uniform(8)
-        whole = float(self.costs([base])[0])
-        return [
-            self.costs([base.merged(Policy({one.key: choice})) for choice in one.choices])
-            - whole * (1 - 1 / len(self.space))
-            for one in self.space
-        ]
-
-    def mixed(self, limit: float) -> Policy:
-        """The policy of the least sum of losses within a limit."""
+    def mixed(self, limit: float, trials: int) -> Policy:
+        """The policy of the least divergence that was tried within a limit."""
         known = self.network.losses(self.codebooks)
-        losses = [np.array([known[one.site][choice] for choice in one.choices]) for one in self.space]
-        return self.space.decode(solve(losses, self.tables(), limit).indices)
+        losses = [[known[one.site][choice] for choice in one.choices] for one in self.space]
+        constraint = Constraint(self.space, self.costs, [limit], by_index=self.costs.at)
+        engine = engines.create("exact", self.space, constraint, self.network.seed, losses=losses)
+        if trials == 1:
+            return engine.ask()[0]
+        return run_search(engine, self.network.evaluator(self.codebooks), trials).policy
+
+
+def _quantize(codebooks: bool) -> Quantize:
+    if codebooks:
+        return Quantize(weights={"method": "kmeans"})  # type: ignore[arg-type]
+    return Quantize(weights=LEAST_ERROR, activations=LEAST_ERROR, rounding=True)  # type: ignore[arg-type]
 
 
 def hash_of(text: str) -> str:
@@ -189,22 +205,19 @@ def hash_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def compare(network: Trained, cost: str, bits: int, tunes: list[float], parts: Parts) -> None:
+def compare(network: Trained, cost: str, bits: int, trials: int, tune: float, parts: Parts) -> None:
     """Both policies at the cost of so many bits everywhere."""
     setting = Setting(network, cost)
     same = setting.uniform(bits)
-    limit = float(setting.costs([same])[0])
+    limit = float(setting.costs([same])[0, 0])
     key = {"network": network.name, "seed": network.seed, "cost": cost, "bits": bits}
-    mixed = setting.mixed(limit)
-    for kind, policy in (("uniform", same), ("mixed", mixed)):
-        for tune in tunes:
-            # What is the same everywhere does not depend on what it costs, if all layers have these bits on offer.
-            digest = hash_of(policy.to_json())
-            known = {"network": network.name, "seed": network.seed, "policy": digest, "tune": tune}
-            told = parts.add(known, network.told, policy, setting.codebooks, tune)
-            line = {"kind": kind, "of_limit": float(setting.costs([policy])[0]) / limit, "accuracy": told["accuracy"]}
-            line["choices"] = [choice for _, choice in policy.items()]
-            parts.add({**key, "kind": kind, "tuned": tune}, lambda line=line: line)
+    found = parts.add({**key, "trials": trials}, lambda: {"found": setting.mixed(limit, trials).to_json()})
+    for kind, policy in (("uniform", same), ("mixed", Policy.from_json(found["found"]))):
+        # What is the same everywhere does not depend on what it costs, if all layers have these bits on offer.
+        known = {"network": network.name, "seed": network.seed, "policy": hash_of(policy.to_json()), "tune": tune}
+        told = parts.add(known, network.told, policy, setting.codebooks, tune)
+        line = {"of_limit": float(setting.costs([policy])[0, 0]) / limit, "accuracy": told["accuracy"]}
+        parts.add({**key, "of": trials, "kind": kind, "tuned": tune}, lambda line=line: line)
 
 
 def main() -> None:
@@ -215,6 +228,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=1024, help="training images to calibrate and round on")
     parser.add_argument("--probe", type=int, default=256, help="training images to measure losses on")
+    parser.add_argument("--judged", type=int, default=1000, help="held-out images to compare whole policies on")
+    parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--tune", type=float, default=0.0, help="epochs of further training, below 1")
     parser.add_argument("--rate", type=float, default=0.003)
     parser.add_argument("--parts", type=Path, help="a file to keep results in")
@@ -224,12 +239,12 @@ def main() -> None:
     parts = Parts(options.parts)
     for seed in map(int, options.seeds.split(",")):
         for name in options.networks.split(","):
-            network = Trained(name, seed, options.samples, options.probe, options.rate)
+            network = Trained(name, seed, options.samples, options.probe, options.judged, options.rate)
             parts.add({"network": name, "bits": "float"}, lambda n=network: {"accuracy": accuracy(n.gm, n.data.test)})
             for cost in options.costs.split(","):
                 default = BITS.get(cost, (4, 5, 6))
                 for bits in map(int, options.bits.split(",")) if options.bits else default:
-                    compare(network, cost, bits, [options.tune], parts)
+                    compare(network, cost, bits, options.trials, options.tune, parts)
     finish("mixed_precision", {"all": parts.done}, **{k: str(v) for k, v in vars(options).items()})
 
 
