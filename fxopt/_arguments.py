@@ -14,6 +14,7 @@ from torch import fx
 from fxopt import passes as pass_registry
 from fxopt import targets
 from fxopt.data import Loader, first_batch
+from fxopt.decisions import PLAIN_PLACEMENT
 from fxopt.errors import DataError, PassError, SearchError, TargetError
 from fxopt.export import host_fingerprint, onnxruntime_profiler
 from fxopt.graph.grids import MAX_BITS
@@ -44,7 +45,17 @@ _CAREFUL: dict[str, Any] = {"weights": {"method": "mse"}, "activations": {"metho
 def careful(
     passes: tuple[TunablePass, ...], named: Sequence[PassLike], target: targets.Target
 ) -> tuple[TunablePass, ...]:
-    """The passes, with ``quantize`` by name made careful if the target computes with fewer than 8 bits."""
+    """The passes as the target wants them.
+
+    Values are quantized where it says, unless a pass says otherwise, and ``quantize`` by name is made careful if it
+    computes with fewer than 8 bits.
+    """
+    placement = target.capabilities.placement
+    if placement != PLAIN_PLACEMENT:
+        passes = tuple(
+            dataclasses.replace(one, placement=placement) if isinstance(one, Quantize) and not one.placement else one
+            for one in passes
+        )
     fewest = min((min(pair) for pairs in target.capabilities.bits.values() for pair in pairs), default=MAX_BITS)
     by_name = named == Quantize.name or (not isinstance(named, (str, TunablePass)) and Quantize.name in named)
     if fewest >= MAX_BITS or not by_name:

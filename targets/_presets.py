@@ -10,14 +10,14 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 import numpy as np
 
-from fxopt.decisions import Capabilities
+from fxopt.decisions import Capabilities, Placement
 from fxopt.errors import FxoptError, TargetError, UnknownNameError
 from fxopt.targets._core import CostModel
 from fxopt.targets.base import Status, Target, TargetInfo
@@ -314,7 +314,7 @@ class _Reader:
     def capabilities(self) -> Capabilities:
         """The capabilities section."""
         table = self.take(self.data, "capabilities", dict)
-        self.only(table, {"bits", "channel_tile", "batch", "operators"}, "capabilities")
+        self.only(table, {"bits", "channel_tile", "batch", "operators", "placement"}, "capabilities")
         bits = self.take(table, "bits", dict, "capabilities")
         self.only(bits, {"*", *(kind.name.lower() for kind in OpKind)}, "capabilities.bits")
         operators = self.take(table, "operators", list, "capabilities") if "operators" in table else None
@@ -323,10 +323,24 @@ class _Reader:
         pairs = {kind: self.bit_pairs(bits, kind) for kind in bits}
         channel_tile = self.take(table, "channel_tile", int, "capabilities")
         batch = self.take(table, "batch", int, "capabilities")
+        placement = self.placement(table)
         try:
-            return Capabilities(pairs, channel_tile, None if operators is None else tuple(operators), batch)
+            return Capabilities(pairs, channel_tile, None if operators is None else tuple(operators), batch, placement)
         except FxoptError as error:
             raise self.fail("capabilities", str(error)) from error
+
+    def placement(self, capabilities: Mapping[str, Any]) -> Placement:
+        """What the target asks of quantized graphs."""
+        where = "capabilities.placement"
+        table = self.take(capabilities, "placement", dict, "capabilities") if "placement" in capabilities else {}
+        self.only(table, {field.name for field in fields(Placement)}, where)
+        given = {key: tuple(self.take(table, key, list, where)) for key in table}
+        for key, options in [*((f"{where}.{key}", {key: value}) for key, value in given.items()), (where, given)]:
+            try:
+                placement = Placement(**options)
+            except TargetError as error:
+                raise self.fail(key, str(error)) from error
+        return placement
 
     def bit_pairs(self, table: Mapping[str, Any], kind: str) -> tuple[tuple[int, int], ...]:
         """The allowed pairs of weight and activation bits of one kind of operator."""

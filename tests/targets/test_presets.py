@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fxopt.decisions import Placement
 from fxopt.errors import TargetError, UnknownNameError
 from fxopt.targets import PresetTarget, Target, describe, load, names
 from fxopt.targets._presets import FOLDER, _key_lines, builtin_presets
@@ -79,6 +80,15 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert load(str(path)).info == mine.info
 
 
+def test_placement_is_told_by_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "phone.toml"
+    told = 'placement = { ends = [8, 8], floats = ["AvgPool2d"], shared_grids = ["add", "cat"] }'
+    path.write_text(PIXEL1.replace("batch = 1", f"batch = 1\n{told}", 1))
+    assert load(path).capabilities.placement == Placement((8, 8), ("avg_pool2d",), (), ("add", "cat"))
+    assert load("pixel1").capabilities.placement == Placement()
+    assert load("stm32h743-tflm").capabilities.placement.shared_grids == ("cat",)
+
+
 # What is changed in pixel1.toml, into what, the line (by a part of it, after the change), and what the error says.
 WRONG = {
     "unknown key": ("fuses = true", "fuses = true\nfuse = 1", "fuse = 1", "fuse: is not known here"),
@@ -137,6 +147,20 @@ WRONG = {
     "not pairs": ("[[32, 32], [8, 8]]", "[32, 8]", 'bits."*"', "has to list pairs of weight and activation bits"),
     "tile": ("channel_tile = 8", "channel_tile = 0", "[capabilities]", "at least 1"),
     "tile type": ("channel_tile = 8", "channel_tile = 8.5", "8.5", "has to be a whole number, got 8.5"),
+    "placement key": ("batch = 1", "batch = 1\nplacement.share = []", "placement.share", "share: is not known here"),
+    "placement ends": (
+        "batch = 1",
+        "batch = 1\nplacement.ends = [8]",
+        "placement",
+        "placement: ends is (8,); give bits",
+    ),
+    "placement grids": (
+        "batch = 1",
+        'batch = 1\nplacement.shared_grids = ["mul"]',
+        "placement.shared_grids",
+        "shared_grids names 'mul'",
+    ),
+    "placement type": ("batch = 1", "batch = 1\nplacement.floats = 3", "placement", "floats: has to be a list, got 3"),
     "no energy reason": ("unavailable =", "because =", "because", "because: is not known here"),
     "spill without threshold": ("spill_threshold = ", "# spill_threshold = ", "[parameters]", "spill coefficients"),
     "source no text": ('kryo = "Second', 'kryo = 3 # "Second', "kryo = 3", "sources.kryo: has to be text"),
