@@ -152,7 +152,7 @@ WRONG = {
         "batch = 1",
         "batch = 1\nplacement.ends = [8]",
         "placement",
-        "placement: ends is (8,); give bits",
+        "ends: ends is (8,); give bits",
     ),
     "placement grids": (
         "batch = 1",
