@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fxopt.decisions import AdditiveCosts, Constraint, SearchSpace
+from fxopt.decisions import AdditiveCosts, Constraint, Policy, SearchSpace
 from fxopt.decisions._constraint import Enforce
 from fxopt.errors import SearchError
 from fxopt.search._additive_model import AdditiveModel
 from fxopt.search._agent import AgentEngine
+from fxopt.search._planning import best_policy
 from fxopt.search._process import Interpolated
 
 __all__ = ["DDPGEngine"]
@@ -21,7 +22,10 @@ __all__ = ["DDPGEngine"]
 _Floats = npt.NDArray[np.float64]
 
 _LINEARIZED_EVERY = 10
-_CLIP = 4.0
+_FAR = 4.0
+_DOUBT = 0.05
+_SURE = 0.5
+_PLANS = 4
 _RESTORING = 10.0
 _NEARLY = 0.98
 _IMITATIONS = 200
@@ -43,6 +47,8 @@ class DDPGEngine(AgentEngine):
       the mask. With ``enforce="decrease"`` it does not.
     - The actor begins as an imitation of the best policy of the warm-up, and the critic that it follows is drawn from
       those that are possible given the rewards: what is not known of a decision is tried.
+    - Some episodes (``planned``) are not the actor's: they are the best policy within the budget by what the critic
+      knows, or by a guess drawn from what is possible, found by the solver that the exact engine has.
     - When the replay is full, the worse half of it is forgotten.
 
     Args:
@@ -57,6 +63,7 @@ class DDPGEngine(AgentEngine):
         batch: How many decisions an update looks at, in whole episodes.
         updates: How many updates follow each episode.
         replay: How many episodes are kept.
+        planned: The part of the episodes after the warm-up that the critic plans; 0 for the actor alone.
         enforce: ``"mask"`` closes what cannot be completed within the limits; ``"decrease"`` lowers a finished policy
             step by step, as HAQ does.
         warm_start: An agent that was trained on another network; see :meth:`agent`.
@@ -81,6 +88,7 @@ class DDPGEngine(AgentEngine):
         batch: int = 256,
         updates: int = 8,
         replay: int = 512,
+        planned: float = 0.5,
         enforce: Enforce = "mask",
         warm_start: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     ) -> None:
@@ -96,15 +104,16 @@ class DDPGEngine(AgentEngine):
             enforce=enforce,
             warm_start=warm_start,
         )
-        if batch < 1 or updates < 1 or replay < 2:
+        if batch < 1 or updates < 1 or replay < 2 or not 0.0 <= planned <= 1.0:
             raise SearchError(
-                f"DDPG needs a batch and updates of at least 1 and a replay of at least 2, got batch={batch}, "
-                f"updates={updates} and replay={replay}."
+                f"DDPG needs a batch and updates of at least 1, a replay of at least 2 and planned from 0 to 1, got "
+                f"batch={batch}, updates={updates}, replay={replay} and planned={planned}."
             )
         self.batch = int(batch)
         self.updates = int(updates)
         self.replay = int(replay)
-        self._model = AdditiveModel(self.process.ladders)
+        self.planned = float(planned)
+        self._model = AdditiveModel(self.process.ladders, [decision.kind for decision in space])
         self._rows = np.zeros((self.replay, len(space)), dtype=np.intp)
         self._rewards = np.zeros(self.replay)
         self._kept = 0
@@ -115,8 +124,14 @@ class DDPGEngine(AgentEngine):
     @property
     def options(self) -> dict[str, Any]:
         """The constructor's options."""
-        mine = {"actor_rate": self.rate, "batch": self.batch, "updates": self.updates, "replay": self.replay}
-        return {**super().options, **mine}
+        return {
+            **super().options,
+            "actor_rate": self.rate,
+            "batch": self.batch,
+            "updates": self.updates,
+            "replay": self.replay,
+            "planned": self.planned,
+        }
 
     def learn(self, row: npt.NDArray[np.intp], score: float) -> None:
         """Keep the episode, ask the critic anew, and let the actor follow it."""
@@ -125,15 +140,16 @@ class DDPGEngine(AgentEngine):
         self._rows[self._kept], self._rewards[self._kept] = row, score
         self._kept += 1
         self._told += 1
-        if self._told < max(self.warmup, 2):
+        if not self._learns():
             return
         if self._market_row is None or self._told % _LINEARIZED_EVERY == 0:
             self._linearize(self._best().tolist())
         if self._told == max(self.warmup, 2) and self._warm_start is None:
-            self._imitate(self._best())
+            self._imitate(self._best(), _IMITATIONS)
         critic = self._critic()
         for _ in range(self.updates):
             self._update(critic)
+        self._imitate(self._best(), self.updates)
 
     def extra_state(self) -> dict[str, Any]:
         """The actor, the replay, and where costs were linearized."""
@@ -142,6 +158,7 @@ class DDPGEngine(AgentEngine):
             "rewards": self._rewards[: self._kept].tolist(),
             "told": self._told,
             "market_row": self._market_row,
+            "critic": self._model.state(),
         }
         return {**super().extra_state(), **mine}
 
@@ -154,6 +171,31 @@ class DDPGEngine(AgentEngine):
         self._market_row, self._market = None, None
         if state["market_row"] is not None:
             self._linearize([int(index) for index in state["market_row"]])
+        self._model.load(state["critic"])
+        if self._learns():
+            self._explain()
+
+    def _learns(self) -> bool:
+        """Whether there are enough episodes for the critic."""
+        return self._told >= max(self.warmup, 2)
+
+    def _explored(self, episode: int) -> Policy:
+        first = self._warm_start is not None and episode == 0
+        if not first and self._learns() and self.rng.random() < self.planned:
+            policy = self._plan()
+            if policy is not None:
+                return policy
+        return super()._explored(episode)
+
+    def _plan(self) -> Policy | None:
+        """The best policy by what the critic knows or guesses that was not proposed; None if all were."""
+        for attempt in range(_PLANS):
+            sure = attempt == 0 and self.rng.random() < _SURE
+            worth = self._model.worth() if sure else self._model.drawn(self.rng)
+            policy = best_policy(self.space, self.constraint, worth, self._best(), self._within)
+            if policy not in self._seen:
+                return policy
+        return None
 
     def _forget(self) -> None:
         """Keep the better half of the replay, in the order in which it came."""
@@ -162,21 +204,26 @@ class DDPGEngine(AgentEngine):
         self._rows[: self._kept], self._rewards[: self._kept] = self._rows[better], self._rewards[better]
 
     def _critic(self) -> Interpolated:
-        """A guess at what each action adds to the score; far below the middle, one failure is as bad as another."""
+        """A guess at what each action adds to the score."""
+        self._explain()
+        return Interpolated(self.process.ladders, [table[:, np.newaxis] for table in self._model.drawn(self.rng)])
+
+    def _explain(self) -> None:
+        """Ask the critic anew; of what is far below the middle it is enough to know roughly how far."""
         rewards = self._rewards[: self._kept]
         middle, high = np.quantile(rewards, [0.5, 0.9])
         spread = float(high - middle) or float(rewards.std()) or 1.0
-        self._model.fit(self._rows[: self._kept], np.maximum((rewards - middle) / spread, -_CLIP))
-        return Interpolated(self.process.ladders, [table[:, np.newaxis] for table in self._model.drawn(self.rng)])
+        away = (rewards - middle) / spread
+        self._model.fit(self._rows[: self._kept], away, doubt=_DOUBT * np.maximum(-away - _FAR, 0.0))
 
     def _best(self) -> npt.NDArray[np.intp]:
         return np.asarray(self._rows[int(self._rewards[: self._kept].argmax())])
 
-    def _imitate(self, row: npt.NDArray[np.intp]) -> None:
+    def _imitate(self, row: npt.NDArray[np.intp], steps: int) -> None:
         """Teach the actor the actions of a policy, in the states that lead to it."""
         states = self.process.states(row[np.newaxis])[0].astype(np.float32)
         wanted = self.process.actions(row[np.newaxis])[0]
-        for _ in range(_IMITATIONS):
+        for _ in range(steps):
             actions, kept = self._actor.forward(states)
             away = (actions - wanted) * self.process.used / len(states)
             self._adam.step(self._actor.backward(kept, away.astype(np.float32))[0])

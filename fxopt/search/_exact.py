@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fxopt.decisions import AdditiveCosts, Constraint, Policy, SearchSpace
-from fxopt.errors import InfeasibleError, SearchError
+from fxopt.decisions import Constraint, Policy, SearchSpace
+from fxopt.errors import SearchError
 from fxopt.search._additive_model import AdditiveModel
 from fxopt.search._engine import FAILED, Engine
 from fxopt.search._ladders import ladders
+from fxopt.search._planning import best_policy
 from fxopt.search._uniform import uniform_policies
-from fxopt.search.solver import solve, solve_lagrangian
 
 __all__ = ["ExactEngine"]
 
@@ -22,8 +22,6 @@ _Floats = npt.NDArray[np.float64]
 _Indices = npt.NDArray[np.intp]
 
 _UNIFORM_STEPS = 20
-_LARGE = 200_000
-_RELINEARIZED = 3
 _DRAWS = 4
 _ENOUGH = 10
 
@@ -72,7 +70,7 @@ class ExactEngine(Engine):
         if self.losses is not None and [len(table) for table in self.losses] != space.sizes.tolist():
             raise SearchError(f"losses needs one table a decision, of the lengths {space.sizes.tolist()}.")
         self._ladders = ladders(space, constraint)
-        self._model = AdditiveModel(self._ladders)
+        self._model = AdditiveModel(self._ladders, [decision.kind for decision in space])
         self._queue: list[tuple[int, int]] | None = None
         self._base: list[int] = []
         self._seen: set[Policy] = set()
@@ -113,6 +111,7 @@ class ExactEngine(Engine):
             "seen": sorted(self.space.encode(policy).tolist() for policy in self._seen),
             "rows": self._rows,
             "scores": self._scores,
+            "model": self._model.state(),
         }
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -123,6 +122,7 @@ class ExactEngine(Engine):
         self._rows = [[int(index) for index in row] for row in state["rows"]]
         self._scores = [float(score) for score in state["scores"]]
         self._fitted = 0
+        self._model.load(state["model"])
 
     # What is measured.
 
@@ -197,27 +197,9 @@ class ExactEngine(Engine):
         return [table + one - other for table, one, other in zip(known, drawn, mean, strict=True)]
 
     def _best_by(self, worth: list[_Floats]) -> Policy:
-        """The policy of the highest sum; linearized anew at each solution where the cost is no sum."""
-        if self.constraint is None or not worth:
-            return self.space.decode([int(table.argmax()) for table in worth])
-        losses = [-table for table in worth]
-        weights = np.array([float(np.ptp(table)) for table in worth])
-        order = np.argsort(-weights, kind="stable")
-        row = np.array(self._base, dtype=np.intp)
-        found: list[tuple[float, Policy]] = []
-        for _ in range(_RELINEARIZED):
-            costs = AdditiveCosts.around(self.space, self.constraint.costs_at, row)
-            solver = solve if sum(map(len, losses)) <= _LARGE else solve_lagrangian
-            try:
-                row = solver(losses, costs.tables, self.constraint.limits - costs.constant).indices
-            except (InfeasibleError, SearchError):
-                row = self.space.encode(self.constraint.cheapest())
-            policy = self.project([self.space.decode(row)], order)[0]
-            value = sum(float(table[i]) for table, i in zip(worth, self.space.encode(policy), strict=True))
-            found.append((value, policy))
-            if np.allclose(self.constraint.costs_at(row[np.newaxis]), costs.at(row[np.newaxis]), rtol=1e-9, atol=0.0):
-                break
-        return max(found, key=lambda entry: entry[0])[1]
+        return best_policy(
+            self.space, self.constraint, worth, self._base, lambda wanted, order: self.project([wanted], order)[0]
+        )
 
 
 def _slope(prior: _Floats, scores: _Floats) -> float:
