@@ -6,6 +6,7 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ class AgentEngine(Engine):
     # Episodes.
 
     def _founder(self, episode: int) -> Policy:
-        uniform = uniform_policies(self.space, self.constraint, _UNIFORM_STEPS)[: max(1, self.warmup // 4)]
+        uniform = self._uniform
         order = self.rng.permutation(len(self.space))
         if episode < len(uniform):
             return self._within(uniform[episode], order)
@@ -220,6 +221,10 @@ class AgentEngine(Engine):
             moved = self.process.places[j, row[j]] + self.noise * self.rng.standard_normal(self.process.axes)
             row[j] = self.process.choice(int(j), np.clip(moved, 0.0, 1.0))
         return self._within(self.space.decode(row), order)
+
+    @cached_property
+    def _uniform(self) -> list[Policy]:
+        return uniform_policies(self.space, self.constraint, _UNIFORM_STEPS)[: max(1, self.warmup // 4)]
 
     def _explored_decisions(self) -> npt.NDArray[np.bool_]:
         """Which decisions an episode takes otherwise than the actor would: some, at least one."""
