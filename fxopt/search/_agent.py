@@ -95,8 +95,9 @@ class AgentEngine(Engine):
         self._actor = Perceptron(sizes, self.rng, "sigmoid")
         self._adam = Adam(self._actor.weights, self.rate)
         self._seen: set[Policy] = set()
-        if self._warm_start is not None:
-            self._take_over(_read_agent(self._warm_start))
+        self._taken = None if self._warm_start is None else _read_agent(self._warm_start)
+        if self._taken is not None:
+            self._take_over(self._taken)
 
     @property
     def options(self) -> dict[str, Any]:

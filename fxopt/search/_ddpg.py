@@ -26,6 +26,7 @@ _FAR = 4.0
 _DOUBT = 0.05
 _SURE = 0.5
 _PLANS = 4
+_SETTLED = 8
 _RESTORING = 10.0
 _NEARLY = 0.98
 _IMITATIONS = 200
@@ -114,6 +115,8 @@ class DDPGEngine(AgentEngine):
         self.replay = int(replay)
         self.planned = float(planned)
         self._model = AdditiveModel(self.process.ladders, [decision.kind for decision in space])
+        if self._taken is not None and "critic" in self._taken:
+            self._model.load(self._taken["critic"], elsewhere=True)
         self._rows = np.zeros((self.replay, len(space)), dtype=np.intp)
         self._rewards = np.zeros(self.replay)
         self._kept = 0
@@ -151,6 +154,10 @@ class DDPGEngine(AgentEngine):
             self._update(critic)
         self._imitate(self._best(), self.updates)
 
+    def agent(self) -> dict[str, Any]:
+        """The actor, and what the critic learnt of decisions of each kind; see :meth:`AgentEngine.agent`."""
+        return {**super().agent(), "critic": self._model.state()}
+
     def extra_state(self) -> dict[str, Any]:
         """The actor, the replay, and where costs were linearized."""
         mine = {
@@ -177,7 +184,7 @@ class DDPGEngine(AgentEngine):
 
     def _learns(self) -> bool:
         """Whether there are enough episodes for the critic."""
-        return self._told >= max(self.warmup, 2)
+        return self._told >= max(self.warmup if self._warm_start is None else _SETTLED, 2)
 
     def _explored(self, episode: int) -> Policy:
         first = self._warm_start is not None and episode == 0

@@ -119,6 +119,7 @@ def test_features_meet_by_name() -> None:
         {"batch": 0},
         {"updates": 0},
         {"replay": 1},
+        {"planned": 1.5},
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
