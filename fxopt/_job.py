@@ -59,6 +59,8 @@ class Job:
         self.workload: ParametricWorkload = self._lowered(self.graph)
         decisions = [d for one in passes for d in one.search_space(self.graph, target.capabilities)]
         self.space = SearchSpace(decisions)
+        if any(isinstance(one, Quantize) for one in passes) and not any(one.kind == "bits" for one in self.space):
+            self.notes += (f"Nothing is quantized: {target.name} offers no bits, 1 to 8, for any layer of this model.",)
         if target.name == targets.HOST:
             record = None if folder is None else folder / f"fastest-bits-{self.digest}.json"
             for one in passes:

@@ -97,7 +97,7 @@ class Quantize(TunablePass):
         """Take mappings for schemes.
 
         Raises:
-            PassError: If an option of a scheme is unknown or out of range.
+            PassError: If an option of a scheme is unknown or out of range, or the bits of the ends are.
             TargetError: If a field of the placement is.
         """
         super().__post_init__()
@@ -106,7 +106,10 @@ class Quantize(TunablePass):
         if self.placement is not None:
             object.__setattr__(self, "placement", _scheme(Placement, self.placement, "placement"))
         if self.ends is not None:
-            object.__setattr__(self, "ends", tuple(self.ends))
+            given: Any = self.ends
+            object.__setattr__(self, "ends", tuple(given) if isinstance(given, list) else given)
+            if self.ends not in BITS:
+                raise PassError(f"ends is {self.ends!r}; give 1 to 8 bits of weights and of activations, or (32, 32).")
 
     def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
         """One decision of kind "bits" for all that has a quantized form and that the target can run so.
@@ -118,7 +121,7 @@ class Quantize(TunablePass):
             capabilities: What the target can run; None for all layers of :data:`DEFAULT_RECIPE`.
 
         Raises:
-            PassError: If some layers, but not all, are quantized already.
+            PassError: If some layers, but not all, are quantized already, or the target has not the bits of ``ends``.
         """
         able = capabilities or Capabilities({kind: (bits, FLOAT) for kind, bits in DEFAULT_RECIPE.items()})
         decisions = self._decisions(graph_module, products=self.products)
@@ -127,6 +130,8 @@ class Quantize(TunablePass):
         offered = [decision for decision in SearchSpace(decisions).restrict(able) if decision.choices != (FLOAT,)]
         sites = [decision.site for decision in decisions if decision.operator != _PRODUCT]
         ends = self.ends or (self.placement or able.placement).ends
+        if self.ends is not None:
+            _check_ends([decision for decision in offered if decision.site in (*sites[:1], *sites[-1:])], self.ends)
         return SearchSpace(_pinned(decision, sites, ends) for decision in offered)
 
     def requires(self, graph_module: fx.GraphModule) -> None:
@@ -136,8 +141,6 @@ class Quantize(TunablePass):
             PassError: If one is not.
         """
         del graph_module
-        if self.ends is not None and self.ends not in BITS:
-            raise PassError(f"ends is {self.ends!r}; give 1 to 8 bits of weights and of activations, or (32, 32).")
         check_names(self._how)
         if self.max_batches is not None and self.max_batches < 1:
             raise PassError(f"max_batches is {self.max_batches}; give at least 1, or None for all.")
@@ -246,6 +249,15 @@ def _scheme(kind: type[S], given: Any, name: str) -> S:
         return kind(**given)
     except TypeError as failure:
         raise PassError(f"{name}: {failure}; its options are {', '.join(kind.__dataclass_fields__)}.") from failure
+
+
+def _check_ends(decisions: Iterable[Decision], ends: tuple[int, int]) -> None:
+    for decision in decisions:
+        if ends not in decision.choices:
+            raise PassError(
+                f"ends is {ends}, which the target cannot run at {decision.site!r}; choose one of "
+                f"{', '.join(map(str, decision.choices))}."
+            )
 
 
 def _pinned(decision: Decision, sites: Sequence[str], ends: tuple[int, int] | None) -> Decision:

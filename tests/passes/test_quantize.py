@@ -93,7 +93,10 @@ def test_the_ends_are_pinned() -> None:
     able = Capabilities({"*": ((4, 4), (8, 8))})
     space = Quantize(ends=(8, 8)).search_space(gm, able)
     assert [d.choices for d in space] == [((8, 8),), ((4, 4), (8, 8)), ((8, 8),)]
-    assert [d.choices for d in Quantize(ends=(2, 2)).search_space(gm, able)] == [((4, 4), (8, 8))] * 3
+    with pytest.raises(
+        PassError, match=r"ends is \(2, 2\), which the target cannot run at '.*'; choose one of \(4, 4\)"
+    ):
+        Quantize(ends=(2, 2)).search_space(gm, able)
     result = quantized(gm, ends=(4, 4))
     assert [result.get_submodule(name).weight_quantizer.bits for name in "abc"] == [4, 8, 4]
     left = quantized(gm, ends=(32, 32))
