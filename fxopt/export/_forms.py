@@ -13,7 +13,7 @@ from fxopt.export._qdq import least_opset, to_qdq
 from fxopt.export._qonnx import expanded, to_qonnx
 from fxopt.export._rewriter import Rewritten
 from fxopt.export._torch_onnx import Marked, with_baked_weights
-from fxopt.graph.fake_quantize import ActivationQuantizer, WeightQuantizer
+from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, WeightQuantizer
 
 if TYPE_CHECKING:
     import onnx
@@ -96,7 +96,8 @@ def opset_for(graph: fx.GraphModule, form: Form, asked: int | None) -> int:
     Raises:
         ExportError: If the one asked for has not the types.
     """
-    bits = {module.bits for module in graph.modules() if isinstance(module, (ActivationQuantizer, WeightQuantizer))}
+    kinds = (ActivationQuantizer, WeightQuantizer, CodebookQuantizer)
+    bits = {module.bits for module in graph.modules() if isinstance(module, kinds)}
     least = 0 if form.baked else least_opset(bits, native=form.native)
     if asked is None:
         return max(DEFAULT_OPSET, least)

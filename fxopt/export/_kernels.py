@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Kernel", "KernelTime", "kernel_times", "kernels_of", "names_of", "stem"]
 
+_GIVE_WEIGHTS = ("DequantizeLinear", "Cast", "Mul", "Gather")
+"""Operators that make a layer's weight of what is stored."""
+
 _WARM_UP = 3
 _SHORTEST_S = 0.5e-6
 """onnxruntime counts whole microseconds; half of one stands for what takes less."""
@@ -142,7 +145,7 @@ def names_of(model: onnx.ModelProto, sites: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in model.graph.node:
         owners = {name.rpartition(".weight")[0] for name in node.input} & wanted
-        if node.op_type == "DequantizeLinear" or len(owners) != 1:
+        if node.op_type in _GIVE_WEIGHTS or len(owners) != 1:
             continue
         (site,) = owners
         behind = readers[node.output[0]]

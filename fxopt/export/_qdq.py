@@ -12,7 +12,9 @@ ONNX has (2, 4 or 8 bits, packed), and the file is as small as its bits say; act
 where the type is wider than the grid, and biases stay floats.
 
 A linear layer whose weight alone is quantized becomes MatMul and Add on 4-bit or 8-bit weights, which onnxruntime runs
-as MatMulNBits.
+as MatMulNBits. The weight of any other layer that computes in floats is a Cast and a Mul of its integers, or with a
+codebook a Gather of its indices: a runtime computes those once, when it loads the file, and a DequantizeLinear at every
+run, for it is kept for kernels to be found by it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fxopt.export._codebooks import store_codebooks
 from fxopt.export._rewriter import QuantizedWeight, Rewriter, Rewritten
 from fxopt.export._torch_onnx import MARKER_DOMAIN, Marked
 from fxopt.graph.fake_quantize import ActivationQuantizer
@@ -44,8 +47,8 @@ _MAX_BIAS = 2.0**30
 _LARGEST = 127
 """The largest integer of a weight in 8 bits."""
 
-_MOST_OF_A_CLIP = 4
-"""Operators of fewer inputs may stand between a layer and its Q: activation functions and clips."""
+_FUSED_BY_Q = ("Clip", "Relu")
+"""Operators that an integer kernel takes in, between a layer and its Q."""
 
 _BIASED = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
 """Operators whose integer kernels take an int32 bias, and the input that it is."""
@@ -87,6 +90,18 @@ class _QdqRewriter(Rewriter):
         self._sources: dict[str, str] = {}
         self._alone: set[str] = set()
         self._loose: dict[str, str] = {}
+        self._floats: set[str] = set()
+        self._codebooks = marked.codebooks
+
+    def run(self) -> Rewritten:
+        """Rewrite the model, and store codebooks as such.
+
+        Raises:
+            ExportError: If a quantizer has a grid that the form cannot hold.
+        """
+        made = super().run()
+        store_codebooks(self.model, self._codebooks, self._index_bits)
+        return made
 
     def prepare(self) -> None:
         """See what is redundant, which weights are quantized alone, and which biases need larger steps."""
@@ -98,10 +113,21 @@ class _QdqRewriter(Rewriter):
             if weight is not None and node.op_type in ("Gemm", "MatMul") and node.input[0] not in self.site_of:
                 self._alone.add(weight.output)
         if not self._native:
-            for weight in self.weight_of.values():
-                largest = weight.quantizer.largest
-                weight.factor = 1 if weight.output in self._alone else 2 ** int(math.log2(_LARGEST / largest))
+            for output, weight in self.weight_of.items():
+                if weight.output not in self._alone and not any(map(self._is_integer, self.readers[output])):
+                    self._floats.add(weight.output)
+                plain = weight.output in self._alone | self._floats
+                weight.factor = 1 if plain else 2 ** int(math.log2(_LARGEST / weight.quantizer.largest))
             self._fit_biases()
+
+    def _index_bits(self, bits: int) -> int:
+        """Bits of the type that holds an index of so many bits."""
+        least = container_bits(bits, native=True)
+        return least if self._native else self._packed_bits(least)
+
+    def _packed_bits(self, least: int) -> int:
+        """Bits of the narrowest type that every opset from the default one on has."""
+        return max(least, 4) if self._packs else NATIVE_BITS[-1]
 
     def _fit_biases(self) -> None:
         """A channel of tiny weights with a large bias gets larger steps, so that the bias fits into 32 bits."""
@@ -142,20 +168,28 @@ class _QdqRewriter(Rewriter):
             yield helper.make_node("Clip", [unclipped, "", largest], [held])
         yield helper.make_node("DequantizeLinear", [held, scale, zero], [output])
 
-    def dequantize(self, weight: QuantizedWeight) -> onnx.NodeProto:
-        """A DQ on stored integers."""
-        from onnx import helper
+    def dequantize(self, weight: QuantizedWeight) -> Iterator[onnx.NodeProto]:
+        """A DQ on stored integers, or what a runtime computes when it loads the file."""
+        from onnx import TensorProto, helper
 
         width = container_bits(weight.quantizer.bits, native=self._native)
-        if weight.output in self._alone and self._packs and not self._native:
-            width = 4 if weight.quantizer.bits <= 4 else width
+        folded = weight.output in self._floats
+        if folded or (weight.output in self._alone and not self._native):
+            width = self._packed_bits(container_bits(weight.quantizer.bits, native=True))
         read_as_float = any(reader.domain != MARKER_DOMAIN for reader in self.readers[weight.name])
-        stored = self.store_new(weight.name, _signed(weight.integers(), width), read_as_float)
-        scale = self.store(f"{stored}_scale", weight.scale)
-        inputs = [stored, scale]
+        integers = weight.integers()
+        stored = self.store_new(weight.name, _signed(integers, width), read_as_float)
+        if folded:
+            size = [-1 if axis == weight.axis else 1 for axis in range(integers.ndim)]
+            scale = self.store(f"{stored}_scale", weight.scale.reshape(size))
+            plain = f"{weight.output}_integers"
+            yield helper.make_node("Cast", [stored], [plain], to=TensorProto.FLOAT)
+            yield helper.make_node("Mul", [plain, scale], [weight.output])
+            return
+        inputs = [stored, self.store(f"{stored}_scale", weight.scale)]
         if weight.output not in self._alone:
             inputs.append(self.store(f"{stored}_zero_point", _signed(np.zeros(weight.scale.shape, np.int8), width)))
-        return helper.make_node("DequantizeLinear", inputs, [weight.output], axis=weight.axis)
+        yield helper.make_node("DequantizeLinear", inputs, [weight.output], axis=weight.axis)
 
     def rewrite(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """Integer biases, and the spellings that kernels are selected by."""
@@ -186,10 +220,20 @@ class _QdqRewriter(Rewriter):
         """
         if self._native or node.op_type not in _BIASED or node.input[0] not in self.site_of:
             return False
-        if not self.is_stored(node.input[1]):
+        return self.is_stored(node.input[1]) and self._writes_integers(node)
+
+    def _is_integer(self, node: onnx.NodeProto) -> bool:
+        """Whether a layer with a quantized weight has a kernel that reads it as integers."""
+        if node.input[0] not in self.site_of:
             return False
+        fused = any(reader.op_type in _FUSED_BY_GEMM for reader in self.readers[node.output[0]])
+        writes_floats = node.op_type == "MatMul" or (node.op_type == "Gemm" and not fused)
+        return writes_floats or self._writes_integers(node)
+
+    def _writes_integers(self, node: onnx.NodeProto) -> bool:
+        """Whether a Q stands behind a node, or behind the activation function there."""
         behind = self.readers[node.output[0]]
-        while len(behind) == 1 and behind[0].domain == "" and len(behind[0].input) < _MOST_OF_A_CLIP:
+        while len(behind) == 1 and behind[0].op_type in _FUSED_BY_Q:
             behind = self.readers[behind[0].output[0]]
         return any(reader.output[0] in self.site_of for reader in behind)
 
@@ -254,6 +298,8 @@ class _QdqRewriter(Rewriter):
             return None
         weight, site = self.weight_of.get(node.input[1]), self.site_of.get(node.input[0])
         if weight is None or site is None or len(self.array(node.input[index])) != len(weight.scale):
+            return None
+        if weight.output in self._floats:
             return None
         return weight, site, node.input[index]
 

@@ -98,7 +98,7 @@ class _QonnxRewriter(Rewriter):
         zero = self.store(f"{site}.zero_point", quantizer.zero_point.cpu().numpy().astype(np.float32))
         yield self._quant(value, scale, zero, quantizer.bits, output, signed=False)
 
-    def dequantize(self, weight: QuantizedWeight) -> onnx.NodeProto:
+    def dequantize(self, weight: QuantizedWeight) -> Iterator[onnx.NodeProto]:
         """A signed Quant node on the floats, or a bipolar one."""
         from onnx import helper
 
@@ -108,9 +108,10 @@ class _QonnxRewriter(Rewriter):
         shape = [-1 if axis == weight.axis else 1 for axis in range(values.ndim)]
         scale = self.store(f"{stored}_scale", weight.scale.reshape(shape))
         if weight.quantizer.bits == 1:
-            return helper.make_node("BipolarQuant", [stored, scale], [weight.output], domain=QONNX_DOMAIN)
+            yield helper.make_node("BipolarQuant", [stored, scale], [weight.output], domain=QONNX_DOMAIN)
+            return
         zero = self.store(f"{stored}_zero_point", np.zeros((), np.float32))
-        return self._quant(
+        yield self._quant(
             stored,
             scale,
             zero,

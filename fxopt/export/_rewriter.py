@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["INNER", "QuantizedWeight", "Rewriter", "Rewritten"]
 
-INNER = ("quantized", "raised", "unclipped", "loose")
+INNER = ("quantized", "raised", "unclipped", "loose", "integers")
 """Suffixes of the names of values on the way to a quantizer's result."""
 
 
@@ -157,8 +157,8 @@ class Rewriter(ABC):
         """The nodes that hold the activation ``value`` to the grid of quantizer ``site``, as ``output``."""
 
     @abstractmethod
-    def dequantize(self, weight: QuantizedWeight) -> onnx.NodeProto:
-        """The node that gives a quantized weight, as ``weight.output``."""
+    def dequantize(self, weight: QuantizedWeight) -> Iterator[onnx.NodeProto]:
+        """The nodes that give a quantized weight, as ``weight.output``."""
 
     def rewrite(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """The nodes for an ordinary one; itself by default."""
@@ -241,7 +241,8 @@ class Rewriter(ABC):
         if output in self.site_of:
             yield from self.quantize(self.site_of[output], node.input[0], output)
         elif node.domain == MARKER_DOMAIN:
-            yield from (self.dequantize(weight) for weight in self._behind[output])
+            for weight in self._behind[output]:
+                yield from self.dequantize(weight)
         elif output not in self.dropped:
             for new in self.rewrite(node):
                 new.input[:] = [self._renamed.get(name, name) for name in new.input]

@@ -57,10 +57,12 @@ class Marked:
     Attributes:
         model: The model.
         quantizers: The quantizer of each marker, by the marker's site.
+        codebooks: The codebook that each such weight was written out of, by the weight's name.
     """
 
     model: onnx.ModelProto
     quantizers: Quantizers
+    codebooks: Mapping[str, CodebookQuantizer]
 
 
 class _Mark(nn.Module):
@@ -87,7 +89,7 @@ def export_marked(gm: fx.GraphModule, inputs: ExampleInputs, opset: int) -> Mark
     Raises:
         ExportError: If torch.onnx cannot export the graph.
     """
-    marked, quantizers = _mark(gm)
+    marked, quantizers, codebooks = _mark(gm)
     dynamic = bool(gm.meta.get(TRACE_META, {}).get("dynamic_batch"))
     leaves = inputs.leaves()
     spec = None
@@ -117,7 +119,7 @@ def export_marked(gm: fx.GraphModule, inputs: ExampleInputs, opset: int) -> Mark
             entry.version = opset
     _name_ends(model, input_names(gm, leaves), output_names(gm))
     _name_batch(model, dynamic)
-    return Marked(model, quantizers)
+    return Marked(model, quantizers, codebooks)
 
 
 def with_baked_weights(gm: fx.GraphModule) -> fx.GraphModule:
@@ -208,10 +210,11 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
-def _mark(gm: fx.GraphModule) -> tuple[fx.GraphModule, Quantizers]:
+def _mark(gm: fx.GraphModule) -> tuple[fx.GraphModule, Quantizers, dict[str, CodebookQuantizer]]:
     marked = _copy(gm)
     _separate_views(marked)
     quantizers: Quantizers = {}
+    codebooks: dict[str, CodebookQuantizer] = {}
     sites: dict[int, str] = {}
     for path, module in list(marked.named_modules(remove_duplicate=False)):
         if isinstance(module, ActivationQuantizer):
@@ -221,6 +224,7 @@ def _mark(gm: fx.GraphModule) -> tuple[fx.GraphModule, Quantizers]:
         elif isinstance(module, QuantizedLayer):
             quantizer = module.weight_quantizer
             if isinstance(quantizer, CodebookQuantizer):
+                codebooks[f"{path}.weight"] = quantizer
                 edit.replace_module(marked, path, module.baked())
                 continue
             layer = edit.clone_module(module)
@@ -228,7 +232,7 @@ def _mark(gm: fx.GraphModule) -> tuple[fx.GraphModule, Quantizers]:
             layer._modules["weight_quantizer"] = _Mark(site, site)
             quantizers[site] = quantizer
             edit.replace_module(marked, path, layer)
-    return marked, quantizers
+    return marked, quantizers, codebooks
 
 
 def _separate_views(gm: fx.GraphModule) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import fx, nn
 
 from fxopt.decisions import Policy
-from fxopt.export import ExportReport, export_onnx
+from fxopt.export import ExportReport, Format, export_onnx
 from fxopt.graph import trace
 from fxopt.passes import Quantize
 
@@ -50,10 +52,10 @@ def floats() -> fx.GraphModule:
     return trace(Net().eval(), IMAGES[:2])
 
 
-def exported(folder: Path, bits: dict[str, tuple[int, int]], **options: Any) -> ExportReport:
+def exported(folder: Path, bits: dict[str, tuple[int, int]], form: Format = "qdq", **options: Any) -> ExportReport:
     policy = Policy({("bits", site): one for site, one in bits.items()})
     gm = Quantize(policy, calibration=IMAGES, **options)(floats()).graph_module
-    return export_onnx(gm, folder / "model.onnx", IMAGES[:2])
+    return export_onnx(gm, folder / "model.onnx", IMAGES[:2], format=form)
 
 
 @pytest.mark.parametrize("left_out", [("b",), ("a", "c", "d"), ("c", "up", "vector"), ("b", "rows"), ("d", "last")])
@@ -64,6 +66,41 @@ def test_a_layer_left_in_floats_computes_in_floats(tmp_path: Path, left_out: tup
     in_floats = {line.site for line in report.layers if not line.integer}
     assert set(left_out) <= in_floats
     assert {"a", "b", "c"} - set(left_out) <= {line.site for line in report.layers if line.integer}
+
+
+@pytest.mark.parametrize(("weights", "width"), [(8, 8), (5, 8), (4, 4), (2, 4)])
+@pytest.mark.parametrize("method", ["max", "kmeans"])
+def test_weights_quantized_alone_are_small_in_the_file_and_floats_once_it_is_loaded(
+    tmp_path: Path, weights: int, width: int, method: str
+) -> None:
+    bits = dict.fromkeys(("a", "b", "c", "d", "up"), (weights, 32))
+    report = exported(tmp_path, bits, weights={"method": method})
+    operators = dict(report.operators)
+    assert operators["Conv"] + operators.get("FusedConv", 0) == 4
+    assert operators["ConvTranspose"] == 1
+    assert not {"DequantizeLinear", "Cast", "Gather", "QuantizeLinear"} & set(operators)
+    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    for site in bits:
+        weight = stored[f"{site}.weight"]
+        assert len(weight.raw_data) == -(-math.prod(weight.dims) * width // 8)
+
+
+def test_an_integer_input_without_integer_output_leaves_no_dequantized_weight_to_every_run(tmp_path: Path) -> None:
+    report = exported(tmp_path, {"a": INTEGER, "b": (4, 32), "c": (4, 32), "vector": (2, 4), "last": (4, 32)})
+    kernels = {line.site: line.kernel for line in report.layers}
+    assert kernels["a"] == "QLinearConv"
+    assert kernels["last"] == "MatMulNBits"
+    assert dict(report.operators)["DequantizeLinear"] == 3, "the values that are read, no weight"
+
+
+@pytest.mark.parametrize(("bits", "width", "opset"), [(2, 2, 25), (3, 4, 21), (8, 8, 21)])
+def test_indices_are_packed_as_narrow_as_types_are(tmp_path: Path, bits: int, width: int, opset: int) -> None:
+    report = exported(tmp_path, {"b": (bits, 8), "rows": (bits, 32)}, form="qdq-native", weights={"method": "kmeans"})
+    assert report.opset == opset
+    stored = {tensor.name: tensor for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert len(stored["b.weight"].raw_data) == 16 * 16 * 9 * width // 8
+    assert len(stored["rows.weight"].raw_data) == 16 * 16 * width // 8
+    assert stored["b.weight_codebook"].dims[0] == 2**bits
 
 
 @pytest.mark.parametrize("bits", [(3, 8), (4, 4)])
