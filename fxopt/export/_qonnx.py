@@ -9,7 +9,7 @@ of the operators: ``Quant(x) = (clip(round(x / scale + zero_point)) - zero_point
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -91,6 +91,8 @@ def _bounds(node: onnx.NodeProto, bits: float) -> tuple[float, float]:
 
 
 class _QonnxRewriter(Rewriter):
+    has_weight_offsets: ClassVar[bool] = True
+
     def quantize(self, site: str, value: str, output: str) -> Iterator[onnx.NodeProto]:
         """An unsigned Quant node."""
         quantizer = self.activation(site)
@@ -107,18 +109,23 @@ class _QonnxRewriter(Rewriter):
         stored = self.store_new(weight.name, values, free or weight.permutation is not None)
         shape = [-1 if axis == weight.axis else 1 for axis in range(values.ndim)]
         scale = self.store(f"{stored}_scale", weight.scale.reshape(shape))
-        if weight.quantizer.bits == 1:
+        if weight.quantizer.is_binary:
             yield helper.make_node("BipolarQuant", [stored, scale], [weight.output], domain=QONNX_DOMAIN)
             return
-        zero = self.store(f"{stored}_zero_point", np.zeros((), np.float32))
+        offsets = weight.quantizer.zero_point
+        zeros = np.zeros((), np.float32)
+        if offsets is not None:
+            # Integers from zero on: QONNX takes one signed bit for the grid of -1 and 1.
+            zeros = (offsets.cpu().numpy() - weight.quantizer.bounds[0]).astype(np.float32).reshape(shape)
+        zero = self.store(f"{stored}_zero_point", zeros)
         yield self._quant(
             stored,
             scale,
             zero,
             weight.quantizer.bits,
             weight.output,
-            signed=True,
-            narrow=weight.quantizer.scheme.narrow,
+            signed=offsets is None,
+            narrow=weight.quantizer.scheme.narrow and offsets is None,
         )
 
     def _quant(

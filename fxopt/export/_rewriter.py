@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -94,7 +94,13 @@ class Rewritten:
 
 
 class Rewriter(ABC):
-    """Replaces the markers of one model, in place."""
+    """Replaces the markers of one model, in place.
+
+    Attributes:
+        has_weight_offsets: Whether the form holds weights on asymmetric grids.
+    """
+
+    has_weight_offsets: ClassVar[bool] = False
 
     def __init__(self, marked: Marked) -> None:
         self.model = marked.model
@@ -210,10 +216,10 @@ class Rewriter(ABC):
         if name not in self._initializers:
             layer = site.rpartition(".")[0]
             raise ExportError(f"The weight of {layer!r} is computed, not stored; quantize stored ones.")
-        if quantizer.zero_point is not None:
+        if quantizer.zero_point is not None and not self.has_weight_offsets:
             raise ExportError(
                 f"{site.rpartition('.')[0]!r} has a weight on an asymmetric grid, which integer kernels do not read; "
-                'quantize with WeightScheme(symmetric=True), or export with format="float".'
+                'quantize with WeightScheme(symmetric=True), or export with format="qonnx" or "float".'
             )
         values = self.array(name).astype(np.float32)
         for reader in self.readers[output]:

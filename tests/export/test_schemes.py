@@ -55,7 +55,18 @@ def test_rounded_weights_and_learned_scales_are_exported(form: Format, tmp_path:
     assert export_onnx(gm.eval(), tmp_path / "model.onnx", EXAMPLE[:2], format=form).relative is not None
 
 
-@pytest.mark.parametrize("form", ["qdq", "qdq-native", "qonnx"])
+@pytest.mark.parametrize("bits", [(4, 8), (2, 3), (1, 4), (8, 32)])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_asymmetric_weights_are_quant_nodes_with_zero_points(
+    bits: tuple[int, int], per_channel: bool, tmp_path: Path
+) -> None:
+    gm = quantized(bits, weights={"symmetric": False, "per_channel": per_channel})
+    report = export_onnx(gm, tmp_path / "model.onnx", EXAMPLE[:2], format="qonnx")
+    assert report.relative is not None
+    assert report.relative < 1e-4
+
+
+@pytest.mark.parametrize("form", ["qdq", "qdq-native"])
 def test_asymmetric_weights_are_refused_and_leave_no_file(form: Format, tmp_path: Path) -> None:
     gm = quantized((4, 8), weights={"symmetric": False})
     with pytest.raises(ExportError, match="'0' has a weight on an asymmetric grid"):
