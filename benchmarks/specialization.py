@@ -111,7 +111,7 @@ def main() -> None:
     keep_memory()
     parts = Parts(options.parts)
     for name in options.networks.split(","):
-        made = Comparison(Trained(name, 0, 1024, 256, 0.0))
+        made = Comparison(Trained(name, 0, samples=1024, probe=256, judged=0, rate=0.0))
         for bits in map(int, options.bits.split(",")):
             key = {"network": name, "bits": bits}
             same = made.uniform(bits)

@@ -23,41 +23,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from common.output import finish, keep_memory, progress
 from common.parts import Parts
-from mixed_precision import LEAST_ERROR, Setting, Trained
-from torch import nn
-from torch.nn import functional
+from mixed_precision import Setting, Trained
 
 from fxopt.decisions import Constraint, Policy
-from fxopt.evaluate import Evaluator
-from fxopt.passes import Quantize
 from fxopt.search import engines, run_search
 
 FIRST, SECOND = "mobilenet_v1", "mobilenet_v2"
-CALIBRATED = 256
 
 
 class Problem:
     """Bits for the layers of a network, within the latency of the same bits everywhere."""
 
-    def __init__(self, network: Trained, cost: str, bits: int, judged: int) -> None:
-        self.network = network
-        self.setting = Setting(network, cost)
-        space = self.setting.space
+    def __init__(self, name: str, cost: str, bits: int, judged: int) -> None:
+        self.network = Trained(name, 0, samples=1024, probe=256, judged=judged, rate=0.0)
+        self.setting = Setting(self.network, cost)
         self.uniform = self.setting.uniform(bits)
-        self.limit = float(self.setting.costs([self.uniform])[0])
+        costs = self.setting.costs
+        self.limit = float(costs([self.uniform])[0, 0])
         # A hair above, so that the same bits everywhere are not over by a rounding error.
-        self.constraint = Constraint(space, self.setting.costs, self.limit * (1 + 1e-9), ["latency"])
-        self.images = network.data.held_out.inputs[:judged]
-        with torch.no_grad():
-            self.wanted = functional.log_softmax(network.gm(self.images), 1)
-        quantize = Quantize(weights=LEAST_ERROR, activations=LEAST_ERROR, rounding=True)
-        batches = [(part, torch.zeros(len(part), dtype=torch.long)) for part in network.images[:CALIBRATED].split(128)]
-        self.evaluate = Evaluator(network.gm, [quantize], train=batches, evaluate=self.judge)
-
-    def judge(self, model: nn.Module) -> float:
-        """Minus the divergence from the float network."""
-        found = functional.log_softmax(model(self.images), 1)
-        return -float(functional.kl_div(found, self.wanted, log_target=True, reduction="batchmean"))
+        self.constraint = Constraint(self.setting.space, costs, self.limit * (1 + 1e-9), by_index=costs.at)
+        self.evaluate = self.network.evaluator(codebooks=False)
 
     def search(self, trials: int, seed: int, journal: Path, **options: Any) -> tuple[Any, Policy, float]:
         """The agent, the best policy and its score."""
@@ -72,7 +57,7 @@ class Problem:
         return {
             "score": round(self.evaluate(policy), 4),
             "accuracy": self.network.told(policy, False, 0.0)["accuracy"],
-            "of_limit": round(float(self.setting.costs([policy])[0]) / self.limit, 4),
+            "of_limit": round(float(self.setting.costs([policy])[0, 0]) / self.limit, 4),
         }
 
 
@@ -80,14 +65,14 @@ def transfer(options: argparse.Namespace, bits: int, seed: int, parts: Parts) ->
     """All that is compared, for one budget and one seed."""
     key = {"bits": bits, "seed": seed}
     few = options.episodes // 10
-    second = Problem(Trained(SECOND, 0, 1024, 256, 0.0), options.cost, bits, options.judged)
+    second = Problem(SECOND, options.cost, bits, options.judged)
     agent = options.folder / f"agent-{bits}-{seed}.json"
     if not agent.is_file():
-        first = Problem(Trained(FIRST, 0, 1024, 256, 0.0), options.cost, bits, options.judged)
+        first = Problem(FIRST, options.cost, bits, options.judged)
         engine, _, _ = first.search(options.episodes, seed, options.folder / f"first-{bits}-{seed}.jsonl")
         engine.save_agent(agent)
     parts.add({"bits": bits, "kind": "uniform"}, second.told, second.uniform)
-    parts.add({"bits": bits, "kind": "exact"}, lambda: second.told(second.setting.mixed(second.limit)))
+    parts.add({"bits": bits, "kind": "exact"}, lambda: second.told(second.setting.mixed(second.limit, 1)))
     runs: list[tuple[str, int, dict[str, Any]]] = [
         ("transferred", few, {"warm_start": agent}),
         ("transferred, first", 1, {"warm_start": agent}),

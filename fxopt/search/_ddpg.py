@@ -123,6 +123,7 @@ class DDPGEngine(AgentEngine):
         self._told = 0
         self._market_row: list[int] | None = None
         self._market: tuple[Interpolated, _Floats] | None = None
+        self._sums: AdditiveCosts | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -175,7 +176,7 @@ class DDPGEngine(AgentEngine):
         self._kept, self._told = len(state["rewards"]), int(state["told"])
         self._rows[: self._kept] = np.array(state["rows"], dtype=np.intp).reshape(self._kept, len(self.space))
         self._rewards[: self._kept] = state["rewards"]
-        self._market_row, self._market = None, None
+        self._market_row, self._market, self._sums = None, None, None
         if state["market_row"] is not None:
             self._linearize([int(index) for index in state["market_row"]])
         self._model.load(state["critic"])
@@ -199,7 +200,7 @@ class DDPGEngine(AgentEngine):
         for attempt in range(_PLANS):
             sure = attempt == 0 and self.rng.random() < _SURE
             worth = self._model.worth() if sure else self._model.drawn(self.rng)
-            policy = best_policy(self.space, self.constraint, worth, self._best(), self._within)
+            policy = best_policy(self.space, self.constraint, worth, self._best(), self._within, self._sums)
             if policy not in self._seen:
                 return policy
         return None
@@ -256,7 +257,7 @@ class DDPGEngine(AgentEngine):
         costs = AdditiveCosts.around(self.space, self.constraint.costs_at, row)
         tables = [table / self.constraint.limits for table in costs.tables]
         self._market = Interpolated(self.process.ladders, tables), costs.constant / self.constraint.limits
-        self._market_row = row
+        self._market_row, self._sums = row, costs
 
     def _along_the_budget(self, slopes: _Floats, actions: _Floats) -> _Floats:
         """The slopes without what raises a cost that is at its limit; over it, they lead back."""

@@ -23,6 +23,7 @@ def best_policy(
     worth: Sequence[npt.NDArray[np.float64]],
     around: Sequence[int] | npt.NDArray[np.intp],
     project: Callable[[Policy, npt.NDArray[np.intp]], Policy],
+    costs: AdditiveCosts | None = None,
 ) -> Policy:
     """The policy of the highest sum within the limits, or one near it where the cost is no sum.
 
@@ -34,6 +35,7 @@ def best_policy(
         worth: What each choice of each decision adds to the score.
         around: Choice indices of the policy around which the cost is linearized first.
         project: Brings a policy within the limits, given the order in which decisions get what they want.
+        costs: The cost linearized already, to leave it at that; None to linearize it here.
     """
     if constraint is None or not len(worth):
         return space.decode([int(table.argmax()) for table in worth])
@@ -42,15 +44,17 @@ def best_policy(
     row = np.array(around, dtype=np.intp)
     found: list[tuple[float, Policy]] = []
     for _ in range(_RELINEARIZED):
-        costs = AdditiveCosts.around(space, constraint.costs_at, row)
+        sums = costs or AdditiveCosts.around(space, constraint.costs_at, row)
         solver = solve if sum(map(len, losses)) <= _LARGE else solve_lagrangian
         try:
-            row = solver(losses, costs.tables, constraint.limits - costs.constant).indices
+            row = solver(losses, sums.tables, constraint.limits - sums.constant).indices
         except (InfeasibleError, SearchError):
             row = space.encode(constraint.cheapest())
         policy = project(space.decode(row), order)
         value = sum(float(table[i]) for table, i in zip(worth, space.encode(policy), strict=True))
         found.append((value, policy))
-        if np.allclose(constraint.costs_at(row[np.newaxis]), costs.at(row[np.newaxis]), rtol=1e-9, atol=0.0):
+        if costs is not None or np.allclose(
+            constraint.costs_at(row[np.newaxis]), sums.at(row[np.newaxis]), rtol=1e-9, atol=0.0
+        ):
             break
     return max(found, key=lambda entry: entry[0])[1]
