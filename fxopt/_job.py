@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,19 @@ from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
 from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import Evaluator
 from fxopt.lowering import ParametricWorkload, lower
-from fxopt.passes import PruneChannels, Quantize, TunablePass
+from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, TunablePass
 from fxopt.passes._fork import own_copy
 from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
 from fxopt.search import SearchResult, engines, run_search
+from fxopt.sensitivity import sensitivities
 
 __all__ = ["Job"]
+
+_EXACT = "exact"
+_MEASURING = "measuring what layers lose"
+_MEASURED_ON = 64
+"""Samples."""
 
 
 class Job:
@@ -45,6 +52,7 @@ class Job:
     ) -> None:
         self.target = target
         self.budgets = budgets
+        self._passes = passes
         self._attention = next((one.attention for one in passes if isinstance(one, PruneChannels)), "heads")
         # Tensors of its own: whatever a judge or a loss does to the graph, the model stays as it was.
         self.graph: fx.GraphModule = own_copy(_storage.traced(model, example_inputs)).eval()
@@ -136,7 +144,7 @@ class Job:
         """Search the space; None if there is nothing to decide. ``terms`` are what else the scores depend on."""
         if not len(self.space):
             return None
-        searcher = engines.create(engine, self.space, self.constraint, seed)
+        searcher = engines.create(engine, self.space, self.constraint, seed, **self._known(engine, judge, folder, show))
         show.start("search", trials)
         found = run_search(
             searcher,
@@ -152,6 +160,25 @@ class Job:
         )
         show.finish("search")
         return found
+
+    def _known(self, engine: str, judge: Evaluator, folder: Path | None, show: Progress) -> dict[str, Any]:
+        """What the exact engine is told where bits alone are decided: what each layer loses at each of its choices."""
+        quantize = next((one for one in self._passes if isinstance(one, Quantize)), None)
+        if engine != _EXACT or quantize is None or {one.kind for one in self.space} != set(quantize.kinds):
+            return {}
+        show.start(_MEASURING, 1)
+        losses = sensitivities(
+            FoldBatchNorm()(self.graph).graph_module,
+            self.space,
+            judge.sample(_MEASURED_ON),
+            method="gradient",
+            rounding=quantize.rounding,
+            weights=quantize.weights,
+            activations=quantize.activations,
+            cache=None if folder is None else folder / f"losses-{self.digest}.json",
+        )
+        show.finish(_MEASURING)
+        return {"losses": losses}
 
     def context(self, judge: Evaluator, terms: Mapping[str, str]) -> dict[str, str]:
         """What scores depend on besides the policy, for journals."""

@@ -172,7 +172,8 @@ def optimize(
             by name chooses ranges of least error and rounds weights by ``RoundWeights``. With "select-operators", which
             comes first, a supernet is trained on ``train`` (``epochs`` of warm-up, twice as many of search); of k
             passes it takes the k-th root of the reduction that a budget asks for, and the others take the rest.
-        engine: Name of a search engine.
+        engine: Name of a search engine. Where bits alone are decided, "exact" is told what each layer loses at each of
+            its choices (``fxopt.sensitivity``, by gradients on a few samples); its first policy has the least sum.
         trials: Policies to try.
         objective: What to search for: None for the best score within the budget, or
             ``fxopt.objectives.SmallestCost(0.97, "macs")`` for the smallest cost that keeps a score.

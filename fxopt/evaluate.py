@@ -190,6 +190,20 @@ class Evaluator:
         with contextlib.nullcontext() if self._evaluate is None else blaming("evaluate", "Correct it and run again."):
             return self._judge(model, self._val)
 
+    def sample(self, most: int) -> Any:
+        """Inputs of at most so many samples that trials are calibrated on, or are judged by if there are none.
+
+        Args:
+            most: Samples.
+
+        Returns:
+            Inputs as :func:`fxopt.graph.trace` takes them.
+        """
+        inputs: Any = next(iter(InputsOnly(self._train or self._part or ())), self._probe)
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        count = len(tensors[0]) if tensors else 0
+        return pytree.tree_map_only(torch.Tensor, lambda one: one[:most] if one.shape[:1] == (count,) else one, inputs)
+
     def rehearse(self) -> float:
         """The score of the original graph, after a look at everything that trials will use.
 

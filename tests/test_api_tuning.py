@@ -13,7 +13,8 @@ import fxopt
 from fxopt.api import OptimizationResult
 from fxopt.errors import DataError, FxoptError, JournalError, UnknownNameError
 from fxopt.graph.fake_quantize import ActivationQuantizer, WeightQuantizer
-from fxopt.passes import Quantize
+from fxopt.passes import FoldBatchNorm, Quantize
+from fxopt.sensitivity import sensitivities
 from fxopt.training import Distillation, EarlyStop, FineTuning
 from tests.optimizing import DATA, EXAMPLE, Stopping, half_right, make_net, optimize, outcome
 
@@ -162,6 +163,27 @@ def test_trained_scales_come_back_from_a_file(tmp_path: Path) -> None:
     again = fxopt.load(tmp_path, make_net())
     inputs = DATA[0][0]
     assert torch.equal(again.eval()(inputs), result.model.eval()(inputs))
+
+
+def test_the_exact_engine_is_told_what_layers_lose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first policy is the one that the losses call best; they are kept with the search."""
+    options = {**FEW, "trials": 1, "epochs": 0, "engine": "exact"}
+    first = tuned(None, **options, workdir=tmp_path)
+    (kept,) = tmp_path.glob("losses-*.json")
+    graph = FoldBatchNorm()(fxopt.trace(make_net(), EXAMPLE)).graph_module
+    (step,) = first.passes
+    assert isinstance(step, Quantize)
+    space = step.search_space(graph, fxopt.targets.load("zynq7020").capabilities)
+    how: Any = {"method": "gradient", "rounding": step.rounding, "weights": step.weights}
+    losses = sensitivities(graph, space, DATA[0][0], **how, activations=step.activations)
+
+    def lost(policy: Any) -> float:
+        return sum(table[i] for table, i in zip(losses, space.encode(policy), strict=True))
+
+    assert lost(first.policy) < lost(tuned(None, **{**options, "engine": "uniform"}).policy)
+    monkeypatch.setattr("fxopt.sensitivity._Information.loss", lambda *_: pytest.fail("measured again"))
+    assert outcome(tuned(None, **options, workdir=tmp_path)) == outcome(first)
+    assert kept.exists()
 
 
 # In every trial.

@@ -179,7 +179,7 @@ class FineTuning:
     distillation: Distillation | None = Distillation()
     early_stop: EarlyStop | None = None
     scales: ScalesName = "lsq"
-    quantized_rate: float = 0.1
+    quantized_rate: float = 0.25
 
     def __post_init__(self) -> None:
         """Check the options."""
