@@ -1,7 +1,7 @@
 """Accuracy of a small MobileNetV2 on Fashion-MNIST after quantization without training, all layers at the same bits.
 
 Prints JSON: test accuracy and processor time, rounded to the nearest (``nearest``) and by second moments of the inputs
-(``rounded``); ``data-free`` has seen no image.
+(``rounded``); ``data-free`` has seen no image. ``--blocks STEPS`` adds ``reconstructed``: by gradients, block by block.
 
     python benchmarks/quantize_accuracy.py > quantize_accuracy.json
 """
@@ -19,15 +19,16 @@ from common.output import finish, progress
 from fxopt.decisions import Policy
 from fxopt.evaluate import accuracy
 from fxopt.graph import trace
-from fxopt.passes import FoldBatchNorm, Quantize, RoundWeights
+from fxopt.passes import FoldBatchNorm, Pass, Quantize, ReconstructBlocks, RoundWeights
 
-BITS = ((8, 8), (4, 8), (4, 4), (3, 8))
+BITS = ((8, 8), (4, 8), (4, 4), (3, 8), (3, 3))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=7, help="epochs of training, if no weights are kept")
     parser.add_argument("--samples", type=int, default=1024, help="training images to calibrate on")
+    parser.add_argument("--blocks", type=int, default=0, help="steps for each block; 0 leaves reconstruction out")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = data()
@@ -51,11 +52,15 @@ def main() -> None:
         method = "max" if min(bits) == 8 else "mse"
         schemes = {"weights": {"method": method}, "activations": {"method": method}}
         quantized = quantize(f"{name} nearest", bits, calibration=images, **schemes)
-        start = time.process_time()
-        rounded = RoundWeights(images, samples=options.samples)(quantized).graph_module
-        seconds = time.process_time() - start
-        results[f"{name} rounded"] = {"accuracy": round(accuracy(rounded, found.test), 4), "s": round(seconds, 1)}
-        progress(f"{name} rounded: {results[f'{name} rounded']}")
+        passes: dict[str, Pass] = {"rounded": RoundWeights(images, samples=options.samples)}
+        if options.blocks and min(bits) < 8:
+            passes["reconstructed"] = ReconstructBlocks(images, samples=options.samples, steps=options.blocks)
+        for how, step in passes.items():
+            start = time.process_time()
+            found_graph = step(quantized).graph_module
+            seconds = time.process_time() - start
+            results[f"{name} {how}"] = {"accuracy": round(accuracy(found_graph, found.test), 4), "s": round(seconds, 1)}
+            progress(f"{name} {how}: {results[f'{name} {how}']}")
     finish("quantize_accuracy", results, epochs=options.epochs, samples=options.samples)
 
 

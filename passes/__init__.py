@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fxopt.passes.fold_batch_norm import FoldBatchNorm as FoldBatchNorm
     from fxopt.passes.prune_channels import PruneChannels as PruneChannels
     from fxopt.passes.quantize import Quantize as Quantize
+    from fxopt.passes.reconstruct_blocks import ReconstructBlocks as ReconstructBlocks
     from fxopt.passes.round_weights import RoundWeights as RoundWeights
     from fxopt.passes.select_operators import SelectOperators as SelectOperators
     from fxopt.passes.sparsify_weights import SparsifyWeights as SparsifyWeights
@@ -41,6 +42,7 @@ _PASSES: dict[str, str | type[Pass]] = {
     "prune-channels": "fxopt.passes.prune_channels:PruneChannels",
     "quantize": "fxopt.passes.quantize:Quantize",
     "sparsify-weights": "fxopt.passes.sparsify_weights:SparsifyWeights",
+    "reconstruct-blocks": "fxopt.passes.reconstruct_blocks:ReconstructBlocks",
     "round-weights": "fxopt.passes.round_weights:RoundWeights",
     "select-operators": "fxopt.passes.select_operators:SelectOperators",
 }
@@ -63,6 +65,7 @@ _LAZY = {
     "Quantize": "fxopt.passes.quantize",
     "Refusal": "fxopt.passes.base",
     "SparsifyWeights": "fxopt.passes.sparsify_weights",
+    "ReconstructBlocks": "fxopt.passes.reconstruct_blocks",
     "RoundWeights": "fxopt.passes.round_weights",
     "SelectOperators": "fxopt.passes.select_operators",
     "TunablePass": "fxopt.passes.base",
@@ -83,6 +86,7 @@ __all__ = [
     "PruneChannels",
     "Quantize",
     "Random",
+    "ReconstructBlocks",
     "Refusal",
     "RoundWeights",
     "SelectOperators",

@@ -21,7 +21,7 @@ from fxopt.passes._reconstruction import Reconstruction
 from fxopt.passes._rounding import can_be_rounded, rounded_layer
 from fxopt.passes.base import Pass, PassResult
 
-__all__ = ["RoundWeights"]
+__all__ = ["RoundWeights", "float_twin", "layers_to_round"]
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class RoundWeights(Pass):
             DataError: If the calibration data is empty or does not fit the graph.
             PassError: If an option is out of range.
         """
-        layers = _layers(graph_module, self.most_unknowns, self.most_bits)
+        layers = layers_to_round(graph_module, self.most_unknowns, self.most_bits)
         if not layers:
             return PassResult(graph_module, False)
         data = self.calibration
         if data is None:
             data = synthetic_batch(graph_module, torch.Generator().manual_seed(self.seed))
-        original = _without_grids(graph_module)
+        original = float_twin(graph_module)
         leaves = read_inputs(original, data, self.samples)
         with torch.no_grad(), eval_mode(graph_module), eval_mode(original):
             wanted = self._gather(original, layers, leaves)
@@ -149,7 +149,7 @@ class RoundWeights(Pass):
             edit.replace_module(gm, str(node.target), new)
 
 
-def _layers(gm: fx.GraphModule, most_unknowns: int, most_bits: int) -> dict[str, fx.Node]:
+def layers_to_round(gm: fx.GraphModule, most_unknowns: int, most_bits: int) -> dict[str, fx.Node]:
     """The one call of every quantized layer that can be rounded, by path."""
     calls: dict[str, list[fx.Node]] = {}
     weights: dict[int, int] = {}
@@ -174,7 +174,7 @@ def _layers(gm: fx.GraphModule, most_unknowns: int, most_bits: int) -> dict[str,
     return found
 
 
-def _without_grids(gm: fx.GraphModule) -> fx.GraphModule:
+def float_twin(gm: fx.GraphModule) -> fx.GraphModule:
     """The same graph with the same nodes, in floating point."""
     plain = fork(gm)
     for path, module in list(plain.named_modules(remove_duplicate=False)):
