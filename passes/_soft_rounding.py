@@ -102,13 +102,24 @@ class SoftBlock(fx.Interpreter):
             self.env[node] = self.run_node(node)
         return self.env[end]
 
-    def advance(self, nodes: tuple[fx.Node, ...], values: dict[fx.Node, Any]) -> None:
-        """Turn the values that are alive before some nodes into those that are alive behind them."""
+    def advance(self, nodes: tuple[fx.Node, ...], values: dict[fx.Node, Any], *, keep: bool = False) -> None:
+        """Turn the values that are alive before some nodes into those that are alive behind them.
+
+        Args:
+            nodes: The nodes.
+            values: The values; changed.
+            keep: Whether values stay that nobody reads any more, until :meth:`forget`.
+        """
         self.env = values
         for node in nodes:
             values[node] = self.run_node(node)
-            for done in self.user_to_last_uses.get(node, ()):
-                values.pop(done, None)
+            if not keep:
+                self.forget(node, values)
+
+    def forget(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        """Drop what a node was the last to read."""
+        for done in self.user_to_last_uses.get(node, ()):
+            values.pop(done, None)
 
 
 def beta_at(part: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,11 +16,11 @@ from fxopt.graph._hold import positive
 from fxopt.graph.fake_quantize import MAX_BITS
 from fxopt.graph.shapes import TRACE_META
 from fxopt.passes._blocks import Block, blocks_of
-from fxopt.passes._calibrate import batches, synthetic_batch
+from fxopt.passes._calibrate import synthetic_batch
 from fxopt.passes._layer_walk import Values, read_inputs
 from fxopt.passes._soft_rounding import SoftBlock, SoftWeight, beta_at, learnable
 from fxopt.passes.base import Pass, PassResult
-from fxopt.passes.round_weights import RoundWeights, float_twin, layers_to_round
+from fxopt.passes.round_weights import RoundWeights, Wanted, float_twin, layers_to_round
 
 __all__ = ["ReconstructBlocks"]
 
@@ -30,14 +30,15 @@ _WARM_UP = 0.2
 
 @dataclass(frozen=True)
 class ReconstructBlocks(Pass):
-    """Round the weights of a quantized graph by gradients, block by block; some minutes of training without labels.
+    """Round the weights of a quantized graph by gradients, block by block; a minute or so of training without labels.
 
-    Starts from the integers that :class:`~fxopt.passes.RoundWeights` finds. Each weight is then put on that integer or
-    on its neighbour on the side of the float weight, by gradients of the squared error of the block's output (Nagel et
-    al. 2020, AdaRound). A block is what a single tensor enters and leaves, and its inputs are those of the quantized
-    graph, whose earlier blocks are done (Li et al. 2021, BRECQ); a random half of their values are those of the float
-    graph (Wei et al. 2022, QDrop). Biases and step sizes of activations are learned along (Esser et al. 2020). A block
-    keeps what it had, unless its error on batches that were held back is less.
+    A block's layers are rounded as :class:`~fxopt.passes.RoundWeights` does first; then each weight is put on its
+    integer or on its neighbour on the side of the float weight, by gradients of the squared error of the block's output
+    (Nagel et al. 2020, AdaRound). A block is what a single tensor enters and leaves, and its inputs are those of the
+    quantized graph, whose earlier blocks are done (Li et al. 2021, BRECQ); a random half of their values are those of
+    the float graph (Wei et al. 2022, QDrop). Biases and step sizes of activations are learned along (Esser et al.
+    2020). A block keeps what it had, unless its error on batches that were held back is less. Layers in front of
+    several outputs, which no single tensor leaves, are rounded as ``RoundWeights`` does.
 
     What ``RoundWeights`` leaves as it is stays as it is.
 
@@ -101,13 +102,11 @@ class ReconstructBlocks(Pass):
         if data is None:
             data = synthetic_batch(graph_module, torch.Generator().manual_seed(self.seed))
         original = float_twin(graph_module)
-        seen: list[Any] = []
-        leaves = read_inputs(original, _recorded(batches(data, graph_module), seen), self.samples)
-        leaves = [part for whole in leaves for part in self._split(original, whole)]
-        RoundWeights(seen, samples=self.samples, most_bits=self.most_bits, seed=self.seed).call(graph_module)
+        leaves = [part for whole in read_inputs(original, data, self.samples) for part in self._split(original, whole)]
         with eval_mode(graph_module), eval_mode(original):
             _Reconstruction(self, graph_module, original, leaves).run(blocks_of(graph_module, layers))
         edit.finish(graph_module)
+        RoundWeights(data, samples=self.samples, most_bits=self.most_bits, seed=self.seed).call(graph_module)
         return PassResult(graph_module, True)
 
     def _split(self, gm: fx.GraphModule, leaves: list[Any]) -> list[list[Any]]:
@@ -131,6 +130,7 @@ class _Reconstruction:
     ) -> None:
         self._options, self._gm, self._original = options, gm, original
         self._twins = dict(zip(gm.graph.nodes, original.graph.nodes, strict=True))
+        self._leaves, self._rounding = leaves, RoundWeights(seed=options.seed)
         self._generator = torch.Generator().manual_seed(options.seed)
         inputs = gm.graph.find_nodes(op="placeholder")
         self._quantized: list[Values] = [dict(zip(inputs, one, strict=True)) for one in leaves]
@@ -144,17 +144,39 @@ class _Reconstruction:
         before: fx.Node | None = None
         for block in blocks:
             was = [] if before is None else [values[self._twins[before]] for values in self._floats]
-            self._advance(self._original, tuple(self._twins[node] for node in block.nodes), self._floats)
+            self._round(block, self._wanted(block))
             if len(block.layers) <= self._options.most_layers:
                 self._reconstruct(block, before, was)
-            self._advance(self._gm, block.nodes, self._quantized)
+            run = SoftBlock(self._gm, {}, {})
+            with torch.no_grad():
+                for values in self._quantized:
+                    run.advance(block.nodes, values)
             before = block.end
 
     @torch.no_grad()
-    def _advance(self, gm: fx.GraphModule, nodes: tuple[fx.Node, ...], alive: list[Values]) -> None:
-        run = SoftBlock(gm, {}, {})
-        for values in alive:
-            run.advance(nodes, values)
+    def _wanted(self, block: Block) -> dict[str, Wanted]:
+        """Run a block of the float graph; the outputs of its layers, where they are looked at."""
+        run, found = SoftBlock(self._original, {}, {}), {}
+        for node in block.nodes:
+            twin = self._twins[node]
+            for values in self._floats:
+                run.advance((twin,), values, keep=True)
+            if node.op == "call_module" and str(node.target) in block.layers:
+                found[str(node.target)] = self._rounding.wanted(self._original, twin, self._floats, self._leaves)
+            for values in self._floats:
+                run.forget(twin, values)
+        return found
+
+    @torch.no_grad()
+    def _round(self, block: Block, wanted: dict[str, Wanted]) -> None:
+        """Round the layers of a block by moments, for the inputs that they get now."""
+        run = SoftBlock(self._gm, {}, {})
+        alive = [dict(values) for values in self._quantized]
+        for node in block.nodes:
+            if node.op == "call_module" and str(node.target) in wanted:
+                self._rounding.round(self._gm, node, alive, *wanted[str(node.target)])
+            for values in alive:
+                run.advance((node,), values)
 
     def _reconstruct(self, block: Block, before: fx.Node | None, was: Sequence[torch.Tensor]) -> None:
         targets = [values[self._twins[block.end]] for values in self._floats]
@@ -232,13 +254,6 @@ class _Reconstruction:
             return values
         chosen = torch.rand(was[at].shape, generator=self._generator) < self._options.drop
         return {**values, before: torch.where(chosen, was[at], values[before])}
-
-
-def _recorded(data: Iterable[Any], seen: list[Any]) -> Iterator[Any]:
-    """The data, written down as far as it is read: a loader may give other batches the next time, or none."""
-    for batch in data:
-        seen.append(batch)
-        yield batch
 
 
 def _hardened(layer: Any, soft: SoftWeight) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -21,7 +21,10 @@ from fxopt.passes._reconstruction import Reconstruction
 from fxopt.passes._rounding import can_be_rounded, rounded_layer
 from fxopt.passes.base import Pass, PassResult
 
-__all__ = ["RoundWeights", "float_twin", "layers_to_round"]
+__all__ = ["RoundWeights", "Wanted", "float_twin", "layers_to_round"]
+
+Wanted: TypeAlias = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+"""Positions of a layer's output, and its values there, by batch."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class RoundWeights(Pass):
 
             def adapt(node: fx.Node, values: Sequence[Values]) -> None:
                 if node in by_node:
-                    self._round(graph_module, node, values, *wanted.pop(by_node[node]))
+                    self.round(graph_module, node, values, *wanted.pop(by_node[node]))
 
             walk(graph_module, leaves, before=adapt)
         edit.finish(graph_module)
@@ -111,25 +114,33 @@ class RoundWeights(Pass):
         """The same options for moments of the float graph, which are gathered for all layers at once."""
         return Reconstruction(False, self.samples, self.rows, self.ridge, self.most_unknowns, seed=self.seed)
 
-    def _gather(
-        self, gm: fx.GraphModule, layers: dict[str, fx.Node], leaves: list[Leaves]
-    ) -> dict[str, tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]]:
+    def _gather(self, gm: fx.GraphModule, layers: dict[str, fx.Node], leaves: list[Leaves]) -> dict[str, Wanted]:
         """Positions and the outputs of the float graph there, by layer and batch."""
-        found: dict[str, tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]] = {}
+        found: dict[str, Wanted] = {}
 
         def look(node: fx.Node, values: Sequence[Values]) -> None:
-            if node.op != "call_module" or str(node.target) not in layers:
-                return
-            module: Any = gm.get_submodule(str(node.target))
-            count = positions_of(module, values[0][node])
-            positions = draw_positions(str(node.target), count, leaves, self.rows, self.seed)
-            outputs = [output_rows(module, one[node], at).clone() for one, at in zip(values, positions, strict=True)]
-            found[str(node.target)] = (positions, outputs)
+            if node.op == "call_module" and str(node.target) in layers:
+                found[str(node.target)] = self.wanted(gm, node, values, leaves)
 
         walk(gm, leaves, after=look)
         return found
 
-    def _round(
+    def wanted(self, gm: fx.GraphModule, node: fx.Node, values: Sequence[Values], leaves: Sequence[Leaves]) -> Wanted:
+        """Positions of a layer's output and its values there, by batch, when it has run.
+
+        Args:
+            gm: The float graph.
+            node: The layer's call.
+            values: Values of the nodes, by batch.
+            leaves: Values of the graph's inputs, by batch.
+        """
+        module: Any = gm.get_submodule(str(node.target))
+        count = positions_of(module, values[0][node])
+        positions = draw_positions(str(node.target), count, leaves, self.rows, self.seed)
+        outputs = [output_rows(module, one[node], at).clone() for one, at in zip(values, positions, strict=True)]
+        return positions, outputs
+
+    def round(
         self,
         gm: fx.GraphModule,
         node: fx.Node,
@@ -137,7 +148,7 @@ class RoundWeights(Pass):
         positions: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
     ) -> None:
-        """Round one layer, for its inputs as they are in the quantized graph."""
+        """Round one layer, for its inputs as they are in the quantized graph, before it runs."""
         layer: Any = gm.get_submodule(str(node.target))
         source = node.all_input_nodes[0]
         moments = Moments.total(

@@ -15,6 +15,7 @@ from fxopt.graph import trace
 from fxopt.graph.fake_quantize import ActivationQuantizer, QuantizedLayer
 from fxopt.passes import FoldBatchNorm, Quantize, ReconstructBlocks, RoundWeights
 from fxopt.passes._blocks import blocks_of
+from fxopt.passes.reconstruct_blocks import _Reconstruction
 from fxopt.testing import PassConformance
 
 
@@ -120,12 +121,31 @@ def test_a_block_that_gets_worse_keeps_what_it_had() -> None:
     assert error(gm, found, images()) == error(gm, start, images())
 
 
-def test_blocks_of_many_layers_and_layers_of_many_bits_keep_what_they_had() -> None:
+class Forked(nn.Module):
+    """A layer, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.a(x).relu()
+        return self.b(x), self.c(x)
+
+
+@pytest.mark.parametrize(("module", "learned"), [(Residual, ["stem", "c", "d", "head"]), (Forked, ["a"])])
+def test_what_is_not_learned_is_rounded_by_moments(
+    module: type[nn.Module], learned: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    _, quantized = graphs(Residual(), images(), (4, 4))
-    start = RoundWeights(images())(quantized).graph_module
-    found = ReconstructBlocks(images(), steps=20, most_layers=1)(quantized).graph_module
-    assert torch.equal(found.get_parameter("a.weight"), start.get_parameter("a.weight"))
+    _, quantized = graphs(module(), images(), (4, 4))
+    seen: list[str] = []
+    monkeypatch.setattr(_Reconstruction, "_reconstruct", lambda self, block, *_: seen.extend(block.layers))
+    found = ReconstructBlocks(images(), most_layers=1)(quantized).graph_module
+    assert seen == learned
+    for layer in found.modules():
+        if isinstance(layer, QuantizedLayer):
+            assert torch.equal(layer.weight_quantizer(layer.weight), layer.weight)
     assert not ReconstructBlocks(images(), most_bits=3)(quantized).modified
 
 
