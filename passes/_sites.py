@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fxopt.graph.matrix_products import MatrixProduct
 __all__ = [
     "BITS",
     "FLOAT",
+    "PRODUCT",
     "PRODUCT_BITS",
     "check_sharing",
     "check_weights",
@@ -25,6 +27,7 @@ __all__ = [
     "decide_product",
     "kind_of",
     "layers",
+    "tied",
 ]
 
 FLOAT = (FLOAT_BITS, FLOAT_BITS)
@@ -36,6 +39,9 @@ BITS: tuple[tuple[int, int], ...] = (
     FLOAT,
 )
 """The pairs of weight and activation bits on offer: 1 to 8 of each, weights alone, and floating point."""
+
+PRODUCT = "matmul"
+"""What targets call a product of activations."""
 
 PRODUCT_BITS: tuple[tuple[int, int], ...] = (*((bits, bits) for bits in _WIDTHS), FLOAT)
 """The choices for a product of activations: the bits of all its operands, twice, and floating point."""
@@ -125,7 +131,7 @@ def decide_product(product: MatrixProduct, index: int) -> Decision:
         "macs": heads * rows * columns * (inner + out if attention else inner),
         "index": index,
     }
-    return Decision("bits", product.site, PRODUCT_BITS, FLOAT, features, operator="matmul")
+    return Decision("bits", product.site, PRODUCT_BITS, FLOAT, features, operator=PRODUCT)
 
 
 def check_weights(gm: fx.GraphModule, chosen: Iterable[str]) -> None:
@@ -138,6 +144,27 @@ def check_weights(gm: fx.GraphModule, chosen: Iterable[str]) -> None:
         for name, tensor in gm.get_submodule(path).named_parameters(recurse=False):
             if not bool(torch.isfinite(tensor).all()):
                 raise DataError(f"Parameter '{path}.{name}' holds NaN or infinity; load finite weights.")
+
+
+def tied(gm: fx.GraphModule, decisions: Iterable[Decision]) -> list[Decision]:
+    """The decisions, of which those on layers that share a weight are left one width for it, the widest that all have.
+
+    It is stored once, and decisions are chosen one by one.
+    """
+    found = list(decisions)
+    sharing: dict[int, list[int]] = {}
+    for index, decision in enumerate(found):
+        if decision.operator != PRODUCT:
+            sharing.setdefault(id(gm.get_submodule(decision.site).weight), []).append(index)
+    for group in sharing.values():
+        pairs: list[list[Any]] = [[choice for choice in found[index].choices if choice != FLOAT] for index in group]
+        common = set.intersection(*({weight for weight, _ in choices} for choices in pairs))
+        for index, choices in zip(group, pairs, strict=True) if len(group) > 1 else ():
+            kept = [choice for choice in choices if choice[0] == max(common, default=0)]
+            kept += [FLOAT] if FLOAT in found[index].choices or not kept else []
+            default = FLOAT if FLOAT in kept else kept[-1]
+            found[index] = replace(found[index], choices=tuple(kept), default=default)
+    return found
 
 
 def check_sharing(gm: fx.GraphModule, chosen: Mapping[str, tuple[int, int]]) -> None:

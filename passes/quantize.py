@@ -18,7 +18,18 @@ from fxopt.graph.matrix_products import MatrixProduct, matrix_products, quantize
 from fxopt.passes._calibrate import as_normalized, batches, feed, refuse_quantized, synthetic_batch
 from fxopt.passes._findings import ROUNDED_BITS, Findings, Site
 from fxopt.passes._placement import Point, check_names, place
-from fxopt.passes._sites import BITS, FLOAT, check_sharing, check_weights, decide, decide_product, kind_of, layers
+from fxopt.passes._sites import (
+    BITS,
+    FLOAT,
+    PRODUCT,
+    check_sharing,
+    check_weights,
+    decide,
+    decide_product,
+    kind_of,
+    layers,
+    tied,
+)
 from fxopt.passes.base import PassResult, TunablePass
 from fxopt.passes.round_weights import RoundWeights
 
@@ -33,7 +44,6 @@ CALIBRATION_META = "fxopt_calibration"
 _Widths: TypeAlias = dict[str, int]
 
 _QUANTIZERS = "quantizers"
-_PRODUCT = "matmul"
 """What targets call a product of activations."""
 
 
@@ -114,7 +124,8 @@ class Quantize(TunablePass):
     def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
         """One decision of kind "bits" for all that has a quantized form and that the target can run so.
 
-        Layers come first, then products of activations.
+        Layers come first, then products of activations. Layers that share a weight are offered one width for it, the
+        widest that all have.
 
         Args:
             graph_module: A graph from ``fxopt.trace``.
@@ -128,11 +139,11 @@ class Quantize(TunablePass):
         if decisions:
             refuse_quantized(graph_module, self.name)
         offered = [decision for decision in SearchSpace(decisions).restrict(able) if decision.choices != (FLOAT,)]
-        sites = [decision.site for decision in decisions if decision.operator != _PRODUCT]
+        sites = [decision.site for decision in decisions if decision.operator != PRODUCT]
         ends = self.ends or (self.placement or able.placement).ends
         if self.ends is not None:
             _check_ends([decision for decision in offered if decision.site in (*sites[:1], *sites[-1:])], self.ends)
-        return SearchSpace(_pinned(decision, sites, ends) for decision in offered)
+        return SearchSpace(tied(graph_module, (_pinned(decision, sites, ends) for decision in offered)))
 
     def requires(self, graph_module: fx.GraphModule) -> None:
         """The options are in range.
@@ -189,7 +200,7 @@ class Quantize(TunablePass):
             kinds = {str(node.target): kind_of(gm, node) for node in layers(gm)}
             found = {path: DEFAULT_RECIPE[kind] for path, kind in kinds.items() if kind in DEFAULT_RECIPE}
             if found and self.products:
-                found |= {product.site: DEFAULT_RECIPE[_PRODUCT] for product in _float_products(gm)}
+                found |= {product.site: DEFAULT_RECIPE[PRODUCT] for product in _float_products(gm)}
             ends = self.ends or self._how.ends
             if ends is not None and kinds:
                 found |= dict.fromkeys((next(iter(kinds)), next(reversed(kinds))), ends)

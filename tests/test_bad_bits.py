@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 import fxopt
-from fxopt.decisions import Policy
+from fxopt.decisions import Capabilities, Policy
 from fxopt.errors import DataError, ExportError, FxoptError, PassError, PolicyError, TargetError
 from fxopt.export import export_onnx
 from fxopt.passes import FoldBatchNorm, Quantize
@@ -126,12 +126,22 @@ def test_a_shared_weight_takes_one_width() -> None:
     assert made.get_submodule("one").weight is made.get_submodule("other").weight
 
 
-def test_a_search_passes_over_policies_that_a_shared_weight_forbids() -> None:
+@pytest.mark.parametrize("engine", ["evolution", "exact"])
+def test_no_trial_of_a_search_fails_where_a_weight_is_shared(engine: str) -> None:
     data = [(torch.randn(8, 6), torch.randint(6, (8,)))]
-    options = {**QUICK, "target": "bitfusion", "trials": 16, "engine": "evolution"}
+    options = {**QUICK, "target": "bitfusion", "trials": 4, "engine": engine}
     result = optimize(Tied().eval(), torch.randn(2, 6), **options, train=data, val=data)
-    widths = {bits[0] for bits in result.policy.values() if isinstance(bits, tuple)}
-    assert len(widths) == 1
+    assert result.search is not None
+    assert all(trial.score is not None for trial in result.search.trials)
+    assert {bits[0] for bits in result.policy.values() if isinstance(bits, tuple)} == {8}
+
+
+def test_layers_that_share_a_weight_are_offered_the_widest_that_all_have() -> None:
+    gm = fxopt.trace(Tied().eval(), torch.randn(2, 6))
+    able = Capabilities({"*": ((2, 2), (4, 4), (4, 8), (32, 32))})
+    assert {one.choices for one in Quantize().search_space(gm, able)} == {((4, 4), (4, 8), (32, 32))}
+    first = [one.choices for one in Quantize(ends=(2, 2)).search_space(gm, able)]
+    assert first == [((2, 2),), ((2, 2),)]
 
 
 @pytest.mark.parametrize(("form", "where"), [("qdq", "file/model.onnx"), ("qonnx", "")])
