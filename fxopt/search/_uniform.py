@@ -22,19 +22,23 @@ def uniform_policies(space: SearchSpace, constraint: Constraint | None, steps: i
 
     For each pair of bits that some site offers, the fractions ``1, 1 - 1/steps, ...`` of the channels: the
     largest fraction within the constraint comes first, then those nearest to it, the larger of two equally
-    near first. The pairs of bits take turns, wide ones first.
+    near first. The pairs of bits take turns: those that are within the constraint at some fraction first, wide ones
+    before narrow ones, and of equally wide ones the even before the uneven.
     """
     pairs = {choice for decision in space if decision.kind == "bits" for choice in decision.choices}
-    widest_first = sorted((pair for pair in pairs if isinstance(pair, tuple)), key=lambda pair: (-sum(pair), pair))
+    widest_first = sorted(
+        (pair for pair in pairs if isinstance(pair, tuple)), key=lambda pair: (-sum(pair), abs(pair[0] - pair[1]), pair)
+    )
     has_channels = any(decision.kind == "channels" for decision in space)
     fractions = [(steps - i) / steps for i in range(steps)] if has_channels else [1.0]
-    ranked: list[tuple[int, int, int, Policy]] = []
+    ranked: list[tuple[bool, int, int, int, Policy]] = []
     for turn, pair in enumerate(widest_first or [None]):
         row = [space.uniform(fraction, None if pair is None else (pair[0], pair[1])) for fraction in fractions]
         within = np.ones(len(row), dtype=bool) if constraint is None else constraint.feasible(row)
         first = int(within.argmax()) if within.any() else len(row) - 1
-        ranked.extend((abs(i - first), turn, i, policy) for i, policy in enumerate(row))
-    return [policy for *_, policy in sorted(ranked, key=lambda entry: entry[:3])]
+        over = not within.any()
+        ranked.extend((over, abs(i - first), turn, i, policy) for i, policy in enumerate(row))
+    return [policy for *_, policy in sorted(ranked, key=lambda entry: entry[:4])]
 
 
 def founders(space: SearchSpace, constraint: Constraint | None, count: int) -> list[Policy]:

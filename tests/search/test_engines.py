@@ -338,3 +338,12 @@ def test_a_path_that_leads_to_no_engine_is_named(path: str) -> None:
 def test_a_malformed_path_is_refused(path: str) -> None:
     with pytest.raises(SearchError, match=r"package\.module:Class"):
         engines.register("broken", path)
+
+
+def test_with_a_budget_the_widest_even_bits_within_it_come_first() -> None:
+    pairs = tuple((w, a) for w in range(2, 9) for a in range(2, 9))
+    space = SearchSpace([Decision("bits", f"conv{i}", pairs, (8, 8)) for i in range(3)])
+    constraint = Constraint(space, total, 3.0 * 10)
+    for name in ("uniform", "random", "evolution", "ddpg"):
+        (first,) = engines.create(name, space, constraint).ask(1)
+        assert set(first.values()) == {(5, 5)}
