@@ -53,7 +53,8 @@ class AgentEngine(Engine):
         rate: The actor's learning rate.
         enforce: ``"mask"`` or ``"decrease"``: how a policy is kept within the limits.
         warm_start: An agent that was trained elsewhere, as :meth:`agent` gives it, or the path of the file that
-            :meth:`save_agent` wrote. There is no warm-up then, and the first episode is the agent's own, without noise.
+            :meth:`save_agent` wrote. There is no warm-up then: the first episode is the agent's own, without noise;
+            with a constraint the second is a uniform policy, in case that it knows no better.
 
     Raises:
         SearchError: If an option is out of range or the agent cannot be read.
@@ -237,6 +238,8 @@ class AgentEngine(Engine):
     def _explored(self, episode: int) -> Policy:
         if self._warm_start is not None and episode == 0:
             return self.policy()
+        if self._warm_start is not None and episode == 1 and self.constraint is not None:
+            return self._founder(0)
         noise = self.width(episode)
         for _ in range(_REDRAWS):
             policy = self._episode(noise)

@@ -188,8 +188,7 @@ class DDPGEngine(AgentEngine):
         return self._told >= max(self.warmup if self._warm_start is None else _SETTLED, 2)
 
     def _explored(self, episode: int) -> Policy:
-        first = self._warm_start is not None and episode == 0
-        if not first and self._learns() and self.rng.random() < self.planned:
+        if self._learns() and self.rng.random() < self.planned:
             policy = self._plan()
             if policy is not None:
                 return policy

@@ -22,12 +22,12 @@ def uniform_policies(space: SearchSpace, constraint: Constraint | None, steps: i
 
     For each pair of bits that some site offers, the fractions ``1, 1 - 1/steps, ...`` of the channels: the
     largest fraction within the constraint comes first, then those nearest to it, the larger of two equally
-    near first. The pairs of bits take turns: those that are within the constraint at some fraction first, wide ones
-    before narrow ones, and of equally wide ones the even before the uneven.
+    near first. The pairs of bits take turns: those that are within the constraint at some fraction first; of them
+    those whose fewer bits are more, as it is the fewer bits that accuracy hangs on.
     """
     pairs = {choice for decision in space if decision.kind == "bits" for choice in decision.choices}
     widest_first = sorted(
-        (pair for pair in pairs if isinstance(pair, tuple)), key=lambda pair: (-sum(pair), abs(pair[0] - pair[1]), pair)
+        (pair for pair in pairs if isinstance(pair, tuple)), key=lambda pair: (-min(pair), -sum(pair), pair)
     )
     has_channels = any(decision.kind == "channels" for decision in space)
     fractions = [(steps - i) / steps for i in range(steps)] if has_channels else [1.0]
