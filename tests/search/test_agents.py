@@ -64,7 +64,7 @@ def agent(name: str, space: SearchSpace, constraint: Constraint | None, seed: in
 
 
 def test_an_agent_starts_on_another_network() -> None:
-    """What it learnt on eight layers makes, in a few episodes, a better policy for twelve others than the best drawn."""
+    """What it learnt on eight layers makes, in a few episodes, better policies for twelve others than any drawn."""
     space, constraint, score = problem(8, 0)
     first = agent("ddpg", space, constraint, updates=4, batch=64, decay=0.97)
     run_search(first, score, 70)
