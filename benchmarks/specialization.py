@@ -1,4 +1,4 @@
-"""Policies for one hardware on another (papers/001, table 5): each should be best at home.
+"""Policies for one hardware on another (Han et al., table 5): each should be best at home.
 
 HW1 is ``bitfusion`` (spatial), HW2 ``zynq7020`` (edge FPGA), HW3 ``vu9p`` (cloud FPGA, batch 16). Bits of all layers of
 two small MobileNets on Fashion-MNIST, chosen exactly by what each layer loses at each choice (``fxopt.sensitivity``).

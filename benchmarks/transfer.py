@@ -1,4 +1,4 @@
-"""An agent that learnt to give bits to the layers of one network starts on another (papers/001, table 7).
+"""An agent that learnt to give bits to the layers of one network starts on another (Wang et al. 2019, HAQ).
 
 ``ddpg`` searches MobileNetV1's bits within the latency that the same bits everywhere have on a target, judged by the
 divergence of the class probabilities from those of the float network on images that are held out. The agent is saved

@@ -97,7 +97,7 @@ class Tuning:
         if self.train is None or self.epochs < 1:
             return None
         how = self._options
-        step = "fine-tuning in few bits" if on_grids else "fine-tuning"
+        step = "fine-tuning quantized" if on_grids else "fine-tuning"
         if on_grids and how.scales != "fixed" and not _has_powers_of_two(graph):
             learn_scales(graph, how.scales)
         if show is not None:

@@ -305,7 +305,7 @@ def _built(
         place = None if folder is None else folder / name
         history = tuning(graph, job.source, on_grids=on_grids, judge=judge.judge, checkpoint=place, show=show)
         if history is not None:
-            step = "fine-tune in few bits" if on_grids else "fine-tune"
+            step = "fine-tune quantized" if on_grids else "fine-tune"
             steps.append(job.step(step, tuning.told(history, on_grids=on_grids), graph, judge))
 
     def between(graph: fx.GraphModule) -> None:

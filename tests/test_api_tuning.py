@@ -138,7 +138,7 @@ def quantizers(result: OptimizationResult, kind: type[Any]) -> list[Any]:
 def test_few_bits_are_trained_through_their_quantizers(scales: Any, said: str, of_activations: str) -> None:
     result = tuned(FineTuning(scales=scales, distillation=Distillation(attention=1.0)), **FEW, learning_rate=0.1)
     names = [step.name for step in result.report.passes]
-    assert names == ["quantize", "fine-tune in few bits"]
+    assert names == ["quantize", "fine-tune quantized"]
     assert said in result.report.passes[-1].detail
     assert {one.learned for one in quantizers(result, ActivationQuantizer)} == {of_activations}
     assert outcome(result)[3] != outcome(tuned(None, **FEW, epochs=0))[3]
@@ -154,7 +154,7 @@ def test_scales_that_are_powers_of_two_stay_so() -> None:
 def test_what_was_cut_and_quantized_is_trained_twice() -> None:
     result = tuned(None, **{**FEW, "passes": ("prune-channels", "quantize"), "budget": {"latency": 0.1}})
     names = [step.name for step in result.report.passes]
-    assert names == ["prune-channels", "fine-tune", "quantize", "fine-tune in few bits"]
+    assert names == ["prune-channels", "fine-tune", "quantize", "fine-tune quantized"]
 
 
 def test_trained_scales_come_back_from_a_file(tmp_path: Path) -> None:

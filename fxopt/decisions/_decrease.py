@@ -21,7 +21,7 @@ def decrease(
     row: _Indices,
     order: Sequence[int] | _Indices,
 ) -> _Indices:
-    """``row`` lowered until it is within the limits, as HAQ does it (papers/001, section 4).
+    """``row`` lowered until it is within the limits, as HAQ does it (Wang et al. 2019, HAQ, section 3).
 
     A sweep goes through the decisions from the last of ``order`` to the first. A number goes to the next smaller
     choice; a tuple has its last component lowered and then its first, each to the next smaller one on offer with the
