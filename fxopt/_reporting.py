@@ -15,6 +15,7 @@ from torch import fx
 from fxopt.decisions import Policy, SearchSpace
 from fxopt.export import ExportReport
 from fxopt.graph.channels import analyze
+from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, WeightQuantizer
 from fxopt.lowering import ParametricWorkload
 from fxopt.report import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine, lagging, roofline
 from fxopt.search import SearchResult
@@ -24,6 +25,7 @@ from fxopt.targets.rows import macs
 __all__ = ["build_report", "changes_in", "export_data", "metrics_of", "notes_on"]
 
 _PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime", "numpy")
+_QUANTIZERS = (ActivationQuantizer, WeightQuantizer, CodebookQuantizer)
 _LAYERS = (OpKind.CONV, OpKind.DEPTHWISE, OpKind.LINEAR, OpKind.MATMUL)
 
 
@@ -32,12 +34,19 @@ def metrics_of(graph: fx.GraphModule, estimate: Estimate, accuracy: float | None
     return Metrics(
         accuracy=accuracy,
         macs=float(estimate.macs[0]),
-        parameters=sum(parameter.numel() for parameter in graph.parameters()),
+        parameters=_parameters(graph),
         size_bytes=float(estimate.weight_bytes[0]),
         latency_s=float(estimate.latency_s[0]),
         energy_j=None if estimate.energy_j is None else float(estimate.energy_j[0]),
         memory_bytes=float(estimate.peak_activation_bytes[0]),
     )
+
+
+def _parameters(graph: fx.GraphModule) -> int:
+    """How many parameters a graph has; what quantizers have learned is none of the network's."""
+    quantizers = (module for module in graph.modules() if isinstance(module, _QUANTIZERS))
+    learned = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
+    return sum(parameter.numel() for parameter in graph.parameters() if id(parameter) not in learned)
 
 
 def build_report(

@@ -27,6 +27,7 @@ from fxopt.graph.packing import Packed, pack, unpack
 from fxopt.graph.sparsity import pattern_of, sparse_sites
 from fxopt.passes import Canonicalize, TunablePass
 from fxopt.passes._fork import own_copy
+from fxopt.passes.quantize import CALIBRATION_META
 
 __all__ = ["digest", "digest_of", "explain_other_weights", "load", "save", "shapes_of", "traced"]
 
@@ -89,6 +90,7 @@ def save(
         "passes": [{"name": one.name, "options": _options(one)} for one in passes],
         "inputs": {"spec": pytree.treespec_dumps(spec), "leaves": [_describe(leaf) for leaf in leaves]},
         "original_state": {name: list(shape) for name, shape in original_state.items()},
+        "calibration": model.meta.get(CALIBRATION_META),
         "digests": {name: _file_digest(folder / name) for name in (_WEIGHTS, _POLICY)},
     }
     write_text(folder / _RECIPE, json.dumps(recipe, indent=1))
@@ -131,6 +133,9 @@ def load(folder: Path, model: nn.Module | ExportedProgram) -> fx.GraphModule:
     policy = Policy.load(folder / _POLICY)
     graph = apply_policy(traced(model, recipe.inputs), recipe.passes, policy).eval()
     graph = _with_weights(folder, graph)
+    if recipe.calibration is not None:
+        # The saved scales are in place, and not those that rebuilding found.
+        graph.meta[CALIBRATION_META] = dict(recipe.calibration)
     explain_other_weights(graph)
     return graph
 
@@ -194,12 +199,14 @@ class _Recipe:
         inputs: Example inputs of the original model, ``(args, kwargs)``.
         original_state: Shapes of the original model's state.
         digests: Digests of the other files.
+        calibration: What the saved graph was calibrated on; None if it is not quantized.
     """
 
     passes: list[Any]
     inputs: Any
     original_state: Mapping[str, list[int]]
     digests: Mapping[str, str]
+    calibration: Mapping[str, object] | None
 
 
 def _read_recipe(folder: Path) -> _Recipe:
@@ -223,7 +230,7 @@ def _read_recipe(folder: Path) -> _Recipe:
         leaves = [_example(leaf) for leaf in data["inputs"]["leaves"]]
         inputs = pytree.tree_unflatten(leaves, pytree.treespec_loads(data["inputs"]["spec"]))
         passes = [pass_registry.create(one["name"], **one["options"]) for one in data["passes"]]
-        return _Recipe(passes, inputs, dict(data["original_state"]), dict(data["digests"]))
+        return _Recipe(passes, inputs, dict(data["original_state"]), dict(data["digests"]), data.get("calibration"))
     except FxoptError:
         raise
     except Exception as failure:

@@ -162,6 +162,8 @@ def test_trained_scales_come_back_from_a_file(tmp_path: Path) -> None:
     result.save(tmp_path)
     again = fxopt.load(tmp_path, make_net())
     inputs = DATA[0][0]
+    assert again.meta["fxopt_calibration"] == result.model.meta["fxopt_calibration"]
+    assert result.report.after.parameters == tuned(None, **FEW, epochs=0).report.after.parameters
     assert torch.equal(again.eval()(inputs), result.model.eval()(inputs))
 
 
