@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 from common.fashion import mobilenet_v2
-from common.output import finish
+from common.output import finish, keep_memory
 from torch import fx, nn
 from torch.ao.quantization import FakeQuantize, MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
 from torch.ao.quantization._learnable_fake_quantize import _LearnableFakeQuantize
@@ -100,8 +100,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=30, help="steps of each kind")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--keep-memory", action="store_true", help="let glibc keep freed memory: no fresh pages")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.keep_memory:
+        keep_memory()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     images = torch.randn(options.batch, 1, 28, 28)

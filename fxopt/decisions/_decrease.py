@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from fxopt.decisions._decision import Choice, Decision
+from fxopt.decisions._decision import Choice
 from fxopt.decisions._space import SearchSpace
 
 __all__ = ["decrease"]
@@ -40,7 +41,7 @@ def decrease(
     current = np.array(row, dtype=np.intp)
     if within(current[np.newaxis])[0]:
         return current
-    steps = [_lower_steps(decision) for decision in space]
+    steps = [_lower_steps(decision.choices) for decision in space]
     while True:
         ladder: list[_Indices] = []
         for j in reversed([int(j) for j in order]):
@@ -56,16 +57,22 @@ def decrease(
             return ladder[int(inside[0])]
 
 
-def _lower_steps(decision: Decision) -> list[_Indices]:
-    """For each step of a sweep, the choice that follows each choice."""
-    choices = decision.choices
+@functools.lru_cache(maxsize=256)
+def _lower_steps(choices: tuple[Choice, ...]) -> tuple[_Indices, ...]:
+    """For each step of a sweep, the choice that follows each choice; many decisions have the same choices."""
     if all(isinstance(choice, tuple) for choice in choices):
         widths = {len(choice) for choice in choices if isinstance(choice, tuple)}
         axes = range(min(widths)) if len(widths) == 1 else range(0)
-        return [np.array([_next_lower(choices, choice, axis) for choice in choices]) for axis in reversed(axes)]
+        return tuple(_lowered(choices, axis) for axis in reversed(axes))
     if any(isinstance(choice, str) for choice in choices):
-        return []
-    return [np.array([_next_lower(choices, choice, None) for choice in choices])]
+        return ()
+    return (_lowered(choices, None),)
+
+
+def _lowered(choices: Sequence[Choice], axis: int | None) -> _Indices:
+    found = np.array([_next_lower(choices, choice, axis) for choice in choices], dtype=np.intp)
+    found.setflags(write=False)
+    return found
 
 
 def _next_lower(choices: Sequence[Choice], choice: Choice, axis: int | None) -> int:
