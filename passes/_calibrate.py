@@ -120,8 +120,9 @@ def feed(gm: fx.GraphModule, batch: Any, where: str) -> tuple[tuple[Any, ...], d
     return moved[0], moved[1]
 
 
-def synthetic_batch(gm: fx.GraphModule, generator: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def synthetic_batch(gm: fx.GraphModule, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Standard normal numbers for every float input, zeros for every other."""
+    generator = torch.Generator().manual_seed(seed)
     example = gm.meta.get(TRACE_META, {})
     leaves = []
     for node in gm.graph.find_nodes(op="placeholder"):

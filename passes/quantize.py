@@ -228,8 +228,7 @@ class Quantize(TunablePass):
         count = samples = known = 0
         with torch.no_grad(), eval_mode(gm), observing(gm):
             if self.calibration is None:
-                generator = torch.Generator().manual_seed(self.seed)
-                args, kwargs = feed(gm, synthetic_batch(gm, generator), "The synthetic batch")
+                args, kwargs = feed(gm, synthetic_batch(gm, self.seed), "The synthetic batch")
                 with as_normalized(gm) as known:
                     gm(*args, **kwargs)
             else:

@@ -98,9 +98,7 @@ class ReconstructBlocks(Pass):
         layers = layers_to_round(graph_module, RoundWeights.most_unknowns, self.most_bits)
         if not layers:
             return PassResult(graph_module, False)
-        data = self.calibration
-        if data is None:
-            data = synthetic_batch(graph_module, torch.Generator().manual_seed(self.seed))
+        data = synthetic_batch(graph_module, self.seed) if self.calibration is None else self.calibration
         original = float_twin(graph_module)
         leaves = [part for whole in read_inputs(original, data, self.samples) for part in self._split(original, whole)]
         with eval_mode(graph_module), eval_mode(original):

@@ -79,9 +79,7 @@ class RoundWeights(Pass):
         layers = layers_to_round(graph_module, self.most_unknowns, self.most_bits)
         if not layers:
             return PassResult(graph_module, False)
-        data = self.calibration
-        if data is None:
-            data = synthetic_batch(graph_module, torch.Generator().manual_seed(self.seed))
+        data = synthetic_batch(graph_module, self.seed) if self.calibration is None else self.calibration
         original = float_twin(graph_module)
         leaves = read_inputs(original, data, self.samples)
         with torch.no_grad(), eval_mode(graph_module), eval_mode(original):
