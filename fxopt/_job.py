@@ -144,7 +144,7 @@ class Job:
         """Search the space; None if there is nothing to decide. ``terms`` are what else the scores depend on."""
         if not len(self.space):
             return None
-        searcher = engines.create(engine, self.space, self.constraint, seed, **self._known(engine, judge, folder, show))
+        searcher = engines.create(engine, self.space, self.constraint, seed, **self.told(engine, judge, folder, show))
         show.start("search", trials)
         found = run_search(
             searcher,
@@ -161,8 +161,8 @@ class Job:
         show.finish("search")
         return found
 
-    def _known(self, engine: str, judge: Evaluator, folder: Path | None, show: Progress) -> dict[str, Any]:
-        """What the exact engine is told where bits alone are decided: what each layer loses at each of its choices."""
+    def told(self, engine: str, judge: Evaluator, folder: Path | None, show: Progress) -> dict[str, Any]:
+        """Options of an engine: where bits alone are decided, exact is told what each layer loses at each choice."""
         quantize = next((one for one in self._passes if isinstance(one, Quantize)), None)
         if engine != _EXACT or quantize is None or {one.kind for one in self.space} != set(quantize.kinds):
             return {}

@@ -144,6 +144,7 @@ class Evaluator:
         self._rewriting = threading.Lock()
         self._reconstruct = reconstruct
         self._training = training
+        self._seed = seed
         self._reconstructor: Reconstructor | None = None
         self._shared: tuple[fx.GraphModule, tuple[TunablePass, ...]] | None = None
         with torch.random.fork_rng():
@@ -191,7 +192,7 @@ class Evaluator:
             return self._judge(model, self._val)
 
     def sample(self, most: int) -> Any:
-        """Inputs of at most so many samples that trials are calibrated on, or are judged by if there are none.
+        """Inputs of at most so many samples that trials are calibrated on or judged by; random ones if there are none.
 
         Args:
             most: Samples.
@@ -199,7 +200,8 @@ class Evaluator:
         Returns:
             Inputs as :func:`fxopt.graph.trace` takes them.
         """
-        inputs: Any = next(iter(InputsOnly(self._train or self._part or ())), self._probe)
+        known = self._train or self._part
+        inputs: Any = next(iter(InputsOnly(known))) if known else _probe_inputs(self._graph(), self._seed)
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
         count = len(tensors[0]) if tensors else 0
         return pytree.tree_map_only(torch.Tensor, lambda one: one[:most] if one.shape[:1] == (count,) else one, inputs)
@@ -374,5 +376,4 @@ def _settling_batches(train: Loader, reconstruct: bool | Reconstruction) -> list
 
 def _probe_inputs(gm: fx.GraphModule, seed: int) -> tuple[tuple[object, ...], dict[str, object]]:
     """Random inputs of the graph's own form: standard normal floats, zeros for integers."""
-    generator = torch.Generator().manual_seed(seed)
-    return feed(gm, synthetic_batch(gm, generator), "The synthetic batch")
+    return feed(gm, synthetic_batch(gm, seed), "The synthetic batch")

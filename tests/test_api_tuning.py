@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt._tuning import Tuning
 from fxopt.api import OptimizationResult
+from fxopt.decisions import SearchSpace
 from fxopt.errors import DataError, FxoptError, JournalError, UnknownNameError
+from fxopt.evaluate import Evaluator
 from fxopt.graph.fake_quantize import ActivationQuantizer, WeightQuantizer
-from fxopt.passes import FoldBatchNorm, Quantize
+from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize
 from fxopt.sensitivity import sensitivities
 from fxopt.training import Distillation, EarlyStop, FineTuning
 from tests.optimizing import DATA, EXAMPLE, Stopping, half_right, make_net, optimize, outcome
@@ -188,6 +192,11 @@ def test_the_exact_engine_is_told_what_layers_lose(tmp_path: Path, monkeypatch: 
     assert kept.exists()
 
 
+def test_the_exact_engine_does_without_data() -> None:
+    result = tuned(None, **FEW, train=None, val=None, evaluate=half_right, engine="exact")
+    assert set(result.policy.values()) != {(8, 8)}
+
+
 # In every trial.
 
 
@@ -203,6 +212,32 @@ def test_trials_are_judged_after_training() -> None:
         plain, trained, again = (tuned(None, **options, trial_epochs=epochs) for epochs in (0, 1, 1))
         scores = [[trial.score for trial in result.search.trials] for result in (plain, trained, again)]  # type: ignore[union-attr]
         assert scores[0] != scores[1] == scores[2]
+
+
+@pytest.mark.parametrize("passes", [(Quantize(),), (PruneChannels(), Quantize())])
+def test_a_trial_that_trains_leaves_no_trace(passes: Any) -> None:
+    """Neither in the graph that all trials start from, nor in what they share, and a copy, as another process
+    gets it, does the same."""
+    graph = fxopt.trace(make_net(), EXAMPLE)
+    before = {name: tensor.clone() for name, tensor in graph.state_dict().items()}
+    able = fxopt.targets.load("zynq7020").capabilities
+    space = SearchSpace(decision for one in passes for decision in one.search_space(graph, able))
+    policies = [space.uniform(fraction, bits) for fraction, bits in ((0.5, (4, 4)), (0.75, (5, 5)))]
+
+    def made() -> Evaluator:
+        training = Tuning(DATA, 1, None, 0.3, 0).for_trials(1)
+        source = (make_net(), EXAMPLE)
+        options: Any = {"train": DATA, "evaluate": likelihood, "reconstruct": False}
+        return Evaluator(graph, passes, training=training, source=source, **options)
+
+    judge = made()
+    scores = [judge(policy) for policy in policies]
+    for name, tensor in graph.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    again = made()
+    assert [again(policy) for policy in reversed(policies)] == scores[::-1]
+    assert [copy.deepcopy(made())(policy) for policy in policies] == scores
+    assert scores[0] != Evaluator(graph, passes, train=DATA, evaluate=likelihood, reconstruct=False)(policies[0])
 
 
 def test_a_search_with_training_is_another_search(tmp_path: Path) -> None:

@@ -159,6 +159,26 @@ def compared(file: str, out: Path, *words: str) -> Any:
     return run("compare-engines", f"{file}:small", *known, "--engine", "random", "--out", str(out), *words)
 
 
+def test_engines_are_compared_as_optimize_searches(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Careful in few bits, trials trained as the recipe says, and the exact engine told what layers lose."""
+    seen: dict[str, Any] = {}
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('passes = ["quantize"]\ntrial_epochs = 1\n', encoding="utf-8")
+
+    def compare(space: Any, judge: Any, trials: int, **options: Any) -> None:
+        seen.update(options, judge=judge, space=space)
+        raise FxoptError("as far as this test goes")
+
+    monkeypatch.setattr("fxopt.search.compare", compare)
+    words = ["--target", "zynq7020", "--recipe", str(recipe), "--train", f"{file}:data", "--val", f"{file}:data"]
+    run("compare-engines", f"{file}:small", *words, "--engine", "exact", "--engine", "random", "--out", str(tmp_path))
+    assert [len(table) for table in seen["options"]["exact"]["losses"]] == seen["space"].sizes.tolist()
+    assert list(seen["options"]) == ["exact"]
+    assert seen["context"]["trial_epochs"] == "1"
+    assert seen["judge"]._training.epochs == 1
+    assert seen["judge"]._passes[0].rounding
+
+
 def rows(result: Any) -> Any:
     assert result.exit_code == 0, result.output
     return [row["scores"] for row in json.loads(result.stdout)["engines"]]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fxopt._cli.choosing import objective_of, reconstruction_of
+from fxopt._cli.choosing import fine_tuning_of, objective_of, reconstruction_of
 from fxopt._cli.loading import call, load_function, load_model
 from fxopt._cli.optimizing import check_names
 from fxopt._cli.output import table
@@ -32,8 +32,9 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         raise FxoptError("There is no model to search; give MODULE:FUNCTION, or model = ... in the recipe.")
     check_names(options)
     from fxopt import search
-    from fxopt._arguments import check_data, load_target, resolve_passes, terms_of
+    from fxopt._arguments import careful, check_data, load_target, resolve_passes, terms_of
     from fxopt._job import Job
+    from fxopt._tuning import Tuning
     from fxopt.decisions import Budget
     from fxopt.evaluate import Evaluator
 
@@ -41,8 +42,8 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         search.engines.load(name)
     model, example = load_model(options.model, options.input)
     folder = Path(options.out)
-    passes = resolve_passes(options.passes)
     target = load_target(options.target, progress)
+    passes = careful(resolve_passes(options.passes), options.passes, target)
     job = Job(model, example, target, passes, Budget.parse_all(options.budget), folder, progress)
     if not len(job.space):
         raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
@@ -50,6 +51,8 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     evaluate = None if options.evaluate is None else load_function(options.evaluate)
     check_data(train, val, evaluate)
     wanted, reconstruct = objective_of(options.objective), reconstruction_of(options.reconstruct)
+    loss = None if options.loss is None else load_function(options.loss)
+    tuning = Tuning(train, options.epochs, loss, options.learning_rate, options.seed, fine_tuning_of(options))
     judge = Evaluator(
         job.graph,
         passes,
@@ -59,11 +62,13 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         reward=None if wanted is None else wanted.reward(target, job.workload, job.original),
         seed=options.seed,
         reconstruct=reconstruct,
+        training=tuning.for_trials(options.trial_epochs),
     )
     first = judge.rehearse()
     if wanted is not None:
         wanted.check(first, "The model before the search")
     chosen = list(names) or search.installed()
+    told = {name: job.told(name, judge, folder, progress) for name in chosen}
     task = "comparing"
     progress.start(task, len(chosen) * seeds * options.trials)
     found = search.compare(
@@ -73,8 +78,11 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         constraint=job.constraint,
         names=chosen,
         seeds=range(options.seed, options.seed + seeds),
+        options={name: known for name, known in told.items() if known},
         folder=folder,
-        context=job.context(judge, terms_of(objective=wanted, reconstruct=reconstruct)),
+        context=job.context(
+            judge, terms_of(objective=wanted, reconstruct=reconstruct, trial_epochs=options.trial_epochs)
+        ),
         progress=lambda name, seed, _: progress.advance(task, 1, f"{name}, seed {seed}"),
     )
     progress.finish(task)
