@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fxopt.nas._architecture import BinaryGates, Reinforce, Relaxed
+from fxopt.nas._batches import split
 from fxopt.nas._choose import PathScore, check_budget, fine_tune, policy_within
 from fxopt.nas._objective import Cost, CostTerm, ExpectedCost
 from fxopt.nas._supernet import MixedOperator, Supernet
-from fxopt.nas._train import Epoch, SupernetResult, SupernetSettings, split, train_supernet
+from fxopt.nas._train import Epoch, SupernetResult, SupernetSettings, train_supernet
 
 __all__ = [
     "BinaryGates",

@@ -110,7 +110,7 @@ class BinaryGates:
             if gate.grad is not None:
                 opened[row, : len(gate)] = gate.grad
         # What the whole loss is to the loss of the task, and to the costs: the former weighs the gates' gradients.
-        task = value.double().clone().requires_grad_()
+        task = value.to(alpha.device, torch.float64, copy=True).requires_grad_()
         total = cost.combined(task, [one.of_pairs(drawn, shares) for one in cost.expected])
         by_task, by_scores = torch.autograd.grad(total + 0.0 * scores[:, 0].sum(), [task, scores])
         found = gate_gradient(shares.detach(), opened) * by_task + by_scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,10 +59,11 @@ def restore(run: _Run, stem: Path | None) -> int:
         for name, value in _identity(run).items():
             if told["identity"].get(name) != value:
                 raise FxoptError(
-                    f"{path} is a checkpoint of a supernet with {name} {told['identity'].get(name)}, this one has "
-                    f"{value}. Give the same options to resume, or remove the file to start afresh."
+                    f"{path} is a checkpoint of another training; its {name}: {told['identity'].get(name)}, of this "
+                    f"one: {value}. Give the same options to resume, or remove the file to start afresh."
                 )
         net = {name.removeprefix(_NET): one for name, one in tensors.items() if name.startswith(_NET)}
+        _check_shapes({**run.supernet.net.state_dict(), _ALPHA: run.supernet.alpha}, {**net, _ALPHA: tensors[_ALPHA]})
         run.supernet.net.load_state_dict(net)
         with torch.no_grad():
             run.supernet.alpha.copy_(tensors[_ALPHA])
@@ -72,9 +74,17 @@ def restore(run: _Run, stem: Path | None) -> int:
         if isinstance(run.method, Reinforce):
             run.method.baseline = told["baseline"]
         return int(told["step"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as failure:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as failure:
         reason = (str(failure).splitlines() or [""])[0]
         raise FxoptError(f"{path} is no checkpoint of this supernet: {reason} Remove it to start afresh.") from failure
+
+
+def _check_shapes(mine: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """All tensors fit, before the first of them is put in its place."""
+    for name, tensor in mine.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            found = tuple(saved[name].shape) if name in saved else "nothing"
+            raise ValueError(f"{name} is of shape {tuple(tensor.shape)}, and the file has {found}.")
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -89,14 +99,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict
 
 def _identity(run: _Run) -> dict[str, Any]:
     """What has to be the same for training to be resumed, as JSON gives it back."""
-    plain: dict[str, Any] = json.loads(
-        json.dumps(
-            {
-                "settings": asdict(run.settings),
-                "space": run.supernet.space.fingerprint,
-                "steps": run.steps,
-                "terms": [asdict(term) for term in run.cost.terms],
-            }
-        )
-    )
+    found = {
+        **{name.replace("_", " "): value for name, value in asdict(run.settings).items()},
+        "decisions": run.supernet.space.fingerprint,
+        "batches for weights": run.train.steps,
+        "batches for the architecture": run.val.steps,
+        "terms": [asdict(term) for term in run.cost.terms],
+        "costs of candidates": run.cost.digest,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 
 from fxopt.errors import BudgetError, InfeasibleError, UnknownNameError
@@ -122,6 +124,14 @@ class Cost:
                     limit=term.reference,
                     least=expected.least,
                 )
+
+    @property
+    def digest(self) -> str:
+        """A short name of all costs of all candidates in all terms."""
+        found = hashlib.sha256()
+        for one in self.expected:
+            found.update(one.costs.numpy().tobytes() + np.float64(one.fixed).tobytes())
+        return found.hexdigest()[:16]
 
     def combined(self, loss: torch.Tensor, costs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss with all terms, from the expected cost of each."""

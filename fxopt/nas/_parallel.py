@@ -8,7 +8,8 @@ import torch
 from torch import distributed, nn
 from torch.utils import _pytree as pytree
 
-from fxopt.errors import DataError
+from fxopt.data import IGNORED_LABEL, split_batch
+from fxopt.errors import FxoptError
 
 __all__ = ["Workers"]
 
@@ -19,41 +20,83 @@ class Workers:
     Attributes:
         net: The network to compute losses of weights with, which averages gradients over processes.
         is_first: Whether this process writes files.
+        size: How many there are.
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self._size, self._rank = 1, 0
-        self.net = net
+        self.size, self._rank = 1, 0
+        self.net = self._plain = net
         if distributed.is_available() and distributed.is_initialized():
-            self._size, self._rank = distributed.get_world_size(), distributed.get_rank()
+            self.size, self._rank = distributed.get_world_size(), distributed.get_rank()
         self.is_first = self._rank == 0
-        if self._size > 1:
+        if self.size > 1:
             # Of a mixed operator one candidate is computed, the same one in all processes.
             self.net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
 
-    def share(self, batch: Any) -> Any:
-        """This process's part of a batch.
+    def share(self, batch: Any, what: str) -> Any:
+        """This process's part of a batch; where there are fewer samples than processes, maybe one without a label.
 
         Raises:
-            DataError: If there are fewer samples than processes.
+            DataError: If the batch is no pair of inputs and labels.
         """
-        if self._size == 1:
+        if self.size == 1:
             return batch
-
-        def part(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor) or not leaf.dim():
-                return leaf
-            if len(leaf) < self._size:
-                raise DataError(f"A batch of {len(leaf)} cannot be shared by {self._size} processes; take larger ones.")
-            whole = len(leaf) // self._size * self._size
-            return leaf[self._rank : whole : self._size]
-
-        return pytree.tree_map(part, batch)
+        inputs, label = split_batch(batch, what)
+        count = max((len(leaf) for leaf in _tensors(label)), default=0)
+        if self._rank < count:
+            return pytree.tree_map_only(
+                torch.Tensor, lambda one: one[self._rank :: self.size] if one.dim() else one, (inputs, label)
+            )
+        inputs = pytree.tree_map_only(torch.Tensor, lambda one: one[:1] if one.dim() else one, inputs)
+        label = pytree.tree_map_only(torch.Tensor, lambda one: torch.full_like(one[:1], IGNORED_LABEL), label)
+        return inputs, label
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over all processes."""
-        if self._size == 1:
+        if self.size == 1:
             return tensor
-        total = tensor.clone()
+        total = tensor.detach().to(self._device(), copy=True)
         distributed.all_reduce(total)
-        return total / self._size
+        return (total / self.size).to(tensor.device)
+
+    def any(self, found: bool) -> bool:
+        """Whether it is so in any process."""
+        return float(self.mean(torch.tensor(float(found)))) > 0.0
+
+    def begin(self, alpha: torch.Tensor, step: int) -> None:
+        """Give all processes the architecture of the first, and see that all begin at one step.
+
+        Raises:
+            FxoptError: If they do not.
+        """
+        if self.size == 1:
+            return
+        steps = [torch.zeros(1, dtype=torch.long, device=self._device()) for _ in range(self.size)]
+        distributed.all_gather(steps, torch.tensor([step], device=self._device()))
+        found = [int(one) for one in steps]
+        if len(set(found)) > 1:
+            raise FxoptError(
+                f"The processes begin at the steps {found}: they find different checkpoints. Give a folder that all "
+                "of them see, or the same file to each."
+            )
+        self._broadcast([alpha])
+
+    def end(self) -> None:
+        """Give all processes the statistics of the first, which is the one that writes."""
+        self._broadcast([one for one in self._plain.buffers() if one.numel()])
+
+    def _broadcast(self, tensors: list[torch.Tensor]) -> None:
+        if self.size == 1:
+            return
+        with torch.no_grad():
+            for tensor in tensors:
+                sent = tensor.detach().to(self._device(), copy=True)
+                distributed.broadcast(sent, 0)
+                tensor.copy_(sent)
+
+    def _device(self) -> torch.device:
+        return next(self._plain.parameters()).device
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.dim()]

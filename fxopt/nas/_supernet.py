@@ -173,7 +173,7 @@ class Supernet:
             The gates of every block; after a backward pass their ``grad`` is the gradient.
         """
         self.choose(active)
-        device = self.alpha.device
+        device = next(self.net.parameters()).device
         gates = []
         for mixed, more in zip(self._mixed.values(), others, strict=True):
             mixed.others = tuple(int(one) for one in more)

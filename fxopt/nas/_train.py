@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +13,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxopt.data import Loader, TensorLoader, batch_for, call_model, class_numbers, class_scores, first_batch, read
+from fxopt.data import (
+    IGNORED_LABEL,
+    Loader,
+    batch_for,
+    call_model,
+    class_numbers,
+    class_scores,
+    first_batch,
+    split_batch,
+)
 from fxopt.decisions import Policy
-from fxopt.errors import DataError, FxoptError, UnknownNameError
+from fxopt.errors import FxoptError, UnknownNameError
 from fxopt.lowering import OperatorTable
-from fxopt.nas._architecture import BinaryGates, Reinforce, Relaxed, Step, sample
+from fxopt.nas._architecture import BinaryGates, Reinforce, Relaxed, sample
+from fxopt.nas._batches import Numbered
 from fxopt.nas._checkpoint import restore, store
 from fxopt.nas._objective import Cost, CostTerm
 from fxopt.nas._parallel import Workers
@@ -27,7 +36,7 @@ from fxopt.passes.select_operators import IDENTITY, ZERO
 from fxopt.progress import Progress, Silent
 from fxopt.training import make_optimizer, rising_cosine
 
-__all__ = ["Epoch", "SupernetResult", "SupernetSettings", "split", "train_supernet"]
+__all__ = ["Epoch", "SupernetResult", "SupernetSettings", "train_supernet"]
 
 _METHODS = ("binary", "binary-all", "relaxed", "reinforce", "uniform")
 _COLLAPSED = 0.8
@@ -123,53 +132,6 @@ class SupernetResult:
     resumed_at: int = 0
 
 
-def split(loader: Loader, share: float = 0.2, seed: int = 0) -> tuple[Loader, Loader]:
-    """Part a loader in two: for weights, and for the architecture.
-
-    Args:
-        loader: Batches of (input, label). Of a :class:`TensorLoader` samples are parted, of any other loader batches,
-            by their number; it then has to give them in one order.
-        share: The part that the architecture gets.
-        seed: Seed of who goes where.
-
-    Raises:
-        DataError: If a part would have no batch of at least two samples.
-    """
-    samples = isinstance(loader, TensorLoader)
-    count = len(loader.inputs) if isinstance(loader, TensorLoader) else _count(loader, "train")
-    held, least = round(count * share), 2 if samples else 1
-    if not 0.0 < share < 1.0 or min(held, count - held) < least:
-        raise DataError(
-            f"{count} {'samples' if samples else 'batches'} cannot be split into {count - held} for weights and {held} "
-            f"for the architecture: each needs {least} or more. Give more of them, another share, or two loaders."
-        )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    rest, own = order[held:], order[:held]
-    if not isinstance(loader, TensorLoader):
-        return _Batches(loader, frozenset(rest.tolist())), _Batches(loader, frozenset(own.tolist()))
-    source = loader
-
-    def part(chosen: torch.Tensor) -> TensorLoader:
-        inputs, labels = source.inputs[chosen], source.labels[chosen]
-        return TensorLoader(inputs, labels, source.batch_size, shuffle=True, seed=source.seed)
-
-    return part(rest), part(own)
-
-
-@dataclass(frozen=True)
-class _Batches:
-    """Those batches of a loader that have certain numbers."""
-
-    loader: Loader
-    numbers: frozenset[int]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (batch for number, batch in enumerate(self.loader) if number in self.numbers)
-
-
 def train_supernet(
     supernet: Supernet,
     train: Loader,
@@ -186,19 +148,22 @@ def train_supernet(
     """Train weights and architecture in turn, in place.
 
     Under ``torchrun`` (an initialized ``torch.distributed``) every process takes its share of every batch; weights are
-    averaged by DistributedDataParallel, the architecture's gradients by this function.
+    averaged by DistributedDataParallel, the architecture's gradients by this function. All processes are given the same
+    loaders, in the same order, and end with the same supernet; without batch norm it is that of one process.
 
     Args:
         supernet: The supernet.
-        train: Batches of (input, label) for the weights. Resuming needs an order that depends on the epoch alone.
+        train: Batches of (input, label) for the weights. Resuming needs batches that depend on their number alone, or
+            on torch's global generator, which is seeded for every batch.
         val: Batches of (input, label) for the architecture, which ``train`` should not hold.
         table: Costs of all candidates.
         terms: How costs enter the architecture's loss; none for accuracy alone.
         settings: How to train.
-        checkpoint: A file without suffix: every ``checkpoint_steps`` steps, and at the end of every epoch, everything
-            is written to ``<checkpoint>.safetensors``, and the same call resumes there. Resumed equals uninterrupted.
+        checkpoint: A file without suffix: at once, every ``checkpoint_steps`` steps, and at the end of every epoch,
+            everything is written to ``<checkpoint>.safetensors``, and the same call resumes there. Resumed equals
+            uninterrupted.
         checkpoint_steps: Steps from one checkpoint to the next.
-        progress: Told of every epoch.
+        progress: Told of every step, with loss, entropy and expected costs of the epoch before.
         stop_after: Stop when so many steps are done, as if killed; None to go on to the end.
 
     Returns:
@@ -207,20 +172,36 @@ def train_supernet(
     Raises:
         DataError: If a loader is empty or does not fit the network.
         InfeasibleError: If no architecture meets a budget.
-        FxoptError: If the loss or a weight is not finite; says where, and the checkpoint stays at the last good state.
+        FxoptError: If the loss, a weight or a gradient of the architecture is not finite: says where, and the
+            checkpoint stays at the last good state. If the checkpoint cannot be written or is of another training, or
+            the table is of other decisions.
     """
     chosen = settings or SupernetSettings()
+    _check(supernet, table, checkpoint_steps)
     for loader, name in ((train, "train"), (val, "val")):
         first_batch(loader, name)
-    with torch.random.fork_rng():
+    device = next(supernet.net.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(chosen.seed)
         run = _Run(supernet, train, val, Cost(table, terms), chosen)
         stem = Path(checkpoint) if checkpoint is not None else None
-        start = restore(run, stem)
+        start = run.begin(stem)
         run.go(start, stem, checkpoint_steps, progress or Silent(), stop_after)
     supernet.choose_policy(supernet.most_likely())
     supernet.net.eval()
     return SupernetResult(supernet, supernet.most_likely(), run.history, run.notes(), start)
+
+
+def _check(supernet: Supernet, table: OperatorTable, checkpoint_steps: int) -> None:
+    if checkpoint_steps < 1:
+        raise FxoptError(f"checkpoint_steps has to be at least 1, got {checkpoint_steps}.")
+    own, other = ([(one.key, one.choices) for one in space] for space in (supernet.space, table.space))
+    if own != other:
+        missing = next((key for key, _ in own if key not in dict(other)), own[0][0])
+        raise FxoptError(
+            f"The table is of other decisions than the supernet, such as {missing[1]!r}; make it from the same graph "
+            "and the same pass, with lower_operators(graph, step).table(target)."
+        )
 
 
 class _Run:
@@ -236,9 +217,9 @@ class _Run:
             supernet.net, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
         self.alpha_optimizer = torch.optim.Adam([supernet.alpha], settings.alpha_learning_rate, betas=(0.0, 0.999))
-        self.steps = _count(train, "train")
-        self._val_steps = _count(val, "val")
-        self._train, self._val = train, val
+        self.train = Numbered(train, "train", settings.seed)
+        self.val = Numbered(val, "val", settings.seed)
+        self.steps = self.train.steps
         self._workers = Workers(supernet.net)
         methods: dict[str, BinaryGates | Relaxed | Reinforce] = {
             "binary": BinaryGates(2),
@@ -253,24 +234,35 @@ class _Run:
         """All steps of weights."""
         return self.steps * (self.settings.warm_up + self.settings.epochs)
 
+    def begin(self, stem: Path | None) -> int:
+        """Go to where the checkpoint is, if there is one; the number of steps that were done.
+
+        A first checkpoint is written at once, so that a folder that cannot be written to is noticed before any work.
+        """
+        start = restore(self, stem)
+        self._workers.begin(self.supernet.alpha, start)
+        if stem is not None and start == 0 and self._workers.is_first:
+            store(self, stem, 0)
+        return start
+
     def go(self, start: int, stem: Path | None, every: int, show: Progress, stop_after: int | None) -> None:
         """All steps from a number on."""
-        show.start("supernet", self.settings.warm_up + self.settings.epochs)
-        show.advance("supernet", len(self.history))
-        for step, batch in self._batches(self._train, "train", self.steps, start, self.total):
-            if stop_after is not None and step >= stop_after:
-                return
-            self._weight_step(step, batch)
+        show.start("supernet", self.total)
+        show.advance("supernet", start, self._told())
+        for step in range(start, self.total if stop_after is None else min(stop_after, self.total)):
+            self._weight_step(step)
             if self._has_architecture_step(step):
                 self._architecture_step(step)
             last = (step + 1) % self.steps == 0
             if last:
-                self._end_epoch(show)
+                self._end_epoch()
             if stem is not None and (last or (step + 1) % every == 0):
                 self._check_weights(step)
                 if self._workers.is_first:
                     store(self, stem, step + 1)
+            show.advance("supernet", 1, self._told())
         self._check_weights(self.total - 1)
+        self._workers.end()
         show.finish("supernet")
 
     def notes(self) -> tuple[str, ...]:
@@ -282,8 +274,8 @@ class _Run:
             )
         return ()
 
-    def _weight_step(self, step: int, batch: Any) -> None:
-        settings = self.settings
+    def _weight_step(self, step: int) -> None:
+        settings, batch = self.settings, self.train.at(step)
         torch.manual_seed(settings.seed * 1_000_003 + step)
         rng = np.random.default_rng([settings.seed, 0, step])
         self._set_path(step, rng)
@@ -291,11 +283,11 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * rising_cosine(step, self.total)
         self.optimizer.zero_grad()
-        loss = self._loss(self._workers.net, batch, settings.label_smoothing)
-        self._check_finite(loss, step, "weights")
+        loss = self._loss(self._workers.net, batch, "train", settings.label_smoothing)
+        value = self._finite(float(self._workers.mean(loss.detach())), step, "weights")
         torch.autograd.backward(loss)
         self.optimizer.step()
-        self.sums[0] += float(loss.detach())
+        self.sums[0] += value
         self.sums[1] += 1
 
     def _set_path(self, step: int, rng: np.random.Generator) -> None:
@@ -314,69 +306,75 @@ class _Run:
     def _architecture_step(self, step: int) -> None:
         settings, supernet = self.settings, self.supernet
         number = (step - settings.warm_up * self.steps) // settings.weight_steps
-        ((_, batch),) = self._batches(self._val, "val", self._val_steps, number, number + 1)
+        batch = self.val.at(number)
+        torch.manual_seed(settings.seed * 1_000_003 + step)
         rng = np.random.default_rng([settings.seed, 1, step])
         if self.method is None:
             return
-        found = self.method(supernet, self.cost, lambda one: self._loss(supernet.net, one, 0.0), batch, rng)
-        self._check_finite(torch.tensor(found.loss), step, "architecture")
-        self._move_alpha(found)
+        found = self.method(supernet, self.cost, self._architecture_loss, batch, rng)
+        value = self._finite(float(self._workers.mean(torch.tensor(found.loss))), step, "architecture")
+        gradient = self._workers.mean(found.gradient)
+        if not bool(torch.isfinite(gradient).all()):
+            raise FxoptError(self._stopped(step, "A gradient of the architecture is NaN or infinite"))
+        self._move_alpha(gradient, found.touched)
         self.cost.raise_duals(found.costs)
-        self.sums[2] += found.loss
+        self.sums[2] += value
         self.sums[3] += 1
 
-    def _move_alpha(self, found: Step) -> None:
+    def _architecture_loss(self, batch: Any) -> torch.Tensor:
+        """The loss of a batch; where it is all that is wanted, rather than its gradient, that of all processes."""
+        loss = self._loss(self.supernet.net, batch, "val", 0.0)
+        return loss if torch.is_grad_enabled() else self._workers.mean(loss)
+
+    def _move_alpha(self, gradient: torch.Tensor, touched: torch.Tensor | None) -> None:
         """A step of Adam; the probability mass of the candidates it is about stays as it was (Cai et al. 2019)."""
         alpha = self.supernet.alpha
         before = alpha.detach().clone()
-        alpha.grad = self._workers.mean(found.gradient)
+        alpha.grad = gradient
         self.alpha_optimizer.step()
         alpha.grad = None
-        if found.touched is None:
+        if touched is None:
             return
         with torch.no_grad():
-            inside = ~found.touched
-            shift = alpha.masked_fill(inside, -torch.inf).logsumexp(1) - before.masked_fill(
-                inside, -torch.inf
-            ).logsumexp(1)
-            alpha.sub_(torch.where(found.touched, shift[:, None], torch.zeros(())))
+            others = ~touched
+            mass, wanted = (one.masked_fill(others, -torch.inf).logsumexp(1) for one in (alpha, before))
+            alpha.sub_(torch.where(touched, (mass - wanted)[:, None], torch.zeros(())))
 
-    def _loss(self, net: nn.Module, batch: Any, smoothing: float) -> torch.Tensor:
-        inputs, label = batch_for(self.supernet.net, self._workers.share(batch), "train")
-        scores = class_scores(call_model(net, inputs, "train"), "a supernet is trained as a classifier")
-        numbers = class_numbers(label, scores, "train", "a supernet is trained as a classifier")
-        return nn.functional.cross_entropy(scores, numbers, label_smoothing=smoothing)
+    def _loss(self, net: nn.Module, batch: Any, what: str, smoothing: float) -> torch.Tensor:
+        """The loss of this process's part of a batch; the mean over processes is that of the whole."""
+        remedy = "a supernet is trained as a classifier"
+        inputs, label = batch_for(self.supernet.net, self._workers.share(batch, what), what)
+        scores = class_scores(call_model(net, inputs, what), remedy)
+        numbers = class_numbers(label, scores, what, remedy)
+        total = nn.functional.cross_entropy(scores, numbers, reduction="sum", label_smoothing=smoothing)
+        labelled = int((split_batch(batch, what)[1] != IGNORED_LABEL).sum())
+        return total * (self._workers.size / labelled) if labelled else total * math.nan
 
-    def _batches(self, loader: Loader, what: str, steps: int, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        """Numbered batches, pass after pass."""
-        number = start
-        while number < stop:
-            epoch, first = divmod(number, steps)
-            torch.manual_seed(self.settings.seed * 7_368_787 + epoch)
-            batches = loader.at_epoch(epoch) if isinstance(loader, TensorLoader) else loader
-            found = 0
-            for batch in itertools.islice(read(batches, what), first, min(steps, first + stop - number)):
-                yield number, batch
-                number, found = number + 1, found + 1
-            if not found:
-                raise DataError(f"{what} yields fewer batches than at first; give a loader that can be read again.")
-
-    def _end_epoch(self, show: Progress) -> None:
+    def _end_epoch(self) -> None:
         shares = self.supernet.alpha.detach().double().cpu().softmax(1)
         sizes = torch.from_numpy(self.supernet.space.sizes.astype(np.float64))
         entropy = -(shares * shares.clamp(min=1e-300).log()).sum(1) / sizes.log()
         weights, count, architecture, others = self.sums
-        epoch = Epoch(
-            loss=weights / max(count, 1.0),
-            architecture_loss=architecture / others if others else math.nan,
-            entropy=float(entropy.mean()),
-            costs=[float(one(shares)) for one in self.cost.expected],
-            duals=list(self.cost.duals),
-            skipped=self._skipped(),
+        self.history.append(
+            Epoch(
+                loss=weights / max(count, 1.0),
+                architecture_loss=architecture / others if others else math.nan,
+                entropy=float(entropy.mean()),
+                costs=[float(one(shares)) for one in self.cost.expected],
+                duals=list(self.cost.duals),
+                skipped=self._skipped(),
+            )
         )
-        self.history.append(epoch)
         self.sums = [0.0, 0.0, 0.0, 0.0]
-        show.advance("supernet", 1, f"loss {epoch.loss:.4f}, entropy {epoch.entropy:.2f}")
+
+    def _told(self) -> str:
+        """The last epoch in a few words."""
+        if not self.history:
+            return ""
+        epoch = self.history[-1]
+        costs = zip(self.cost.terms, epoch.costs, strict=True)
+        words = [f"{term.metric} {cost / term.reference:.2f} of {term.reference:.4g}" for term, cost in costs]
+        return ", ".join([f"loss {epoch.loss:.4f}", f"entropy {epoch.entropy:.2f}", *words])
 
     def _skipped(self) -> float:
         policy = self.supernet.most_likely()
@@ -387,15 +385,17 @@ class _Run:
         ]
         return sum(found) / len(found) if found else 0.0
 
-    def _check_finite(self, loss: torch.Tensor, step: int, what: str) -> None:
-        value = float(loss.detach())
+    def _finite(self, value: float, step: int, what: str) -> float:
         if not math.isfinite(value):
             raise FxoptError(self._stopped(step, f"The loss of the {what} is {value}"))
+        return value
 
     def _check_weights(self, step: int) -> None:
-        for name, tensor in self.supernet.net.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise FxoptError(self._stopped(step, f"{name!r} is NaN or infinite"))
+        tensors = self.supernet.net.state_dict().items()
+        wrong = [name for name, one in tensors if one.is_floating_point() and not bool(torch.isfinite(one).all())]
+        if self._workers.any(bool(wrong)):
+            name = repr(wrong[0]) if wrong else "A weight of another process"
+            raise FxoptError(self._stopped(step, f"{name} is NaN or infinite"))
 
     def _stopped(self, step: int, what: str) -> str:
         epoch, batch = divmod(step, self.steps)
@@ -405,10 +405,3 @@ class _Run:
             f"{what} in epoch {epoch + 1}, batch {batch + 1} (step {step + 1}), on the path {path}. "
             "The checkpoint, if there is one, is of the last good state. Lower learning_rate, or check the data."
         )
-
-
-def _count(loader: Loader, what: str) -> int:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return sum(1 for _ in read(loader, what))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from fxopt.data import TensorLoader
+from fxopt import _files, targets
+from fxopt.decisions import Policy
 from fxopt.errors import DataError, FxoptError, UnknownNameError
+from fxopt.lowering import lower_operators
 from fxopt.nas import CostTerm, Supernet, SupernetResult, SupernetSettings, split, train_supernet
-from fxopt.passes import SelectOperators
-from tests.nas.toys import between, loader, mobile, mobile_table, table, toy_graph
+from fxopt.progress import Silent
+from tests.nas.toys import between, loader, mobile, mobile_table, table, toy
 
 SETTINGS = SupernetSettings(warm_up=1, epochs=2, learning_rate=0.02)
 
@@ -28,7 +28,8 @@ def trained(supernet: Supernet | None = None, **options: Any) -> SupernetResult:
     terms = options.pop("terms", [CostTerm("latency", between(0.7), "budget", 0.5)])
     known: dict[str, Any] = {"settings": SETTINGS}
     data = options.pop("data", loader())
-    return train_supernet(found, data, loader(16, seed=1), mobile_table(), terms, **(known | options))
+    val = options.pop("val", loader(16, seed=1))
+    return train_supernet(found, data, val, options.pop("table", mobile_table()), terms, **(known | options))
 
 
 def state(result: SupernetResult) -> dict[str, torch.Tensor]:
@@ -117,13 +118,129 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: P
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "supernet"
     trained(checkpoint=place, stop_after=3)
-    with pytest.raises(FxoptError, match="settings"):
+    with pytest.raises(FxoptError, match="its seed: 0, of this one: 1"):
         trained(checkpoint=place, settings=dataclasses.replace(SETTINGS, seed=1))
     with pytest.raises(FxoptError, match="terms"):
         trained(checkpoint=place, terms=[])
+    with pytest.raises(FxoptError, match="batches for weights: 3, of this one: 2"):
+        trained(checkpoint=place, data=loader(16))
+    other = lower_operators(*mobile()).table(targets.load("v100"))
+    with pytest.raises(FxoptError, match="costs of candidates"):
+        trained(checkpoint=place, table=other)
+    before = state(SupernetResult(Supernet(*mobile()), Policy({})))
+    wider = Supernet(*mobile())
+    wider.net.get_submodule("stem.0").weight = torch.nn.Parameter(torch.zeros(8, 2, 5, 5))
+    with pytest.raises(FxoptError, match=r"stem\.0\.weight is of shape"):
+        trained(wider, checkpoint=place)
+    kept = wider.net.state_dict()
+    assert all(
+        torch.equal(kept[name], value) for name, value in before.items() if "stem.0" not in name and name in kept
+    )
     place.with_name("supernet.safetensors").write_bytes(b"nothing")
     with pytest.raises(FxoptError, match="no checkpoint"):
         trained(checkpoint=place)
+
+
+def test_what_cannot_begin_is_told_at_once(tmp_path: Path) -> None:
+    data = [*loader()]
+    with pytest.raises(FxoptError, match="checkpoint_steps has to be at least 1"):
+        trained(checkpoint=tmp_path / "supernet", checkpoint_steps=0)
+    with pytest.raises(FxoptError, match=r"table is of other decisions than the supernet, such as 'blocks.0'"):
+        trained(table=table(toy()))
+    place = tmp_path / "file" / "supernet"
+    place.parent.write_text("no folder")
+    supernet = Supernet(*mobile())
+    before = state(SupernetResult(supernet, Policy({})))
+    with pytest.raises(FxoptError, match="Cannot write"):
+        trained(supernet, data=data, checkpoint=place)
+    assert all(torch.equal(value, state(SupernetResult(supernet, Policy({})))[name]) for name, value in before.items())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "supernet"
+    trained(checkpoint=place, stop_after=3)
+    good = place.with_suffix(".safetensors").read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_files, "_sync", full)
+        with pytest.raises(FxoptError, match="No space left"):
+            trained(checkpoint=place)
+    assert place.with_suffix(".safetensors").read_bytes() == good
+    assert [one.name for one in tmp_path.iterdir()] == ["supernet.safetensors"]
+    assert torch.equal(trained(checkpoint=place).supernet.alpha, trained().supernet.alpha)
+
+
+def test_a_gradient_that_is_nan_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a candidate that overflows while it is looked at, and not computed, the loss tells nothing."""
+    supernet = Supernet(*mobile())
+    real = type(supernet).open_gates
+
+    def broken(self: Supernet, active: Any, others: Any) -> Any:
+        gates = real(self, active, others)
+        gates[1].register_hook(lambda gradient: gradient * torch.nan)
+        return gates
+
+    monkeypatch.setattr(Supernet, "open_gates", broken)
+    with pytest.raises(FxoptError, match=r"gradient of the architecture is NaN.*epoch 2, batch 1 \(step 4\)"):
+        trained(supernet)
+    assert not supernet.alpha.isnan().any()
+
+
+def test_batches_are_read_once_and_blamed_by_name() -> None:
+    """A step of the architecture takes the next batch, without reading those before it again."""
+    data = [*loader(64, seed=1)]
+    seen = []
+
+    class Watched:
+        def __len__(self) -> int:
+            return len(data)
+
+        def __iter__(self) -> Any:
+            for number, batch in enumerate(data):
+                seen.append(number)
+                yield batch
+
+    trained(val=Watched())
+    assert seen == [0, *range(6)]  # one look at the first batch; two epochs of three steps
+    bad = (torch.zeros(8, 2, 8, 8), torch.full((8,), 99))
+    with pytest.raises(DataError, match="val has the label 99"):
+        trained(val=[data[0], bad])
+
+    class Shrinking:
+        def __init__(self) -> None:
+            self.left = 3
+
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self) -> Any:
+            self.left -= 1
+            return iter(data[: self.left])
+
+    with pytest.raises(DataError, match="train yields fewer batches than at first"):
+        trained(data=Shrinking())
+
+
+def test_progress_tells_steps_and_costs() -> None:
+    told: list[tuple[Any, ...]] = []
+
+    class Watched(Silent):
+        def start(self, task: str, total: int) -> None:
+            told.append((task, total))
+
+        def advance(self, task: str, n: int = 1, note: str = "") -> None:
+            told.append((n, note))
+
+    result = trained(progress=Watched())
+    assert told[0] == ("supernet", 9)
+    assert sum(n for n, _ in told[1:]) == 9
+    last = result.history[-1]
+    assert told[-1][1].startswith(
+        f"loss {last.loss:.4f}, entropy {last.entropy:.2f}, latency {last.costs[0] / between(0.7):.2f} of"
+    )
 
 
 def test_loaders_are_split_or_refused() -> None:
@@ -152,43 +269,3 @@ def test_settings_out_of_range(options: dict[str, Any]) -> None:
         SupernetSettings(**options)
     with pytest.raises(UnknownNameError, match="binary"):
         SupernetSettings(method="binry")
-
-
-def train_toy(checkpoint: str) -> None:
-    supernet = Supernet(toy_graph(), SelectOperators(candidates=("conv-k3", "separable-k3", "identity")))
-    supernet.net.double()
-    data = loader(16, 5)
-    data = TensorLoader(data.inputs.double(), data.labels, 8, shuffle=True)
-    settings = SupernetSettings(warm_up=1, epochs=1)
-    train_supernet(supernet, data, data, table(supernet), settings=settings, checkpoint=checkpoint)
-
-
-_WORKER = """
-import sys, torch
-from torch import distributed
-from tests.nas.test_train import train_toy
-
-torch.set_num_threads(1)
-distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
-train_toy(sys.argv[3])
-distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Without batch norm, two processes on half of every batch each are one process on all of it."""
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", _WORKER, str(rank), str(tmp_path / "store"), str(tmp_path / "of2")],
-            env=environment,
-            cwd=root,
-        )
-        for rank in (0, 1)
-    ]
-    train_toy(str(tmp_path / "of1"))
-    assert [one.wait(timeout=240) for one in running] == [0, 0]
-    one, two = (load_file(tmp_path / f"of{size}.safetensors") for size in (1, 2))
-    assert list(one) == list(two)
-    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
