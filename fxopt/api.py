@@ -231,7 +231,8 @@ def optimize(
         evaluate=evaluate,
         reward=wanted.reward(device, job.workload, job.original),
         seed=seed,
-        source=(model, example_inputs) if selector is None else None,
+        source=(model, example_inputs),
+        made_by=None if selecting is None else selecting.with_policy(job.selected),
         reconstruct=reconstruct,
         training=tuning.for_trials(trial_epochs),
     )

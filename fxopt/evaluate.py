@@ -106,6 +106,8 @@ class Evaluator:
             :mod:`fxopt.objectives`.
         seed: Seed of the random inputs, and of torch's generator while the batches are read.
         source: The model that ``gm`` was traced from and its example inputs, for trials in other processes.
+        made_by: The pass that made ``gm`` of that model's graph, if one did; other processes do the same, and are given
+            the weights.
         reconstruct: Whether weights behind cut channels are found anew by least squares, or how; see
             :func:`apply_policy`.
         training: Trains the network of a trial in place; None for no training. Trials on threads then train one at a
@@ -130,12 +132,15 @@ class Evaluator:
         reward: Callable[[float, Policy], float] | None = None,
         seed: int = 0,
         source: tuple[nn.Module, Any] | None = None,
+        made_by: TunablePass | None = None,
         reconstruct: bool | Reconstruction = True,
         training: Training | None = None,
     ) -> None:
         _check_way(reconstruct)
         self._gm: fx.GraphModule | None = gm
         self._source = source
+        self._made_by = made_by
+        self._weights: dict[str, torch.Tensor] | None = None
         self._passes = tuple(passes)
         self._evaluate = evaluate
         self._reward = reward
@@ -247,6 +252,8 @@ class Evaluator:
         if self._source is None:
             raise SearchError("This evaluation cannot leave its process; give an executor of threads.")
         kept = {name: value for name, value in self.__dict__.items() if name != "_rewriting"}
+        if self._made_by is not None and self._weights is None:
+            kept["_weights"] = {name: one.detach() for name, one in self._graph().state_dict().items()}
         return {**kept, "_gm": None, "_val": self._part, "_scores": {}, "_reconstructor": None, "_shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -266,7 +273,11 @@ class Evaluator:
             raise SearchError("This evaluation has neither graph nor model; make it anew.")
         model, inputs = self._source
         graph: fx.GraphModule = Canonicalize()(trace(model.eval(), inputs)).graph_module
-        return graph
+        if self._made_by is None:
+            return graph
+        graph = self._made_by(graph).graph_module
+        graph.load_state_dict(self._weights or {})
+        return graph.eval()
 
     def _rewritten(self, policy: Policy) -> fx.GraphModule:
         # The fake tensors that shapes are propagated with belong to one mode, which threads must not share.

@@ -11,7 +11,7 @@ import fxopt
 from fxopt import models
 from fxopt.errors import DataError, PassError
 from fxopt.passes import PruneChannels, SelectOperators
-from tests.optimizing import make_batches, optimize
+from tests.optimizing import InProcess, make_batches, optimize, outcome
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 STEP = SelectOperators(patterns=("inverted-residual",), kernels=(3, 5), expansions=(2, 3))
@@ -52,6 +52,16 @@ def test_operators_alone() -> None:
     result = optimize(make(), EXAMPLE, passes=(STEP,), budget={"macs": 0.9}, train=data, val=data)
     assert result.report.after.macs <= 0.9 * result.report.before.macs
     assert result.search is None
+
+
+def test_trials_after_operators_run_in_other_processes() -> None:
+    """What travels is the model and the weights; the policy of operators makes the graph anew."""
+    data = make_batches(4)
+    options = {"passes": (STEP, PruneChannels(round_to=4)), "budget": {"macs": 0.6}, "train": data, "val": data}
+
+    pool = InProcess()
+    assert outcome(optimize(make(), EXAMPLE, executor=pool, **options)) == outcome(optimize(make(), EXAMPLE, **options))
+    assert pool.sent > 1
 
 
 def test_what_does_not_go() -> None:

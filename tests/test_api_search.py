@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from fxopt.errors import (
     JournalError,
     SearchError,
 )
-from tests.optimizing import DATA, Stopping, half_right, make_net, optimize, outcome
+from tests.optimizing import DATA, InProcess, Stopping, half_right, make_net, optimize, outcome
 
 # Interrupted, and gone on with.
 
@@ -102,22 +101,6 @@ def test_threads_give_what_no_executor_gives() -> None:
         assert outcome(optimize(budget={"macs": 0.6}, train=DATA, val=DATA, trials=6, parallel=3, executor=pool)) == (
             outcome(alone)
         )
-
-
-class InProcess(ProcessPoolExecutor):
-    """A pool of processes as far as anybody can tell; what is sent crosses by pickling, and back."""
-
-    def __init__(self) -> None:
-        super().__init__(1, multiprocessing.get_context("spawn"))
-        self.sent = 0
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        self.sent += 1
-        work = multiprocessing.reduction.ForkingPickler.loads(
-            multiprocessing.reduction.ForkingPickler.dumps((fn, args, kwargs))
-        )
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(work[0], *work[1], **work[2])
 
 
 @pytest.mark.parametrize("judge", [{"val": DATA}, {"evaluate": half_right}, {}])

@@ -3,44 +3,57 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
-from fxopt.data import Loader
+from fxopt.data import Loader, first_batch, read
 from fxopt.decisions import Policy
 from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import accuracy, recalibrate_batch_norm
 from fxopt.lowering import OperatorTable, lower
-from fxopt.nas._supernet import Supernet
+from fxopt.nas._supernet import Supernet, choose_path, encoded
+from fxopt.search.solver import solve
 from fxopt.training import Loss, fit
 
 __all__ = ["PathScore", "check_budget", "fine_tune", "policy_within"]
 
 _SETTLING_BATCHES = 8
-_BISECTIONS = 60
+_SLACK = 1e-12
 
 
 class PathScore:
     """The accuracy of any network of a supernet, with the supernet's weights.
 
-    Its batch norms are estimated anew for every path: with statistics of other paths accuracies mean nothing.
+    Its batch norms are estimated anew for every path: with statistics of other paths accuracies mean nothing. The
+    batches for this are read once and kept, so that every path is judged alike. Paths may be judged on threads, one at
+    a time, and in other processes, which are given the weights and, with ``max_batches``, these batches alone.
 
     Args:
         supernet: A trained supernet.
         train: Batches of (input, label) to estimate batch norms on; the first few are read.
         val: Batches of (input, label) to judge by.
         max_batches: Batches of ``val`` to look at; None for all.
+
+    Raises:
+        DataError: If a loader yields nothing.
     """
 
     def __init__(self, supernet: Supernet, train: Loader, val: Loader, max_batches: int | None = None) -> None:
-        self._supernet = supernet
-        self._train, self._val = train, val
-        self._max_batches = max_batches
+        first_batch(train, "train")
+        first_batch(val, "val")
+        self._net, self._space = supernet.net, supernet.space
+        self._mixed = tuple(supernet.mixed.values())
+        self._train = list(read(train, "train", _SETTLING_BATCHES))
+        self._val: Loader = val if max_batches is None else list(read(val, "val", max_batches))
+        self._one_at_a_time = threading.Lock()
 
     def __call__(self, policy: Policy) -> float:
         """Accuracy of a policy, in [0, 1].
@@ -49,17 +62,38 @@ class PathScore:
             PolicyError: If the policy does not fit.
             DataError: If the data do not fit the network.
         """
-        self._supernet.choose_policy(policy)
-        with _keeping_buffers(self._supernet.net):
-            recalibrate_batch_norm(self._supernet.net, self._train, _SETTLING_BATCHES)
-            return accuracy(self._supernet.net, self._val, self._max_batches)
+        with self._one_at_a_time:
+            choose_path(self._mixed, encoded(self._space, policy))
+            with _keeping_buffers(self._net):
+                recalibrate_batch_norm(self._net, self._train, _SETTLING_BATCHES)
+                return accuracy(self._net, self._val)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Everything for another process, where the graph is built anew."""
+        choose_path(self._mixed, [0] * len(self._mixed))
+        kept = {name: one for name, one in self.__dict__.items() if name not in ("_net", "_one_at_a_time")}
+        build, (body, *rest) = self._net.__reduce__()
+        specs = {name: pytree.treespec_dumps(one) for name, one in body.items() if isinstance(one, pytree.TreeSpec)}
+        return _arrived, (kept, build, ({name: one for name, one in body.items() if name not in specs}, *rest), specs)
+
+
+def _arrived(
+    state: dict[str, Any], build: Callable[..., fx.GraphModule], parts: tuple[Any, ...], specs: dict[str, str]
+) -> PathScore:
+    """A score in another process."""
+    found = PathScore.__new__(PathScore)
+    found.__dict__.update(state)
+    found._one_at_a_time = threading.Lock()
+    body, *rest = parts
+    with warnings.catch_warnings():
+        # torch warns of how it makes these itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        found._net = build({**body, **{name: pytree.treespec_loads(one) for name, one in specs.items()}}, *rest)
+    return found
 
 
 def policy_within(supernet: Supernet, table: OperatorTable, limits: Mapping[str, float]) -> Policy:
-    """The most probable policy within limits.
-
-    The logarithms of probabilities are weighed against costs by one multiplier, found by bisection; of all policies
-    that it leads to, the most probable one within the limits. With several limits, costs count relative to each limit.
+    """The most probable policy within limits, exactly: a knapsack with one choice a block.
 
     Args:
         supernet: A supernet whose architecture is trained.
@@ -67,55 +101,36 @@ def policy_within(supernet: Supernet, table: OperatorTable, limits: Mapping[str,
         limits: Upper limits in SI units, by metric.
 
     Raises:
-        InfeasibleError: If the cheapest policy is over a limit.
+        InfeasibleError: If no policy is within all limits.
+        UnknownNameError: If there is no such metric.
+        UnsupportedError: If the target has no figures for it.
     """
     scores = supernet.alpha.detach().double().cpu().log_softmax(1).numpy()
-    real = supernet.mask.numpy()
-    costs = sum((_relative(table, metric, limit) for metric, limit in limits.items()), np.zeros(scores.shape))
-
-    def chosen(multiplier: float) -> npt.NDArray[np.intp]:
-        value = np.where(real, scores - multiplier * costs, -np.inf)
-        return np.asarray(value.argmax(1), dtype=np.intp)
-
-    def fits(indices: npt.NDArray[np.intp]) -> bool:
-        return all(
-            float(table.score(indices[None], metric)[0]) <= limit * (1 + 1e-12) for metric, limit in limits.items()
-        )
-
-    best = chosen(0.0)
-    if fits(best):
-        return supernet.space.decode(best)
-    low, high = 0.0, 1.0
-    while not fits(chosen(high)):
-        low, high = high, high * 4.0
-        if high > 1e12:
-            raise _infeasible(table, limits, np.where(real, costs, np.inf).argmin(1))
-    for _ in range(_BISECTIONS):
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if fits(chosen(middle)) else (middle, high)
-    found = chosen(high)
-    return supernet.space.decode(_improved(found, scores, real, fits))
-
-
-def _improved(
-    indices: npt.NDArray[np.intp],
-    scores: npt.NDArray[np.float64],
-    real: npt.NDArray[np.bool_],
-    fits: Callable[[npt.NDArray[np.intp]], bool],
-) -> npt.NDArray[np.intp]:
-    """Move to more probable candidates, the largest gain first, as long as the limits allow."""
-    found = indices.copy()
-    rows = np.arange(len(found))
-    gains = np.where(real, scores - scores[rows, found][:, None], -np.inf)
-    order = np.argsort(-gains, axis=None, kind="stable")
-    for place in order.tolist():
-        row, column = divmod(place, scores.shape[1])
-        if not scores[row, column] > scores[row, found[row]] or not real[row, column]:
+    offered = supernet.mask.numpy().copy()
+    summed: list[str] = []
+    for metric, limit in limits.items():
+        costs, fixed = table.of(metric)
+        if metric != "memory":
+            summed.append(metric)
             continue
-        moved = found.copy()
-        moved[row] = column
-        found = moved if fits(moved) else found
-    return found
+        offered &= costs <= limit * (1.0 + _SLACK)
+        if fixed > limit * (1.0 + _SLACK) or not offered.any(1).all():
+            raise _infeasible(supernet, table, limits)
+    found = np.where(offered, scores, -np.inf).argmax(1)
+    if summed:
+        columns = [np.flatnonzero(row) for row in offered]
+        priced = np.stack([table.of(metric)[0] for metric in summed], 2)
+        room = np.array([limits[metric] - table.of(metric)[1] for metric in summed])
+        try:
+            solved = solve(
+                [-scores[row, some] for row, some in enumerate(columns)],
+                [priced[row, some] for row, some in enumerate(columns)],
+                room,
+            )
+        except InfeasibleError:
+            raise _infeasible(supernet, table, limits) from None
+        found = np.array([some[index] for some, index in zip(columns, solved.indices, strict=True)])
+    return supernet.space.decode(found)
 
 
 def check_budget(graph: fx.GraphModule, table: OperatorTable, limits: Mapping[str, float], batch: int = 1) -> None:
@@ -173,20 +188,22 @@ def fine_tune(
     return network.eval()
 
 
-def _relative(table: OperatorTable, metric: str, limit: float) -> npt.NDArray[np.float64]:
-    costs, _ = table.of(metric)
-    return costs / limit
-
-
-def _infeasible(table: OperatorTable, limits: Mapping[str, float], cheapest: npt.NDArray[np.intp]) -> InfeasibleError:
-    found = {metric: float(table.score(cheapest[None], metric)[0]) for metric in limits}
-    metric = max(limits, key=lambda one: found[one] / limits[one])
+def _infeasible(supernet: Supernet, table: OperatorTable, limits: Mapping[str, float]) -> InfeasibleError:
+    real = supernet.mask.numpy()
+    least = {}
+    for metric in limits:
+        cheapest = np.where(real, table.of(metric)[0], np.inf).argmin(1)
+        least[metric] = float(table.score(cheapest[None], metric)[0])
+    metric = max(limits, key=lambda one: least[one] / limits[one])
+    if least[metric] <= limits[metric] * (1.0 + _SLACK):
+        what = f"No architecture meets the limits {dict(limits)} together, though each can be met alone."
+    else:
+        what = f"The cheapest architecture has a {metric} of {least[metric]:g}, over the limit of {limits[metric]:g}."
     return InfeasibleError(
-        f"The cheapest architecture has a {metric} of {found[metric]:g}, over the limit of {limits[metric]:g}. Raise "
-        "the limit, or offer cheaper candidates.",
+        f"{what} Raise a limit, or offer cheaper candidates.",
         metric=metric,
         limit=limits[metric],
-        least=found[metric],
+        least=least[metric],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,22 @@ class _Nothing(nn.Module):
         return x.new_zeros(()).expand(x.shape[0], self.outputs, height, width)
 
 
+def choose_path(mixed: Iterable[MixedOperator], path: Sequence[int] | Indices) -> None:
+    """Compute one path from now on: the index of a candidate for every mixed operator."""
+    for one, index in zip(mixed, path, strict=True):
+        one.active = int(index)
+        one.others, one.gates, one.mixture = (), None, None
+
+
+def encoded(space: SearchSpace, policy: Policy) -> Indices:
+    """The index of a candidate for every block; decisions of other kinds are left out.
+
+    Raises:
+        PolicyError: If the policy does not fit.
+    """
+    return space.encode(Policy({key: one for key, one in policy.items() if key[0] == "operator"}))
+
+
 class Supernet:
     """A graph with all candidates of all of its blocks.
 
@@ -154,9 +170,7 @@ class Supernet:
 
     def choose(self, path: Sequence[int] | Indices) -> None:
         """Compute one path from now on: the index of a candidate for every block."""
-        for mixed, index in zip(self._mixed.values(), path, strict=True):
-            mixed.active = int(index)
-            mixed.others, mixed.gates, mixed.mixture = (), None, None
+        choose_path(self._mixed.values(), path)
 
     def choose_policy(self, policy: Policy) -> None:
         """Compute the path of a policy from now on.
@@ -164,7 +178,7 @@ class Supernet:
         Raises:
             PolicyError: If the policy does not fit.
         """
-        self.choose(self.space.encode(Policy({key: one for key, one in policy.items() if key[0] == "operator"})))
+        self.choose(encoded(self.space, policy))
 
     def open_gates(self, active: Sequence[int] | Indices, others: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Compute one path and want the gradients of gates: of the active candidate and some others of every block.
