@@ -1,102 +1,256 @@
-"""Operators for three targets on Fashion-MNIST, by supernet; print JSON.
+"""Operators for three targets on Fashion-MNIST: by supernet, against three other searches and a baseline; print JSON.
 
-The 32 x 32 variant of the space that ProxylessNAS searches, at a small width. One supernet is trained for each target
-with a budget on its latency, a fraction of that of the MobileNetV2-style network (expansion 6, kernel 3 everywhere);
-the networks found are trained from the supernet's weights for as many epochs as that baseline rescaled to the same
-latency, and costed on all three targets.
+The 32 x 32 variant of the space that ProxylessNAS searches, at a third of its width. Each target allows a part of the
+latency that the MobileNetV2-style network (expansion 6 and kernel 3 everywhere) has there. Each search gets the same
+number of epochs for its weights:
 
-    python benchmarks/nas_search.py --samples 6000 --epochs 3
+- ``binary``: two gates of every block, with the target's latency as a budget (one supernet for each target);
+- ``relaxed``: DARTS, all candidates at once, with the same budget and the same number of architecture steps;
+- ``evolution`` and ``random``: on one supernet trained uniformly, judged by images that it was not trained on.
+
+Supernets start from the trained MobileNetV2-style network, and what is found is trained on from the supernet's weights.
+The baseline is trained from scratch, for as many epochs as all of that together: the MobileNetV2-style network with all
+widths reduced until it is as fast as the slowest of the networks found; where no width is fast enough, because layers
+cost their launch, with blocks left out, evenly from the last of each stage. Accuracies are of all 10,000 test images,
+which nothing was chosen by.
+
+    python benchmarks/nas_search.py --seeds 0 1 2 --parts nas_search.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from common.output import finish, progress
-from torch import nn
+from common.fashion import Data, data
+from common.output import finish, keep_memory, progress
+from common.parts import Parts
+from torch import fx, nn
 
 import fxopt
 from fxopt import models, targets
-from fxopt.data import TensorLoader, fashion_mnist
+from fxopt.data import TensorLoader
+from fxopt.decisions import Constraint, Policy
 from fxopt.evaluate import accuracy
-from fxopt.lowering import lower, lower_operators
-from fxopt.nas import CostTerm, Supernet, SupernetSettings, fine_tune, policy_within, split, train_supernet
+from fxopt.lowering import OperatorTable, OperatorWorkload, lower, lower_operators
+from fxopt.nas import (
+    CostTerm,
+    PathScore,
+    Supernet,
+    SupernetResult,
+    SupernetSettings,
+    fine_tune,
+    policy_within,
+    split,
+    train_supernet,
+)
 from fxopt.passes import SelectOperators
+from fxopt.search import engines, run_search
 from fxopt.training import fit
 
 DEVICES = {"v100": 8, "xeon-e5-2640v4": 1, "pixel1": 1}
+METHODS = ("binary", "evolution", "random", "relaxed")
 STEP = SelectOperators(patterns=("inverted-residual",))
+WARM_UP = 2
+LEARNING_RATES = {"alone": 0.05, "supernet": 0.02}
+# Of two gates in seven a step moves two parameters, of the relaxation all: so either can go as far in a search.
+ALPHA_LEARNING_RATES = {"binary": 0.1, "relaxed": 0.1 * 2 / 7}
 
 
-def data(samples: int, batch: int, seed: int) -> tuple[TensorLoader, TensorLoader]:
-    """Some of the training images, and 2,000 of the test images, padded to 32 x 32."""
-    train, val = fashion_mnist()
-
-    def part(loader: TensorLoader, count: int, shuffle: bool) -> TensorLoader:
-        images = nn.functional.pad(loader.inputs[:count], (2, 2, 2, 2))
-        return TensorLoader(images, loader.labels[:count], batch, shuffle=shuffle, seed=seed)
-
-    return part(train, samples, True), part(val, 2000, False)
-
-
-def network(width: float, seed: int) -> nn.Module:
+def space(width: float, seed: int) -> fx.GraphModule:
+    """The space's MobileNetV2-style network, four of its five strides kept, so that two cores can train it."""
     torch.manual_seed(seed)
-    return models.proxyless_space(width, 32, 10, 1)
+    graph = fxopt.trace(models.proxyless_space(width, 64, 10, 1), torch.zeros(2, 1, 32, 32))
+    return graph.to(memory_format=torch.channels_last)
 
 
-def latency(graph: Any) -> dict[str, float]:
-    found = {}
-    for device, batch in DEVICES.items():
-        found[device] = float(targets.load(device).estimate(lower(graph, batch).bind()).latency_s[0]) * 1e3
-    return found
+def latency_ms(graph: fx.GraphModule, device: str) -> float:
+    return float(targets.load(device).estimate(lower(graph, DEVICES[device]).bind()).latency_s[0]) * 1e3
 
 
-def run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    train, val = data(options.samples, options.batch, seed)
-    example = train.inputs[:2]
-    weights, architecture = split(train, 0.2, seed)
-    settings = SupernetSettings(
-        warm_up=options.epochs, epochs=2 * options.epochs, alpha_learning_rate=0.05, seed=seed, learning_rate=0.05
-    )
-    baseline = fxopt.trace(network(options.width, seed), example)
-    whole = latency(baseline)
-    fit(baseline, train, epochs=4 * options.epochs, learning_rate=0.05, seed=seed)
-    found: dict[str, Any] = {"baseline": {"accuracy": accuracy(baseline, val), "latency_ms": whole}}
-    for device, batch in DEVICES.items():
-        start = time.process_time()
-        graph = fxopt.trace(network(options.width, seed), example)
-        table = lower_operators(graph, STEP, batch).table(targets.load(device))
-        limit = options.fraction * whole[device] * 1e-3
-        supernet = Supernet(graph, STEP)
-        trained = train_supernet(
-            supernet, weights, architecture, table, [CostTerm("latency", limit, "budget", 0.2)], settings=settings
+def shallower(graph: fx.GraphModule, left_out: int) -> fx.GraphModule:
+    """The network without some of its blocks: the last block of the longest stage goes first."""
+    choices = STEP.search_space(graph)
+    stage = {block.site: block.shape.outputs for block in STEP.blocks(graph)}
+    sites = [decision.site for decision in choices if "zero" in decision.choices]
+    policy: dict[tuple[str, str], str] = {}
+    for _ in range(left_out):
+        lengths = Counter(stage[site] for site in sites)
+        longest = max(lengths, key=lambda outputs: (lengths[outputs], outputs))
+        gone = [site for site in sites if stage[site] == longest][-1]
+        sites.remove(gone)
+        policy["operator", gone] = "zero"
+    return STEP.with_policy(Policy({**choices.default(), **policy}))(graph).graph_module
+
+
+class Course:
+    """Everything of one seed.
+
+    Args:
+        options: The command's options.
+        seed: The seed.
+    """
+
+    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+        self.options, self.seed = options, seed
+        found = padded(data(options.batch, seed))
+        self.train = replace(
+            found.train, inputs=found.train.inputs[: options.samples], labels=found.train.labels[: options.samples]
         )
-        policy = policy_within(supernet, table, {"latency": limit})
-        derived = fine_tune(supernet, policy, train, epochs=options.epochs, learning_rate=0.05, seed=seed)
-        found[device] = {
-            "accuracy": accuracy(derived, val),
-            "latency_ms": latency(derived),
-            "entropy": [round(epoch.entropy, 4) for epoch in trained.history],
-            "notes": trained.notes,
+        self.test = found.test
+        self.weights, self.architecture = split(self.train, 0.2, seed)
+        self.graph = space(options.width, seed)
+        self.fit(self.graph, options.start)
+
+    def fit(self, graph: fx.GraphModule, epochs: int) -> None:
+        """Train a network alone."""
+        fit(graph, self.train, epochs=epochs, learning_rate=LEARNING_RATES["alone"], seed=self.seed)
+
+    def limit(self, device: str) -> float:
+        """Latency allowed, in seconds."""
+        return float(self.options.fraction * latency_ms(self.graph, device) * 1e-3)
+
+    @functools.cached_property
+    def workload(self) -> dict[int, OperatorWorkload]:
+        """Candidates lowered once for each batch size."""
+        return {batch: lower_operators(self.graph, STEP, batch) for batch in set(DEVICES.values())}
+
+    def table(self, device: str) -> OperatorTable:
+        """Costs of all candidates."""
+        return self.workload[DEVICES[device]].table(targets.load(device))
+
+    def supernet(self, method: str, device: str | None) -> SupernetResult:
+        """A supernet trained by a method, for a device unless the method trains weights alone."""
+        supernet = Supernet(self.graph, STEP)
+        supernet.net.to(memory_format=torch.channels_last)
+        terms = [] if device is None else [CostTerm("latency", self.limit(device), "budget", 0.2)]
+        settings = SupernetSettings(
+            method=method,
+            warm_up=WARM_UP,
+            epochs=self.options.epochs,
+            weight_steps=2,
+            learning_rate=LEARNING_RATES["supernet"],
+            alpha_learning_rate=ALPHA_LEARNING_RATES.get(method, 0.1),
+            seed=self.seed,
+        )
+        table = self.table(device or "pixel1")
+        found = train_supernet(supernet, self.weights, self.architecture, table, terms, settings=settings)
+        for epoch in found.history:
+            progress(f"{method} {device} {asdict(epoch)}")
+        return found
+
+    @functools.cached_property
+    def uniform(self) -> Supernet:
+        """The supernet that search engines choose from."""
+        return self.supernet("uniform", None).supernet
+
+    def searched(self, method: str, device: str) -> dict[str, Any]:
+        """One method's network for one device."""
+        start = time.process_time()
+        table, limits = self.table(device), {"latency": self.limit(device)}
+        if method in ("binary", "relaxed"):
+            found = self.supernet(method, device)
+            supernet = found.supernet
+            policy = policy_within(supernet, table, limits, duals=found.history[-1].duals)
+        else:
+            supernet = self.uniform
+            policy = self.best_path(method, supernet, table, limits)
+        searched = time.process_time()
+        network = fine_tune(
+            supernet,
+            policy,
+            self.train,
+            epochs=self.options.tuning,
+            learning_rate=LEARNING_RATES["alone"],
+            seed=self.seed,
+        )
+        return {
+            **self.judged(network),
             "operators": list(policy.of_kind("operator").values()),
-            "cpu_s": time.process_time() - start,
+            "search_cpu_s": searched - start,
+            "training_cpu_s": time.process_time() - searched,
         }
-        progress(f"seed {seed}, {device}: {found[device]['accuracy']:.4f}, {found[device]['cpu_s']:.0f} s")
-    return found
+
+    def best_path(self, method: str, supernet: Supernet, table: OperatorTable, limits: Mapping[str, float]) -> Policy:
+        """What a search engine finds among a supernet's networks."""
+        constraint = Constraint(
+            supernet.space,
+            lambda policies: table.estimate(policies).latency_s[:, None],
+            list(limits.values()),
+            list(limits),
+        )
+        engine = engines.create(method, supernet.space, constraint, self.seed)
+        score = PathScore(supernet, self.weights, self.architecture)
+        return run_search(engine, score, self.options.trials).policy
+
+    def baseline(self, device: str, limit_ms: float) -> dict[str, Any]:
+        """The MobileNetV2-style network that is just not faster than ``limit_ms``, trained from scratch."""
+        widths = [self.options.width * part / 40 for part in range(8, 41)]
+        graphs = (space(width, self.seed) for width in widths)
+        graph = next((one for one in graphs if latency_ms(one, device) >= limit_ms), self.graph)
+        if latency_ms(space(widths[0], self.seed), device) > limit_ms:
+            left_out = range(15, -1, -1)
+            shallow = (shallower(self.graph, count) for count in left_out)
+            graph = next(one for one in shallow if latency_ms(one, device) >= limit_ms)
+        graph.to(memory_format=torch.channels_last)
+        epochs = self.options.start + WARM_UP + self.options.epochs + self.options.tuning
+        self.fit(graph, epochs)
+        return self.judged(graph)
+
+    def judged(self, network: fx.GraphModule) -> dict[str, Any]:
+        """Accuracy, and latency on all devices."""
+        return {
+            "accuracy": accuracy(network.eval(), self.test),
+            "latency_ms": {device: latency_ms(network, device) for device in DEVICES},
+        }
+
+
+def padded(found: Data) -> Data:
+    """Images of 32 x 32, channels last."""
+
+    def one(loader: TensorLoader) -> TensorLoader:
+        images = nn.functional.pad(loader.inputs, (2, 2, 2, 2)).contiguous(memory_format=torch.channels_last)
+        return replace(loader, inputs=images)
+
+    return Data(one(found.train), one(found.held_out), one(found.test))
+
+
+def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
+    for seed in options.seeds:
+        course = Course(options, seed)
+        slowest = dict.fromkeys(DEVICES, 0.0)
+        for method in METHODS:
+            for device in DEVICES:
+                key = {"seed": seed, "device": device, "method": method}
+                found = parts.add(key, course.searched, method, device)
+                slowest[device] = max(slowest[device], found["latency_ms"][device])
+        for device in DEVICES:
+            key = {"seed": seed, "device": device, "method": "baseline"}
+            parts.add(key, course.baseline, device, slowest[device])
+    return parts.done
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=6000)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--width", type=float, default=0.25)
-    parser.add_argument("--fraction", type=float, default=0.8)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=5000, help="training images, of which a fifth trains gates")
+    parser.add_argument("--start", type=int, default=4, help="epochs of the network that supernets start from")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of search, behind two of warm-up")
+    parser.add_argument("--tuning", type=int, default=6, help="epochs of training of what is found")
+    parser.add_argument("--trials", type=int, default=40, help="networks that evolution and random search judge")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--width", type=float, default=0.35)
+    parser.add_argument("--fraction", type=float, default=0.6, help="latency allowed, of the baseline at full width")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--parts", type=Path, help="a file that results are kept in, to go on with")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = {f"seed {seed}": run(arguments, seed) for seed in range(arguments.seeds)}
-    finish("nas_search", results, setting=vars(arguments))
+    keep_memory()
+    results = {"runs": run(arguments, Parts(arguments.parts))}
+    finish("nas_search", results, setting={name: str(value) for name, value in vars(arguments).items()})

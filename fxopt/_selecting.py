@@ -120,7 +120,7 @@ class Selector:
             checkpoint=None if folder is None else folder / "supernet",
             progress=show,
         )
-        policy = policy_within(supernet, table, limits)
+        policy = policy_within(supernet, table, limits, duals=found.history[-1].duals)
         network = fine_tune(supernet, policy, self.train, epochs=0)
         check_budget(network, table, limits, batch)
         return Selection(network, policy, found.notes)

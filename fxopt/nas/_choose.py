@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -92,13 +93,20 @@ def _arrived(
     return found
 
 
-def policy_within(supernet: Supernet, table: OperatorTable, limits: Mapping[str, float]) -> Policy:
+def policy_within(
+    supernet: Supernet, table: OperatorTable, limits: Mapping[str, float], *, duals: Sequence[float] = ()
+) -> Policy:
     """The most probable policy within limits, exactly: a knapsack with one choice a block.
+
+    Where limits weighed on the search, probabilities hold their price, and what the policy leaves unused was priced too
+    high (a limit that is not reached has no price): it is given back, block by block, to where it costs the least
+    probability.
 
     Args:
         supernet: A supernet whose architecture is trained.
         table: Costs of all candidates.
         limits: Upper limits in SI units, by metric.
+        duals: Dual variables at the end of the search, such as ``history[-1].duals``; none if no cost weighed on it.
 
     Raises:
         InfeasibleError: If no policy is within all limits.
@@ -130,7 +138,37 @@ def policy_within(supernet: Supernet, table: OperatorTable, limits: Mapping[str,
         except InfeasibleError:
             raise _infeasible(supernet, table, limits) from None
         found = np.array([some[index] for some, index in zip(columns, solved.indices, strict=True)])
+    if any(dual > 0.0 for dual in duals):
+        found = _filled(found, scores, offered, table, limits)
     return supernet.space.decode(found)
+
+
+def _filled(
+    indices: npt.NDArray[np.intp],
+    scores: npt.NDArray[np.float64],
+    offered: npt.NDArray[np.bool_],
+    table: OperatorTable,
+    limits: Mapping[str, float],
+) -> npt.NDArray[np.intp]:
+    """Move to dearer candidates while the limits allow, the least loss of probability for its cost first."""
+    relative = sum((table.of(metric)[0] / limit for metric, limit in limits.items()), np.zeros(scores.shape))
+    costs = np.where(offered, relative, -np.inf)
+    found, rows = indices.copy(), np.arange(len(indices))
+    while True:
+        more = costs - costs[rows, found][:, None]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            price = np.where(more > 0.0, (scores[rows, found][:, None] - scores) / more, np.inf)
+        for place in np.argsort(price, axis=None, kind="stable").tolist():
+            row, column = divmod(place, scores.shape[1])
+            if not np.isfinite(price[row, column]):
+                return found
+            moved = found.copy()
+            moved[row] = column
+            if all(table.score(moved[None], metric)[0] <= limit for metric, limit in limits.items()):
+                found = moved
+                break
+        else:
+            return found
 
 
 def check_budget(graph: fx.GraphModule, table: OperatorTable, limits: Mapping[str, float], batch: int = 1) -> None:

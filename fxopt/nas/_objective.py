@@ -17,6 +17,8 @@ from fxopt.lowering import OperatorTable
 __all__ = ["Cost", "CostTerm", "ExpectedCost"]
 
 _FORMS = ("multiplicative", "additive", "budget")
+_TIGHTENING = 0.5
+"""The part of a search in which the limits of budgets come down."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class CostTerm:
       is defined for every E.
     - ``additive``: loss + weight x (E - R) / R.
     - ``budget``: loss + m x (E / R - 1), where m >= 0 rises by ``weight`` x (E / R - 1) with every step: a hard limit
-      by its dual variable, which weighs the cost as much as it takes to meet R.
+      by its dual variable, which weighs the cost as much as it takes to meet R. In the first half of a search R comes
+      down, by equal factors, from what all candidates cost on average: a dual variable that starts far from its limit
+      rises for long, and is far above its place when the limit is met.
 
     Attributes:
         metric: latency, energy, size, macs or memory.
@@ -93,6 +97,12 @@ class ExpectedCost:
         return blocks.sum() + self.fixed
 
     @property
+    def mean(self) -> float:
+        """Expected cost where all candidates of a block have the same probability."""
+        rows = [row[:size].mean() for row, size in zip(self.costs, self._sizes, strict=True)]
+        return float(self.total(torch.stack(rows)))
+
+    @property
     def least(self) -> float:
         """Cost of the cheapest policy."""
         rows = [row[:size].min() for row, size in zip(self.costs, self._sizes, strict=True)]
@@ -106,6 +116,7 @@ class Cost:
         terms: The terms.
         expected: The expected cost of every term.
         duals: The dual variable of every term; zero where there is none.
+        references: The reference of every term as it is now.
 
     Raises:
         InfeasibleError: If the cheapest policy costs more than the reference of a budget.
@@ -115,6 +126,7 @@ class Cost:
         self.terms = tuple(terms)
         self.expected = tuple(ExpectedCost(table, term.metric) for term in self.terms)
         self.duals = [0.0] * len(self.terms)
+        self.references = [term.reference for term in self.terms]
         for term, expected in zip(self.terms, self.expected, strict=True):
             if term.form == "budget" and expected.least > term.reference:
                 raise InfeasibleError(
@@ -133,6 +145,14 @@ class Cost:
             found.update(one.costs.numpy().tobytes() + np.float64(one.fixed).tobytes())
         return found.hexdigest()[:16]
 
+    def tighten(self, part: float) -> None:
+        """Bring the limits of budgets down to where they are after a part of the search, in [0, 1]."""
+        way = min(1.0, part / _TIGHTENING)
+        for index, (term, expected) in enumerate(zip(self.terms, self.expected, strict=True)):
+            if term.form == "budget":
+                start = max(expected.mean, term.reference)
+                self.references[index] = start * (term.reference / start) ** way
+
     def combined(self, loss: torch.Tensor, costs: Sequence[torch.Tensor]) -> torch.Tensor:
         """The loss with all terms, from the expected cost of each."""
         total = loss.double()
@@ -141,8 +161,8 @@ class Cost:
                 least = expected.least
                 whole = 1.0 + math.log(max(term.reference / least, 1.0))
                 total = total * ((1.0 + torch.log(cost / least)) / whole) ** term.weight
-        for term, cost, dual in zip(self.terms, costs, self.duals, strict=True):
-            excess = cost / term.reference - 1.0
+        for term, cost, dual, reference in zip(self.terms, costs, self.duals, self.references, strict=True):
+            excess = cost / reference - 1.0
             if term.form == "additive":
                 total = total + term.weight * excess
             elif term.form == "budget":
@@ -151,6 +171,6 @@ class Cost:
 
     def raise_duals(self, costs: Sequence[float]) -> None:
         """One step of dual ascent."""
-        for index, (term, cost) in enumerate(zip(self.terms, costs, strict=True)):
+        for index, (term, cost, reference) in enumerate(zip(self.terms, costs, self.references, strict=True)):
             if term.form == "budget":
-                self.duals[index] = max(0.0, self.duals[index] + term.weight * (cost / term.reference - 1.0))
+                self.duals[index] = max(0.0, self.duals[index] + term.weight * (cost / reference - 1.0))

@@ -311,6 +311,7 @@ class _Run:
         rng = np.random.default_rng([settings.seed, 1, step])
         if self.method is None:
             return
+        self.cost.tighten((number + 1) * settings.weight_steps / (settings.epochs * self.steps))
         found = self.method(supernet, self.cost, self._architecture_loss, batch, rng)
         value = self._finite(float(self._workers.mean(torch.tensor(found.loss))), step, "architecture")
         gradient = self._workers.mean(found.gradient)

@@ -130,3 +130,24 @@ def test_derived_networks_are_trained_by_the_supernet(supernet: Supernet) -> Non
     as_it_is = fine_tune(supernet, policy, loader(), epochs=0)
     kept = supernet.derive(policy)
     assert all(torch.equal(a, b) for a, b in zip(as_it_is.parameters(), kept.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_what_a_limit_leaves_unused_is_given_back_where_the_limit_weighed_on_the_search(share: float) -> None:
+    supernet, costs = Supernet(*mobile()), mobile_table()
+    with torch.no_grad():
+        # As after a search whose limit weighed too much: the cheapest candidate of every block is the likeliest.
+        table, _ = costs.of("latency")
+        supernet.alpha.sub_(torch.from_numpy(table / table.max() * 4.0).float())
+    limit = between(share)
+    cheapest = policy_within(supernet, costs, {"latency": limit})
+    filled = policy_within(supernet, costs, {"latency": limit}, duals=[0.7])
+    row = supernet.space.encode(filled)
+    assert cheapest == supernet.most_likely()
+    assert costs.estimate(cheapest).latency_s[0] < costs.estimate(filled).latency_s[0] <= limit * (1 + 1e-9)
+    for block, size in enumerate(supernet.space.sizes):
+        for candidate in range(size):
+            dearer = row.copy()
+            dearer[block] = candidate
+            cost = costs.score(np.stack([row, dearer]))
+            assert cost[1] <= cost[0] or cost[1] > limit, "another dearer candidate would have fitted"

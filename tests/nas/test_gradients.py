@@ -242,6 +242,27 @@ def test_the_dual_variable_rises_above_the_budget_and_falls_below() -> None:
         Cost(costs, [CostTerm("latency", 1e-9)])
 
 
+def test_a_budget_comes_down_to_its_reference_in_half_of_the_search() -> None:
+    costs = table(toy())
+    expected = ExpectedCost(costs, "latency")
+    reference = 0.9 * expected.least + 0.1 * expected.mean
+    cost = Cost(costs, [CostTerm("latency", reference), CostTerm("macs", 1.0, "additive")])
+    assert cost.references == [reference, 1.0]
+    limits = []
+    for part in (0.0, 0.2, 0.4, 0.5, 1.0):
+        cost.tighten(part)
+        limits.append(cost.references[0])
+        assert cost.references[1] == 1.0
+    even = toy().mask.double() / torch.from_numpy(costs.space.sizes)[:, None]
+    assert limits[0] == pytest.approx(float(expected(even)))
+    assert limits[0] > limits[1] > limits[2] > limits[3] == pytest.approx(reference)
+    assert limits[4] == limits[3]
+    # The dual variable rises for what is over the limit as it is now.
+    cost.tighten(0.2)
+    cost.raise_duals([limits[1], 1.0])
+    assert cost.duals == pytest.approx([0.0, 0.0])
+
+
 def test_terms_out_of_range() -> None:
     with pytest.raises(BudgetError, match="reference"):
         CostTerm("latency", 0.0)
