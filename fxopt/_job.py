@@ -64,7 +64,7 @@ class Job:
         if selector is not None:
             self._select(selector, folder, show)
         self.digest = _storage.digest_of(self.graph)
-        self.workload: ParametricWorkload = self._lowered(self.graph)
+        self.workload: ParametricWorkload = self.lowered(self.graph)
         decisions = [d for one in passes for d in one.search_space(self.graph, target.capabilities)]
         self.space = SearchSpace(decisions)
         if any(isinstance(one, Quantize) for one in passes) and not any(one.kind == "bits" for one in self.space):
@@ -79,7 +79,7 @@ class Job:
 
     def _costs_of_original(self) -> tuple[targets.Estimate, npt.NDArray[np.float64]]:
         """What the original costs, and the limits of the budgets that this gives."""
-        workload = self._lowered(self.source).bind()
+        workload = self.lowered(self.source).bind()
         self.target.prepare(workload)
         found = self.target.estimate(workload)
         limits = [budget.absolute(float(found.metric(budget.metric)[0])) for budget in self.budgets]
@@ -188,12 +188,13 @@ class Job:
         """A short name for what the policy makes of the model."""
         return _storage.digest(self.digest, policy.to_json())
 
-    def _lowered(self, graph: fx.GraphModule) -> ParametricWorkload:
+    def lowered(self, graph: fx.GraphModule) -> ParametricWorkload:
+        """A graph's rows, at the target's batch size."""
         return lower(graph, batch=self.target.capabilities.batch, attention=self._attention)
 
     def metrics(self, graph: fx.GraphModule, score: float | None) -> Metrics:
         """Metrics of a graph as it is, with the score it was given."""
-        estimate = self.target.estimate(self._lowered(graph).bind())
+        estimate = self.target.estimate(self.lowered(graph).bind())
         return metrics_of(graph, estimate, score)
 
     def step(self, name: str, detail: str, graph: fx.GraphModule, judge: Evaluator) -> PassLine:
@@ -203,7 +204,7 @@ class Job:
 
     def achieved(self, final: fx.GraphModule) -> npt.NDArray[np.float64]:
         """Cost of the final graph in every budgeted metric."""
-        estimate = self.target.estimate(self._lowered(final).bind())
+        estimate = self.target.estimate(self.lowered(final).bind())
         return np.array([float(estimate.metric(budget.metric)[0]) for budget in self.budgets])
 
     def not_slower(

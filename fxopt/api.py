@@ -28,7 +28,7 @@ from fxopt._arguments import (
 )
 from fxopt._job import Job
 from fxopt._precision import Quickest
-from fxopt._reporting import build_report, changes_in, export_data, notes_on
+from fxopt._reporting import build_report, changes_in, export_data, notes_on, operator_lines
 from fxopt._selecting import Selector, parted
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
@@ -41,7 +41,7 @@ from fxopt.passes import Quantize, TunablePass
 from fxopt.passes._fork import own_copy
 from fxopt.passes.quantize import CALIBRATION_META
 from fxopt.progress import Progress, reporter
-from fxopt.report import PassLine, Report
+from fxopt.report import PassLine, Report, curves_beside
 from fxopt.search import SearchResult, engines
 from fxopt.training import FineTuning
 
@@ -268,6 +268,7 @@ def optimize(
     report = build_report(
         title=f"{type(model).__name__} for {device.name}",
         target=device,
+        source=job.lowered(job.source),
         workload=job.workload,
         final=lower(final),
         policy=policy,
@@ -280,6 +281,8 @@ def optimize(
         score_name=judge.score_name,
         notes=(*notes_on(train, val, evaluate, found), *job.notes, *filter(None, (quickest.note,))),
         seed=seed,
+        operators=() if selecting is None else operator_lines(selecting.search_space(job.source), job.selected),
+        curves=() if folder is None else curves_beside(folder),
     )
     _storage.explain_other_weights(final)
     return OptimizationResult(final, job.selected.merged(policy), report, found, everything, example_inputs, job.state)

@@ -148,7 +148,7 @@ def test_the_metadata_name_the_version_and_the_command() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     metadata = project()["project"]
-    extras = [line for extra in ("demo", "gym", "optuna", "plot") for line in metadata["optional-dependencies"][extra]]
+    extras = [line for extra in ("demo", "gym", "optuna") for line in metadata["optional-dependencies"][extra]]
     declared = set(requirements([*metadata["dependencies"], *extras]))
     names = {"sklearn": "scikit-learn"}
     sources = [PACKAGE / file for file in package_files() if file.endswith(".py")]
@@ -160,7 +160,7 @@ def test_every_import_is_a_declared_dependency() -> None:
 def test_every_file_of_the_package_is_packed() -> None:
     patterns = [pattern.removeprefix("**/") for pattern in project()["tool"]["setuptools"]["package-data"]["*"]]
     data = [file for file in package_files() if Path(file).suffix not in BUILT]
-    assert {"py.typed", "report/template.html", "targets/presets/pixel1.toml"} <= set(data)
+    assert {"py.typed", "report/page.html", "targets/presets/pixel1.toml"} <= set(data)
     missed = [file for file in data if not any(fnmatch.fnmatch(Path(file).name, pattern) for pattern in patterns)]
     assert not missed
 

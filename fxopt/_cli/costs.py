@@ -44,7 +44,7 @@ class Profile:
         """Draw the rooflines beside each other.
 
         Raises:
-            FxoptError: If the suffix is neither .svg nor .png, matplotlib is missing, or the file cannot be written.
+            FxoptError: If the suffix is neither .svg nor .png, or the file cannot be written.
         """
         from fxopt.report import save_rooflines
 

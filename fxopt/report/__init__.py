@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-from fxopt.report._data import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine
-from fxopt.report._plot import save_rooflines
-from fxopt.report._roofline import Roofline, RooflinePoint, roofline
+from fxopt.report._bounds import BoundOf, bounds, slow_lines, time_lines
+from fxopt.report._data import (
+    BudgetLine,
+    CandidateLine,
+    CurveLine,
+    LayerLine,
+    Metrics,
+    OperatorLine,
+    PassLine,
+    Report,
+    SlowLine,
+    TargetLine,
+    TimeLine,
+)
+from fxopt.report._journals import curves_beside, load
+from fxopt.report._roofline import Roofline, RooflinePoint, roofline, save_rooflines
 from fxopt.report._speed import lagging
 
 __all__ = [
+    "BoundOf",
     "BudgetLine",
+    "CandidateLine",
+    "CurveLine",
     "LayerLine",
     "Metrics",
+    "OperatorLine",
     "PassLine",
     "Report",
     "Roofline",
     "RooflinePoint",
+    "SlowLine",
     "TargetLine",
+    "TimeLine",
+    "bounds",
+    "curves_beside",
     "lagging",
+    "load",
     "roofline",
     "save_rooflines",
+    "slow_lines",
+    "time_lines",
 ]

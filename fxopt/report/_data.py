@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fxopt._files import write_text
 from fxopt.errors import FxoptError
@@ -16,7 +16,26 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["BudgetLine", "LayerLine", "Metrics", "PassLine", "Report", "TargetLine"]
+__all__ = [
+    "BOUNDS",
+    "Bound",
+    "BudgetLine",
+    "CandidateLine",
+    "CurveLine",
+    "LayerLine",
+    "Metrics",
+    "OperatorLine",
+    "PassLine",
+    "Report",
+    "SlowLine",
+    "TargetLine",
+    "TimeLine",
+]
+
+Bound: TypeAlias = Literal["compute", "memory", "launch", "layout", ""]
+"""What an operator's time goes to; empty where it takes none, or the target has no model for it."""
+
+BOUNDS: tuple[Bound, ...] = ("compute", "memory", "launch", "layout")
 
 
 @dataclass(frozen=True)
@@ -94,12 +113,15 @@ class LayerLine:
         kind: Operator kind, such as "conv".
         macs_before: Multiply-accumulates of the original layer.
         macs_after: Those of the result.
-        channels_before: Output channels of the original layer.
-        channels_after: Those of the result.
+        channels_before: Output channels of the original layer or, where an operator was chosen for its block, of that
+            operator before channels were cut.
+        channels_after: Those of the result; 0 for a layer that is not in it.
         weight_bits: Bits of the result's weights; 32 is floating point.
         activation_bits: Bits of the result's input activations.
         latency_before_s: Predicted latency of the original layer.
         latency_after_s: That of the result.
+        bound: What the time of the result's layer goes to.
+        frozen_by: What keeps its channels from being cut, or "".
     """
 
     site: str
@@ -112,6 +134,109 @@ class LayerLine:
     activation_bits: int
     latency_before_s: float
     latency_after_s: float
+    bound: Bound = ""
+    frozen_by: str = ""
+
+    @property
+    def gone(self) -> bool:
+        """Whether the layer is not in the result."""
+        return self.channels_after == 0
+
+
+@dataclass(frozen=True)
+class OperatorLine:
+    """What was chosen for one block.
+
+    Attributes:
+        site: Module path of the block.
+        before: What the original computes there.
+        after: What the result computes there.
+        choices: What was on offer.
+    """
+
+    site: str
+    before: str
+    after: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TimeLine:
+    """A part of the predicted latency.
+
+    Attributes:
+        part: What operators wait for ("compute", "memory", "launch", "layout"), or "every run" for what a run costs
+            whatever its operators.
+        before_s: Seconds of the original.
+        after_s: Seconds of the result.
+    """
+
+    part: str
+    before_s: float
+    after_s: float
+
+
+@dataclass(frozen=True)
+class SlowLine:
+    """One of the result's costliest operators, and why it takes so long.
+
+    Attributes:
+        site: Module path, or the node's name.
+        kind: Operator kind, such as "conv".
+        latency_s: Predicted latency.
+        share: Its part of the whole.
+        bound: What its time goes to.
+        why: The figures that say so.
+        frozen_by: What keeps its channels from being cut, or "".
+        remedy: What would help.
+    """
+
+    site: str
+    kind: str
+    latency_s: float
+    share: float
+    bound: Bound
+    why: str
+    frozen_by: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class CurveLine:
+    """Another search of the same space, by its journal.
+
+    Attributes:
+        engine: The engine.
+        seed: Its seed.
+        curve: Best score after each trial; None while every trial had failed.
+    """
+
+    engine: str
+    seed: int
+    curve: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class CandidateLine:
+    """A policy that was tried.
+
+    Attributes:
+        trial: Number of the trial, from 0.
+        score: Its score.
+        latency_s: Predicted latency.
+        size_bytes: Bytes of the stored weights.
+        macs: Multiply-accumulates.
+        energy_j: Predicted energy, or None where the target has no figures.
+        chosen: Whether the result was made of it.
+    """
+
+    trial: int
+    score: float
+    latency_s: float
+    size_bytes: float
+    macs: float
+    energy_j: float | None
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +282,11 @@ class Report:
         versions: Versions of Python and packages.
         export: What was exported and how it was checked, or None.
         roofline: Layers under the roofs of the target, before and after, or None.
+        operators: What was chosen for each block, where operators were chosen.
+        times: What the predicted latency goes to.
+        slow: The result's costliest operators, and why they take so long.
+        curves: Other searches of the same space, as far as their journals lie beside that of this one.
+        candidates: Every policy that was tried and scored, without repetitions.
     """
 
     title: str
@@ -178,6 +308,11 @@ class Report:
     versions: Mapping[str, str]
     export: Mapping[str, Any] | None
     roofline: Roofline | None = None
+    operators: tuple[OperatorLine, ...] = ()
+    times: tuple[TimeLine, ...] = ()
+    slow: tuple[SlowLine, ...] = ()
+    curves: tuple[CurveLine, ...] = ()
+    candidates: tuple[CandidateLine, ...] = ()
 
     def __str__(self) -> str:
         """The report as plain text."""

@@ -9,22 +9,26 @@ from importlib import resources
 import jinja2
 
 from fxopt.decisions import format_quantity
-from fxopt.report._charts import bar_chart, curve
-from fxopt.report._data import Report
-from fxopt.report._roofline_chart import roofline_chart
+from fxopt.report._data import BOUNDS, Report
+from fxopt.report._figures import network_charts
+from fxopt.report._search_figures import search_charts, step_chart
 from fxopt.report._summary import (
     EXPORT_COLUMNS,
     STEP_COSTS,
+    asked,
     budget_words,
     change_words,
     export_kernels,
     export_layers,
     export_words,
+    parted,
     score_words,
-    step_costs,
+    story,
     summary,
     tiles,
+    trust,
 )
+from fxopt.report._theme import DARK, LIGHT
 
 __all__ = ["MOST_LAYERS", "MOST_LINES", "to_html"]
 
@@ -37,23 +41,34 @@ MOST_LINES = 200
 
 def to_html(report: Report) -> str:
     """The report as one HTML page: styles, script and drawings are in it, nothing is fetched."""
+    steps = step_chart(report)
     return _template().render(
         report=report,
+        light=LIGHT,
+        dark=DARK,
+        style=_file("page.css"),
+        script=_file("page.js"),
+        asked=asked(report),
+        trust=trust(report),
+        error=parted(report.target.error),
         tiles=tiles(report),
-        summary=summary(report),
+        summary=[(row.label, row.source, row.before, row.after, row.change) for row in summary(report)],
         budgets=[(budget, budget_words(budget)) for budget in report.budgets],
         missed=any(not budget.met for budget in report.budgets),
-        steps=[(step, step_costs(step)) for step in report.passes],
+        stages=story(report),
         step_columns=STEP_COSTS,
+        step_charts=() if steps is None else (steps,),
+        slow=report.slow,
+        network_charts=tuple(network_charts(report)),
+        search_charts=tuple(search_charts(report)),
+        engines=_engines(report),
+        bounds=[bound for bound in BOUNDS if any(layer.bound == bound for layer in report.layers)],
         export=export_words(report.export),
         export_columns=EXPORT_COLUMNS,
         export_layers=export_layers(report.export)[:MOST_LAYERS],
         export_kernels=export_kernels(report.export)[:MOST_LAYERS],
         layers=report.layers[:MOST_LAYERS],
         layers_left_out=max(len(report.layers) - MOST_LAYERS, 0),
-        bars=bar_chart(report.layers),
-        roofline=roofline_chart(report.roofline) if report.roofline is not None else None,
-        curve=curve(report.curve),
         most=MOST_LINES,
     )
 
@@ -65,7 +80,21 @@ def _template() -> jinja2.Template:
     )
     environment.filters.update(quantity=_quantity, score=_score, key=_key)
     environment.globals["change"] = change_words
-    return environment.from_string((resources.files("fxopt.report") / "template.html").read_text("utf-8"))
+    return environment.from_string(_file("page.html"))
+
+
+@cache
+def _file(name: str) -> str:
+    return (resources.files("fxopt.report") / name).read_text("utf-8")
+
+
+def _engines(report: Report) -> list[tuple[str, str, str, str]]:
+    """The engine that searched, and others by their journals: engine, seed, trials, best score."""
+    runs = [(report.engine, report.seed, report.curve), *((one.engine, one.seed, one.curve) for one in report.curves)]
+    return [
+        (engine, str(seed), str(len(curve)), score_words(report, curve[-1] if curve else None))
+        for engine, seed, curve in runs
+    ]
 
 
 def _quantity(value: float, metric: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ import numpy as np
 from fxopt.targets import OpKind, Target, Workload
 from fxopt.targets.roofs import Roof, roofs
 
-__all__ = ["MOST_PEAKS", "Roofline", "RooflinePoint", "roofline"]
+__all__ = ["MOST_PEAKS", "Roofline", "RooflinePoint", "roofline", "save_rooflines"]
 
 MOST_PEAKS = 5
 """Peaks in a picture."""
@@ -90,11 +91,27 @@ class Roofline:
             The path.
 
         Raises:
-            FxoptError: If matplotlib is missing, the suffix is another one, or the file cannot be written.
+            FxoptError: If the suffix is another one, or the file cannot be written.
         """
-        from fxopt.report._plot import save_rooflines
-
         return save_rooflines([self], path)
+
+
+def save_rooflines(rooflines: Sequence[Roofline], path: str | os.PathLike[str]) -> Path:
+    """Draw rooflines beside each other, whole or not at all.
+
+    Args:
+        rooflines: One or more.
+        path: A file ending in ``.svg`` or ``.png``.
+
+    Returns:
+        The path.
+
+    Raises:
+        FxoptError: If the suffix is another one, or the file cannot be written.
+    """
+    from fxopt.report._plot import save
+
+    return save(rooflines, Path(path))
 
 
 def roofline(target: Target, before: Workload, after: Workload | None = None) -> Roofline:

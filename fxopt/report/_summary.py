@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from fxopt.decisions import format_quantity
-from fxopt.report._data import BudgetLine, Metrics, PassLine, Report
+from fxopt.report._data import BudgetLine, Metrics, Report
 
 __all__ = [
     "EXPORT_COLUMNS",
     "STEP_COSTS",
+    "Stage",
     "SummaryRow",
+    "asked",
+    "budget_of",
     "budget_words",
     "change_words",
     "export_kernels",
     "export_layers",
     "export_words",
+    "on_disk",
+    "parted",
     "percent",
     "score_words",
-    "step_costs",
+    "step_cells",
+    "story",
     "summary",
     "tiles",
+    "trust",
     "verdict",
 ]
 
-STEP_COSTS = ("MACs", "Size", "Predicted latency")
+STEP_COSTS = ("Predicted latency", "Predicted energy", "Size", "MACs")
 """What is told of the costs after each step."""
 
 EXPORT_COLUMNS = ("Layer", "Bits w/a", "In the file", "Kernel in onnxruntime", "Computes on")
@@ -36,6 +44,9 @@ EXPORT_COLUMNS = ("Layer", "Bits w/a", "In the file", "Kernel in onnxruntime", "
 _EXPORT_TABLES = ("layers", "kernels")
 _EXPORT_QUANTITIES = {"file_bytes": ("file size", "size"), "latency_s": ("latency measured on this machine", "latency")}
 _MISSING = "n/a"
+_BEGINNING = 100
+"""Characters of a long text that are told in any case."""
+_END = re.compile(r"[.;,] ")
 _Pick: TypeAlias = Callable[[Metrics], float | None]
 
 _COSTS: tuple[tuple[str, str, str, _Pick], ...] = (
@@ -47,6 +58,41 @@ _COSTS: tuple[tuple[str, str, str, _Pick], ...] = (
     ("Peak activations", "memory", "predicted", lambda metrics: metrics.memory_bytes),
     ("Latency on this machine", "latency", "measured", lambda metrics: metrics.measured_latency_s),
 )
+
+
+_STAGE_COSTS: tuple[tuple[str, _Pick], ...] = (
+    ("latency", lambda metrics: metrics.latency_s),
+    ("energy", lambda metrics: metrics.energy_j),
+    ("size", lambda metrics: metrics.size_bytes),
+    ("macs", lambda metrics: metrics.macs),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The model after a step.
+
+    Attributes:
+        name: The step; "original" before the first.
+        detail: What it did.
+        accuracy: The score after it, or None.
+        gain: What it brought the score, in words.
+        costs: What the model costs after it, in the order of :data:`STEP_COSTS`, and the change that the step made.
+        shares: The costs as parts of the original's, by metric.
+    """
+
+    name: str
+    detail: str
+    accuracy: float | None
+    gain: str
+    costs: tuple[tuple[str, str], ...]
+    shares: Mapping[str, float]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The costs in words."""
+        pairs = zip(STEP_COSTS, self.costs, strict=True)
+        return tuple(f"{name} {cost}" for name, (cost, _) in pairs if cost != _MISSING)
 
 
 @dataclass(frozen=True)
@@ -104,12 +150,12 @@ def tiles(report: Report) -> tuple[tuple[str, str, str], ...]:
     """The figures to see first: label, the result's value and the original's."""
     before, after = report.before, report.after
     pairs = (
-        ("Size of weights", "size", before.size_bytes, after.size_bytes),
         (f"Latency predicted for {report.target.name}", "latency", before.latency_s, after.latency_s),
         ("Latency measured on this machine", "latency", before.measured_latency_s, after.measured_latency_s),
     )
     score = (_score_label(report), score_words(report, after.accuracy), score_words(report, before.accuracy))
-    return (score, *((label, _quantity(metric, now), _quantity(metric, was)) for label, metric, was, now in pairs))
+    costs = [(label, _quantity(metric, now), _quantity(metric, was)) for label, metric, was, now in pairs]
+    return (score, *costs, (*on_disk(report), f"{format_quantity('size', before.size_bytes)} of weights"))
 
 
 def score_words(report: Report, value: float | None) -> str:
@@ -139,12 +185,67 @@ def percent(after: float, before: float) -> str:
     return f"{after / before:.0%}" if before and math.isfinite(after / before) else _MISSING
 
 
-def step_costs(step: PassLine) -> tuple[str, ...]:
-    """What the model costs after a step, in the order of :data:`STEP_COSTS`."""
-    if step.metrics is None:
-        return (_MISSING,) * len(STEP_COSTS)
-    found = (("macs", step.metrics.macs), ("size", step.metrics.size_bytes), ("latency", step.metrics.latency_s))
-    return tuple(format_quantity(metric, value) for metric, value in found)
+def story(report: Report) -> tuple[Stage, ...]:
+    """The model as it was and after each step: its score, its costs, and what the step changed in each."""
+    stages: list[Stage] = []
+    last_score, last = report.before.accuracy, report.before
+    for name, detail, score, metrics in (
+        ("original", "as it was given", report.before.accuracy, report.before),
+        *((one.name, one.detail, one.accuracy, one.metrics) for one in report.passes),
+    ):
+        costs = tuple(
+            (_MISSING, "")
+            if metrics is None
+            else (_quantity(metric, pick(metrics)), change_words(pick(last), pick(metrics)) if stages else "")
+            for metric, pick in _STAGE_COSTS
+        )
+        gain = _gain(report, last_score, score) if stages else ""
+        stages.append(Stage(name, detail, score, gain, costs, _shares(report.before, metrics)))
+        last_score = score if score is not None else last_score
+        last = metrics if metrics is not None else last
+    return tuple(stages)
+
+
+def step_cells(stage: Stage) -> tuple[str, ...]:
+    """What a stage costs, each with the change that the step made, for tables of text."""
+    return tuple(f"{cost} ({change})" if _told(change) else cost for cost, change in stage.costs)
+
+
+def asked(report: Report) -> str:
+    """What was asked for, in words."""
+    limits = " and ".join(budget.asked for budget in report.budgets) or "no budget"
+    search = f"{report.trials} trials of {report.engine}" if report.trials else "no search"
+    return f"{limits}, for {report.target.name}; {search}, judged by {report.score_name}"
+
+
+def budget_of(report: Report, metric: str) -> BudgetLine | None:
+    """The budget of a metric, or None."""
+    return next((budget for budget in report.budgets if budget.metric == metric), None)
+
+
+def on_disk(report: Report) -> tuple[str, str]:
+    """What lies on disk: what it is, and how large."""
+    written = (report.export or {}).get("file_bytes")
+    if isinstance(written, (int, float)):
+        return "Size on disk, ONNX file", format_quantity("size", float(written))
+    return "Size on disk, weights as stored", format_quantity("size", report.after.size_bytes)
+
+
+def parted(text: str) -> tuple[str, str]:
+    """The beginning of a long text, up to where a clause or sentence ends, and the rest of it."""
+    found = _END.search(text, _BEGINNING)
+    return (text, "") if found is None else (text[: found.start() + 1], text[found.end() :])
+
+
+def trust(report: Report) -> str:
+    """How predictions compare with what was measured, in words."""
+    predicted, measured = report.after.latency_s, report.after.measured_latency_s
+    if not measured:
+        return "Nothing was measured: latency is the target's prediction alone."
+    words = f"{format_quantity('latency', predicted)} predicted, {format_quantity('latency', measured)} measured"
+    if report.target.status == "measured":
+        return f"{words} in onnxruntime on this machine: {change_words(measured, predicted)} against the measurement."
+    return f"{words} in onnxruntime on this machine, which is another device than {report.target.name}."
 
 
 def export_words(data: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
@@ -192,12 +293,28 @@ def _export_pair(key: str, value: object) -> tuple[str, str]:
 def _score_row(report: Report) -> SummaryRow:
     before, after = report.before.accuracy, report.after.accuracy
     words = [score_words(report, value) for value in (before, after)]
-    change = _MISSING
-    if before is not None and after is not None and math.isfinite(before) and math.isfinite(after):
-        accuracy = report.score_name == "accuracy"
-        change = f"{(after - before) * 100:+.2f} points" if accuracy else f"{after - before:+.4g}"
+    change = _gain(report, before, after)
     source = "validation data" if report.score_name == "accuracy" else report.score_name
     return SummaryRow(_score_label(report), source, words[0], words[1], change)
+
+
+def _gain(report: Report, before: float | None, after: float | None) -> str:
+    if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
+        return _MISSING
+    return f"{(after - before) * 100:+.2f} points" if report.score_name == "accuracy" else f"{after - before:+.4g}"
+
+
+def _shares(before: Metrics, after: Metrics | None) -> dict[str, float]:
+    shares = {}
+    for metric, pick in _STAGE_COSTS:
+        was, now = pick(before), None if after is None else pick(after)
+        if was and now is not None and math.isfinite(now / was):
+            shares[metric] = now / was
+    return shares
+
+
+def _told(change: str) -> bool:
+    return change not in ("", _MISSING, "unchanged")
 
 
 def _score_label(report: Report) -> str:

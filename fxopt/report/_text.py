@@ -21,7 +21,8 @@ from fxopt.report._summary import (
     export_layers,
     export_words,
     score_words,
-    step_costs,
+    step_cells,
+    story,
     summary,
 )
 
@@ -88,7 +89,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield _table(None, columns, [budget_words(budget) for budget in report.budgets])
     if report.passes:
         costs = [f">{name}" for name in STEP_COSTS]
-        steps = [(one.name, one.detail, score_words(report, one.accuracy), *step_costs(one)) for one in report.passes]
+        steps = [(one.name, one.detail, score_words(report, one.accuracy), *step_cells(one)) for one in story(report)]
         yield _table(None, ("Step", "What", f">{report.score_name.capitalize()} after it", *costs), steps)
     if report.export is not None:
         yield from export_tables(report.export)

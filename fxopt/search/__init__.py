@@ -20,7 +20,7 @@ from fxopt.search._compare import Comparison, EngineRun, compare, fitting_option
 from fxopt.search._engine import FAILED, Engine
 from fxopt.search._journal import JOURNAL_SCHEMA, read_journal
 from fxopt.search._run import SearchProgress, run_search
-from fxopt.search._trial import SearchResult, Trial
+from fxopt.search._trial import SearchResult, Trial, best_so_far
 
 __all__ = [
     "FAILED",
@@ -31,6 +31,7 @@ __all__ = [
     "SearchProgress",
     "SearchResult",
     "Trial",
+    "best_so_far",
     "compare",
     "engines",
     "fitting_options",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fxopt.decisions import Policy
 
-__all__ = ["SearchResult", "Trial"]
+__all__ = ["SearchResult", "Trial", "best_so_far"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,15 @@ class SearchResult:
     @property
     def curve(self) -> tuple[float | None, ...]:
         """The best score after each trial; None before the first that did not fail."""
-        best: float | None = None
-        points = []
-        for trial in self.trials:
-            if trial.score is not None and (best is None or trial.score > best):
-                best = trial.score
-            points.append(best)
-        return tuple(points)
+        return best_so_far(self.trials)
+
+
+def best_so_far(trials: Iterable[Trial]) -> tuple[float | None, ...]:
+    """The best score after each trial; None before the first that did not fail."""
+    best: float | None = None
+    points = []
+    for trial in trials:
+        if trial.score is not None and (best is None or trial.score > best):
+            best = trial.score
+        points.append(best)
+    return tuple(points)

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
-from fxopt.report import BudgetLine, LayerLine, Metrics, PassLine, Report, TargetLine
+import numpy as np
+
+from fxopt.report import (
+    BudgetLine,
+    CandidateLine,
+    CurveLine,
+    LayerLine,
+    Metrics,
+    OperatorLine,
+    PassLine,
+    Report,
+    Roofline,
+    SlowLine,
+    TargetLine,
+    TimeLine,
+    roofline,
+)
+from fxopt.targets import OpKind, Target, Workload, load, make_row
+from tests.targets.oracle import conv
 
 
 def metrics(**changes: Any) -> Metrics:
@@ -85,3 +105,63 @@ def report(**changes: Any) -> Report:
         },
     }
     return Report(**(known | changes))
+
+
+def workload(bits: int = 8) -> Workload:
+    widths = {"weight_bits": bits, "activation_bits": bits, "output_bits": bits}
+    rows = [conv(16, 32, 14, 3, **widths), make_row(OpKind.POOL, c=32, k=32, in_h=14, out_h=1, kernel_h=14)]
+    rows.append(make_row(OpKind.LINEAR, c=32, k=10, **widths))
+    return Workload(np.concatenate(rows), ["stem<0>", "pool", "head"])
+
+
+def roofs_of(target: str | Target = "vu9p") -> Roofline:
+    return roofline(load(target), workload(), workload(4))
+
+
+def whole() -> Report:
+    """A report that has something in every section."""
+    bounds = ("compute", "memory", "launch", "")
+    layers = tuple(
+        layer(
+            f"blocks.{index}.conv",
+            channels_after=16 - index,
+            latency_before_s=1e-3 / (index + 1),
+            latency_after_s=5e-4 / (index + 1),
+            weight_bits=(2, 4, 8)[index % 3],
+            bound=bounds[index % 4],
+            frozen_by="cat (blocks.cat)" if index == 5 else "",
+        )
+        for index in range(12)
+    )
+    costs = [metrics(accuracy=score, latency_s=latency) for score, latency in ((0.9, 2.4e-3), (0.96, 2.4e-3))]
+    return report(
+        layers=layers,
+        passes=(
+            PassLine("prune-channels", "7 of 12 decisions", 0.9, costs[0]),
+            PassLine("fine-tune", "epochs: 2", 0.96, costs[1]),
+            PassLine("quantize", "calibrated on: loader", 0.975, report().after),
+        ),
+        roofline=roofs_of(),
+        operators=(OperatorLine("blocks.0", "mb6-k3", "mb3-k5", ("mb3-k3", "mb3-k5", "mb6-k3", "zero")),),
+        times=(TimeLine("compute", 3e-3, 1e-3), TimeLine("memory", 8e-4, 8e-4), TimeLine("every run", 2e-4, 2e-4)),
+        slow=(
+            SlowLine("blocks.0.conv", "conv", 5e-4, 0.25, "memory", "5% of the peak", "cat (blocks.cat)", "Cut bits."),
+        ),
+        trials=12,
+        curve=tuple(None if trial == 0 else 0.9 - 0.4 * math.exp(-trial / 3) for trial in range(12)),
+        curves=(
+            CurveLine("uniform", 0, (0.7,) * 12),
+            *(CurveLine("random", seed, tuple(0.6 + 0.01 * (trial + seed) for trial in range(12))) for seed in (0, 1)),
+        ),
+        candidates=tuple(
+            CandidateLine(
+                trial, 0.5 + 0.04 * trial, 1e-3 + 1e-4 * trial * (-1) ** trial, 5e4, 2e6, None, chosen=trial == 9
+            )
+            for trial in range(12)
+        ),
+    )
+
+
+@functools.cache
+def page_of_whole() -> str:
+    return whole().to_html()
