@@ -12,7 +12,7 @@ from fxopt.errors import FxoptError, PassError
 from fxopt.graph import edit, ops
 from fxopt.graph import trace as trace_graph
 from fxopt.passes._operator_patterns import Block
-from fxopt.passes._operators import IDENTITY, ZERO, Shape, SqueezeExcite, build, fits, is_custom
+from fxopt.passes._operators import IDENTITY, ORIGINAL, OWN, ZERO, Shape, SqueezeExcite, build, fits, is_custom
 
 __all__ = ["SITE_META", "Chosen", "check_custom", "offered", "replace_blocks"]
 
@@ -46,6 +46,8 @@ def offered(gm: fx.GraphModule, block: Block, name: str) -> bool:
     """
     if not fits(name, block.shape):
         return False
+    if name.startswith(f"{OWN}-"):
+        return block.operator == ORIGINAL and _changes_kernel(block, int(name.rpartition("k")[2]))
     if name not in (IDENTITY, ZERO):
         return True
     if not set(block.entry.users) <= set(block.span):
@@ -53,12 +55,27 @@ def offered(gm: fx.GraphModule, block: Block, name: str) -> bool:
     partner = block.partner
     if name == IDENTITY or block.join is None or partner is None:
         return True
+    if block.tail is None and _makes_fusable(gm, partner) and any(_fuses(gm, user) for user in block.join.users):
+        return False
     if partner is not block.entry:
         return partner in block.span
     if block.tail is None or _drops_tail(gm, block):
         return True
-    before = ops.semantics(gm, block.entry)
-    return before.kind not in ("conv", "linear") and not before.fuses
+    return not _makes_fusable(gm, block.entry)
+
+
+def _changes_kernel(block: Block, kernel: int) -> bool:
+    return any(one.kernel not in (1, kernel) for one in block.units)
+
+
+def _makes_fusable(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a fusing runtime may compute what follows together with a node."""
+    before = ops.semantics(gm, node)
+    return before.kind in ("conv", "linear") or before.fuses
+
+
+def _fuses(gm: fx.GraphModule, node: fx.Node) -> bool:
+    return ops.semantics(gm, node).fuses
 
 
 def replace_blocks(gm: fx.GraphModule, chosen: Mapping[str, Chosen]) -> None:
@@ -120,9 +137,10 @@ def _inline(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.Node, af
         return value
     if isinstance(module, SqueezeExcite):
         gate, last = value, after
-        for name, child in module.named_children():
+        for name, child in module.steps():
             gate = last = edit.insert_module(gm, f"{path}.{name}", child, last, (gate,))
-        return edit.insert_function(gm, _aten.mul.Tensor, last, (value, gate))
+        product = edit.insert_function(gm, _aten.mul.Tensor, last, (value, gate))
+        return product if module.end is None else edit.insert_module(gm, f"{path}.end", module.end, product, (product,))
     if ops.is_known(module):
         return edit.insert_module(gm, path, module, after, (value,))
     return _inline_traced(gm, path, module, value, after)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import fx, nn
 
 from fxopt.graph import ops
-from fxopt.passes._operators import SqueezeGate, Style
+from fxopt.passes._operators import Layer, SqueezeGate, Style
 
 if TYPE_CHECKING:
     from fxopt.passes._operator_patterns import Squeeze, Unit
@@ -26,20 +26,33 @@ def style_of(gm: fx.GraphModule, units: Sequence[Unit], squeeze: Squeeze | None)
     Raises:
         NotHereError: If layers of candidates could not be made alike.
     """
-    norms = [unit.norm for unit in units]
-    if any(norms) and not all(norms):
-        raise NotHereError("some of its convolutions have a norm and others not")
-    inner = next((unit.activation for unit in units[:-1] if unit.activation is not None), None)
-    end = units[-1].activation
-    between = _activation(gm, inner if inner is not None else end)
-    gate = None
-    if squeeze is not None:
-        reduced, middle = squeeze.reduce.module.out_channels, _activation(gm, squeeze.reduce.activation)
-        outer = _activation(gm, squeeze.gate)
-        if middle is None or outer is None:
-            raise NotHereError("its gate has no activation between its layers")
-        gate = SqueezeGate(reduced, middle, outer)
-    return Style(_norm(gm, norms[0]), between, _activation(gm, end), gate)
+    norms = [_norm(gm, unit.norm) for unit in units]
+    activations = [_activation(gm, unit.activation) for unit in units]
+    layers = tuple(
+        Layer(
+            outputs=unit.module.out_channels,
+            kernel=unit.kernel,
+            stride=int(unit.module.stride[0]),
+            groups=unit.module.groups,
+            bias=unit.module.bias is not None,
+            norm=norm,
+            activation=activation,
+        )
+        for unit, norm, activation in zip(units, norms, activations, strict=True)
+    )
+    late = None if squeeze is None else _activation(gm, squeeze.after)
+    inner = next((one for one in (*activations[:-1], late) if one is not None), activations[-1])
+    norm = next((one for one in norms if one is not None), None)
+    return Style(norm, inner, activations[-1], None if squeeze is None else _gate_of(gm, squeeze, late), layers)
+
+
+def _gate_of(gm: fx.GraphModule, squeeze: Squeeze, late: Callable[[], nn.Module] | None) -> SqueezeGate:
+    layer: Any = gm.get_submodule(str(squeeze.reduce.target))
+    middle, outer = _activation(gm, squeeze.activation), _activation(gm, squeeze.gate)
+    if middle is None or outer is None:
+        raise NotHereError("its gate has no activation between its layers")
+    reduced = int(layer.weight.shape[0])
+    return SqueezeGate(reduced, middle, outer, _norm(gm, squeeze.norm), late, squeeze.behind)
 
 
 def _norm(gm: fx.GraphModule, node: fx.Node | None) -> Callable[[int], nn.Module] | None:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fxopt.passes._operator_patterns import Block, Squeeze, Unit
-from fxopt.passes._operators import SqueezeExcite
+from fxopt.passes._operators import OWN, SqueezeExcite
 
 __all__ = ["inherit", "initialize"]
 
@@ -46,7 +46,7 @@ def inherit(module: nn.Module, gm: fx.GraphModule, block: Block, name: str) -> b
     weight zero. So a candidate that is no smaller than the block computes what the block computes.
     """
     family = _SAME_LAYERS.get(block.pattern.name)
-    if family is None or not name.startswith(family):
+    if not name.startswith(f"{OWN}-") and (family is None or not name.startswith(family)):
         return False
     mine = [part for part in module.children() if not isinstance(part, SqueezeExcite)]
     if len(mine) != len(block.units):
@@ -56,7 +56,7 @@ def inherit(module: nn.Module, gm: fx.GraphModule, block: Block, name: str) -> b
         for index, (new, old) in enumerate(zip(mine, block.units, strict=True)):
             read, kept = kept, _chosen(block, index, new)
             _take(gm, new, old, kept, read)
-            if index == 1 and block.squeeze is not None:
+            if block.squeeze is not None and index == block.squeeze.behind:
                 _take_gate(gm, module, block.squeeze, kept)
     return True
 
@@ -66,8 +66,6 @@ def _chosen(block: Block, index: int, new: nn.Module) -> torch.Tensor | None:
     fresh: Any = new.get_submodule("conv")
     old = block.units[index].module
     if index == len(block.units) - 1 or fresh.out_channels == old.out_channels:
-        if index > 0 and old.groups > 1 and index < len(block.units) - 1:
-            return None
         return None
     order = torch.arange(old.out_channels)
     if fresh.out_channels < old.out_channels:
@@ -92,27 +90,36 @@ def _take(gm: fx.GraphModule, new: nn.Module, old: Unit, kept: torch.Tensor | No
     conv.weight.copy_(_selected(weight, kept, 0, conv.weight.detach()))
     if conv.bias is not None and old.module.bias is not None:
         conv.bias.copy_(_selected(old.module.bias.detach(), kept, 0, conv.bias.detach()))
-    if old.norm is None:
-        return
-    norm, like = new.get_submodule("norm"), gm.get_submodule(str(old.norm.target))
+    if old.norm is not None:
+        _take_norm(new.get_submodule("norm"), gm.get_submodule(str(old.norm.target)), old.module, kept)
+
+
+def _take_norm(norm: nn.Module, like: nn.Module, layer: Any, kept: torch.Tensor | None) -> None:
+    """Give a norm the state of another; the bias of the layer before that one goes into its mean."""
     for name, tensor in norm.state_dict().items():
         source = like.state_dict()[name]
         if source.dim():
             source = source if kept is None else _selected(source, kept, 0, tensor)
-            if name == "running_mean" and old.module.bias is not None:
-                source = source - _selected(old.module.bias.detach(), kept, 0, torch.zeros_like(tensor))
+            if name == "running_mean" and layer.bias is not None:
+                source = source - _selected(layer.bias.detach(), kept, 0, torch.zeros_like(tensor))
         tensor.copy_(source)
 
 
 def _take_gate(gm: fx.GraphModule, module: nn.Module, old: Squeeze, kept: torch.Tensor | None) -> None:
     gate: Any = next(part for part in module.children() if isinstance(part, SqueezeExcite))
-    for new, unit, dim in ((gate.reduce, old.reduce, 1), (gate.expand, old.expand, 0)):
+    for new, node, dim in ((gate.reduce, old.reduce, 1), (gate.expand, old.expand, 0)):
+        layer: Any = gm.get_submodule(str(node.target))
         fresh = torch.zeros(()) if dim else new.weight.detach()
-        new.weight.copy_(_selected(unit.module.weight.detach(), kept, dim, fresh))
-        if unit.module.bias is None:
+        weight = layer.weight.detach().flatten(1)[:, :, None, None]
+        new.weight.copy_(_selected(weight, kept, dim, fresh))
+        if new.bias is None:
+            continue
+        if layer.bias is None:
             new.bias.zero_()
         else:
-            new.bias.copy_(_selected(unit.module.bias.detach(), None if dim else kept, 0, new.bias.detach()))
+            new.bias.copy_(_selected(layer.bias.detach(), None if dim else kept, 0, new.bias.detach()))
+    if old.norm is not None:
+        _take_norm(gate.norm, gm.get_submodule(str(old.norm.target)), gm.get_submodule(str(old.reduce.target)), None)
 
 
 def _selected(source: torch.Tensor, kept: torch.Tensor | None, dim: int, fresh: torch.Tensor) -> torch.Tensor:

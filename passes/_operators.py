@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -15,7 +15,9 @@ from fxopt.errors import PassError, UnknownNameError
 __all__ = [
     "IDENTITY",
     "ORIGINAL",
+    "OWN",
     "ZERO",
+    "Layer",
     "Shape",
     "SqueezeGate",
     "Style",
@@ -29,6 +31,8 @@ ORIGINAL = "original"
 """What a block computes now, where that is none of the candidates."""
 IDENTITY = "identity"
 """Nothing, where input and output have one shape."""
+OWN = "own"
+"""The block's own layers with another kernel, where no other name says what the block computes."""
 ZERO = "zero"
 """Nothing beside a shortcut: the ZeroOp of papers on architecture search."""
 
@@ -58,11 +62,40 @@ class SqueezeGate:
         reduced: Channels between its two layers.
         activation: Makes the activation between them.
         gate: Makes the function that weights come from, such as a sigmoid.
+        norm: Makes the norm between its layers, or None.
+        end: Makes the activation behind the product, or None.
+        behind: Index of the layer of the block whose outputs it weighs.
     """
 
     reduced: int
     activation: Callable[[], nn.Module]
     gate: Callable[[], nn.Module]
+    norm: Callable[[int], nn.Module] | None = None
+    end: Callable[[], nn.Module] | None = None
+    behind: int = 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of a block.
+
+    Attributes:
+        outputs: Output channels.
+        kernel: Height and width of its kernel.
+        stride: Stride.
+        groups: Groups.
+        bias: Whether the convolution has a bias.
+        norm: Makes the norm behind a convolution of so many channels, or None.
+        activation: Makes the activation behind it, or None.
+    """
+
+    outputs: int
+    kernel: int
+    stride: int
+    groups: int
+    bias: bool
+    norm: Callable[[int], nn.Module] | None
+    activation: Callable[[], nn.Module] | None
 
 
 @dataclass(frozen=True)
@@ -74,12 +107,15 @@ class Style:
         activation: Makes an activation between layers, or None.
         end: Makes the activation behind the last layer, or None.
         squeeze: The block's gate, or None.
+        layers: The block's layers. A candidate of as many has norm and activation where they have; the last layer of
+            any other is like the last of them.
     """
 
     norm: Callable[[int], nn.Module] | None
     activation: Callable[[], nn.Module] | None
     end: Callable[[], nn.Module] | None
     squeeze: SqueezeGate | None = None
+    layers: tuple[Layer, ...] = ()
 
 
 Builder: TypeAlias = Callable[[Shape, Style], nn.Module]
@@ -91,15 +127,25 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, style: SqueezeGate) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.reduce = conv(channels, style.reduced, 1, bias=True)
+        self.reduce = conv(channels, style.reduced, 1, bias=style.norm is None)
+        self.norm = None if style.norm is None else style.norm(style.reduced)
         self.activation = style.activation()
         self.expand = conv(style.reduced, channels, 1, bias=True)
         self.gate = style.gate()
+        self.end = None if style.end is None else style.end()
+
+    def steps(self) -> list[tuple[str, nn.Module]]:
+        """Names and modules that make the weights, in order."""
+        names = ("pool", "reduce", "norm", "activation", "expand", "gate")
+        return [(name, module) for name in names if (module := getattr(self, name)) is not None]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (batch, channels, height, width) to the same shape."""
-        weights: torch.Tensor = self.gate(self.expand(self.activation(self.reduce(self.pool(x)))))
-        return x * weights
+        weights = x
+        for _, module in self.steps():
+            weights = module(weights)
+        product = x * weights
+        return product if self.end is None else self.end(product)
 
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
@@ -110,60 +156,90 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 
     return made
 
 
-def unit(
-    style: Style, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, last: bool = False
-) -> nn.Sequential:
-    """A convolution with the norm and the activation of a style."""
+def _unit(inputs: int, layer: Layer) -> nn.Sequential:
+    """A convolution with its norm and its activation."""
     found = nn.Sequential()
-    found.add_module("conv", conv(inputs, outputs, kernel, stride, groups, bias=style.norm is None))
-    if style.norm is not None:
-        found.add_module("norm", style.norm(outputs))
-    activation = style.end if last else style.activation
-    if activation is not None:
-        found.add_module("activation", activation())
+    made = conv(inputs, layer.outputs, layer.kernel, layer.stride, layer.groups, bias=layer.bias)
+    found.add_module("conv", made)
+    if layer.norm is not None:
+        found.add_module("norm", layer.norm(layer.outputs))
+    if layer.activation is not None:
+        found.add_module("activation", layer.activation())
+    return found
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """A layer of a candidate: its name and sizes."""
+
+    name: str
+    outputs: int
+    kernel: int
+    stride: int = 1
+    groups: int = 1
+
+
+def _chain(shape: Shape, style: Style, specs: Sequence[_Spec], gate_behind: int | None = None) -> nn.Module:
+    """Layers one after the other, in the style of a block; a gate behind one of them if the block has one."""
+    alike = len(style.layers) == len(specs)
+    behind = style.squeeze.behind if style.squeeze is not None and alike else gate_behind
+    found = nn.Sequential()
+    inputs = shape.inputs
+    for index, spec in enumerate(specs):
+        layer = Layer(
+            spec.outputs, spec.kernel, spec.stride, spec.groups, style.norm is None, style.norm, style.activation
+        )
+        like = style.layers[index] if alike else None
+        if index == len(specs) - 1:
+            like = style.layers[-1] if style.layers else replace(layer, activation=style.end)
+        if like is not None:
+            bias = like.bias and like.norm is None
+            layer = replace(layer, bias=bias, norm=like.norm, activation=like.activation)
+        found.add_module(spec.name, _unit(inputs, layer))
+        if style.squeeze is not None and index == behind:
+            found.add_module("squeeze", SqueezeExcite(spec.outputs, style.squeeze))
+        inputs = spec.outputs
     return found
 
 
 def _inverted(shape: Shape, style: Style, expansion: int, kernel: int) -> nn.Module:
     wide = shape.inputs * expansion
-    found = nn.Sequential()
-    found.add_module("expand", unit(style, shape.inputs, wide, 1))
-    found.add_module("depthwise", unit(style, wide, wide, kernel, shape.stride, wide))
-    if style.squeeze is not None:
-        found.add_module("squeeze", SqueezeExcite(wide, style.squeeze))
-    found.add_module("project", unit(style, wide, shape.outputs, 1, last=True))
-    return found
+    middle = _Spec("depthwise", wide, kernel, shape.stride, wide)
+    return _chain(shape, style, (_Spec("expand", wide, 1), middle, _Spec("project", shape.outputs, 1)), 1)
 
 
 def _separable(shape: Shape, style: Style, _: int, kernel: int) -> nn.Module:
-    found = nn.Sequential()
-    found.add_module("depthwise", unit(style, shape.inputs, shape.inputs, kernel, shape.stride, shape.inputs))
-    if style.squeeze is not None:
-        found.add_module("squeeze", SqueezeExcite(shape.inputs, style.squeeze))
-    found.add_module("project", unit(style, shape.inputs, shape.outputs, 1, last=True))
-    return found
+    first = _Spec("depthwise", shape.inputs, kernel, shape.stride, shape.inputs)
+    return _chain(shape, style, (first, _Spec("project", shape.outputs, 1)), 0)
 
 
 def _dense(shape: Shape, style: Style, groups: int, kernel: int) -> nn.Module:
-    found = nn.Sequential()
-    found.add_module("only", unit(style, shape.inputs, shape.outputs, kernel, shape.stride, max(1, groups), last=True))
-    return found
+    return _chain(shape, style, (_Spec("only", shape.outputs, kernel, shape.stride, max(1, groups)),), 0)
 
 
 def _basic(shape: Shape, style: Style, _: int, kernel: int) -> nn.Module:
-    found = nn.Sequential()
-    found.add_module("first", unit(style, shape.inputs, shape.outputs, kernel, shape.stride))
-    found.add_module("last", unit(style, shape.outputs, shape.outputs, kernel, last=True))
-    return found
+    first = _Spec("first", shape.outputs, kernel, shape.stride)
+    return _chain(shape, style, (first, _Spec("last", shape.outputs, kernel)), 1)
 
 
-def _bottleneck(shape: Shape, style: Style, _: int, kernel: int) -> nn.Module:
-    narrow = shape.outputs // 4
-    found = nn.Sequential()
-    found.add_module("reduce", unit(style, shape.inputs, narrow, 1))
-    found.add_module("middle", unit(style, narrow, narrow, kernel, shape.stride))
-    found.add_module("expand", unit(style, narrow, shape.outputs, 1, last=True))
-    return found
+def _narrow(depthwise: bool) -> Callable[[Shape, Style, int, int], nn.Module]:
+    """Bottlenecks, whose middle is dense or depthwise."""
+
+    def make(shape: Shape, style: Style, _: int, kernel: int) -> nn.Module:
+        narrow = shape.outputs // 4
+        middle = _Spec("middle", narrow, kernel, shape.stride, narrow if depthwise else 1)
+        return _chain(shape, style, (_Spec("reduce", narrow, 1), middle, _Spec("expand", shape.outputs, 1)), 2)
+
+    return make
+
+
+def _own(shape: Shape, style: Style, _: int, kernel: int) -> nn.Module:
+    """The block's own layers with another kernel."""
+    specs = [
+        _Spec(f"layer{index}", one.outputs, kernel if one.kernel > 1 else 1, one.stride, one.groups)
+        for index, one in enumerate(style.layers)
+    ]
+    return _chain(shape, style, specs)
 
 
 def _pool(kind: type[nn.Module]) -> Callable[[Shape, Style, int, int], nn.Module]:
@@ -172,6 +248,8 @@ def _pool(kind: type[nn.Module]) -> Callable[[Shape, Style, int, int], nn.Module
         found.add_module("pool", kind(kernel, shape.stride, kernel // 2))
         if style.norm is not None:
             found.add_module("norm", style.norm(shape.outputs))
+        if style.end is not None:
+            found.add_module("activation", style.end())
         return found
 
     return make
@@ -208,7 +286,9 @@ _FAMILIES: Mapping[str, _Family] = {
         _dense, lambda s, number: number > 1 and s.inputs % number == 0 and s.outputs % number == 0, numbered=True
     ),
     "basic": _Family(_basic, _always),
-    "bottleneck": _Family(_bottleneck, lambda shape, number: shape.outputs % 4 == 0),
+    "bottleneck": _Family(_narrow(depthwise=False), lambda shape, number: shape.outputs % 4 == 0),
+    "thin": _Family(_narrow(depthwise=True), lambda shape, number: shape.outputs % 4 == 0),
+    OWN: _Family(_own, _always),
     "avgpool": _Family(_pool(nn.AvgPool2d), _has_one_width),
     "maxpool": _Family(_pool(nn.MaxPool2d), _has_one_width),
 }
@@ -274,7 +354,9 @@ def is_custom(name: str) -> bool:
 def _found(name: str) -> tuple[_Family, int, int]:
     parsed = _parsed(name)
     if parsed is None:
-        raise UnknownNameError("candidate", name, ["mb6-k3", "conv-k3", "separable-k3", IDENTITY, ZERO, *_CUSTOM])
+        raise UnknownNameError(
+            "candidate", name, ["mb6-k3", "conv-k3", "separable-k3", "own-k3", IDENTITY, ZERO, *_CUSTOM]
+        )
     return parsed
 
 

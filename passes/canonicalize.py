@@ -1,4 +1,4 @@
-"""Remove what computes nothing: dead code, identities, computations on constants alone."""
+"""Remove what computes nothing: dead code, identities, computations on constants alone; join what is spelled out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fxopt.errors import PassError, VerifyError
 from fxopt.graph import edit, values_at_batch
 from fxopt.graph.shapes import TRACE_META
+from fxopt.passes._activations import join_activations
 from fxopt.passes._constants import fold_constants, merge_constants
 from fxopt.passes.base import Pass, PassResult
 
@@ -27,7 +28,7 @@ class Canonicalize(Pass):
     """Remove operations that compute nothing, and compute now what depends on constants alone.
 
     What the graph computes stays equal in every element (only ``x + 0`` going may turn a ``0.0`` into ``-0.0``), and
-    so do its gradients. Applying the pass again changes nothing.
+    so do its gradients; where rule 8 applies, up to rounding. Applying the pass again changes nothing.
 
     The rules, in this order, until none applies:
 
@@ -41,7 +42,10 @@ class Canonicalize(Pass):
     6. What depends on buffers and constants alone becomes a buffer that is not part of the state dict; with
        ``for_inference`` parameters count as constants. Random operators and what writes in place are never folded.
     7. Constants that are read twice, or folded to equal values, become one.
-    8. Dead code.
+    8. With ``join``, activation functions that are spelled out become one operator: ReLU, ReLU6, SiLU, hard-swish,
+       hard-sigmoid, sigmoid, GELU (of erf) and Mish, however they are written (``x * relu6(x + 3) / 6``). They are
+       told by what they compute of numbers from -1000 to 1000.
+    9. Dead code.
 
     What makes a copy of its input is kept where the graph writes in place, and where the copy is what the graph gives
     back, so that a caller who writes into an output still does not write into an input.
@@ -49,11 +53,13 @@ class Canonicalize(Pass):
     Attributes:
         for_inference: Whether the graph is not going to be trained any more.
         max_constant_elements: A constant larger than this is left to be computed at run time.
+        join: Whether activation functions that are spelled out become one operator.
     """
 
     name: ClassVar[str] = "canonicalize"
     for_inference: bool = False
     max_constant_elements: int = 1 << 20
+    join: bool = True
 
     def __post_init__(self) -> None:
         """Refuse options out of range.
@@ -78,6 +84,7 @@ class Canonicalize(Pass):
         if not scene.writes_in_place:
             changed |= fold_constants(gm, parameters=self.for_inference, max_elements=self.max_constant_elements)
             changed |= merge_constants(gm)
+            changed |= self.join and join_activations(gm)
         if not changed and not _has_dead_code(gm):
             return False
         edit.finish(gm)

@@ -14,7 +14,8 @@ from fxopt.decisions import Capabilities, Choice, Decision, SearchSpace
 from fxopt.errors import PassError, PolicyError, UnknownNameError
 from fxopt.graph import verify
 from fxopt.passes._calibrate import refuse_quantized, refuse_sparse
-from fxopt.passes._operator_patterns import PATTERNS, Block, Pattern, find_blocks, register_pattern
+from fxopt.passes._operator_matching import find_blocks
+from fxopt.passes._operator_patterns import PATTERNS, Block, Pattern, register_pattern
 from fxopt.passes._operator_rewrite import SITE_META, Chosen, make, offered, replace_blocks
 from fxopt.passes._operator_weights import inherit, initialize
 from fxopt.passes._operators import IDENTITY, ZERO, Shape, Style, known, register_candidate
@@ -63,7 +64,9 @@ class SelectOperators(TunablePass):
 
     - ``mb6-k5``: an inverted residual (expansion 6, kernel 5), with the block's squeeze-and-excite gate if it has one;
     - ``conv-k3``, ``separable-k3``, ``grouped4-k3``: dense, depthwise and pointwise, grouped;
-    - ``basic-k3``, ``bottleneck-k3``: the bodies of residual blocks;
+    - ``basic-k3``, ``bottleneck-k3``, ``thin-k3`` (a bottleneck with a depthwise middle): bodies of residual blocks;
+    - ``own-k5``: the block's own layers with another kernel, where none of these names says what the block computes
+      (``original``): a width that is no multiple, groups, a stride in another place;
     - ``avgpool-k3``, ``maxpool-k3``, ``identity`` (only where input and output have one shape);
     - ``zero``: nothing beside the block's shortcut (only where there is one).
 

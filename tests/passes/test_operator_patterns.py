@@ -1,0 +1,255 @@
+"""Blocks are found however code bases build them, and candidates keep how they are built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from fxopt.decisions import Policy
+from fxopt.graph import trace
+from fxopt.lowering import lower, lower_operators
+from fxopt.passes import Canonicalize, SelectOperators
+from fxopt.testing import assert_equivalent
+
+Make = Callable[[], nn.Module]
+
+
+def unit(
+    inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, *more: nn.Module
+) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(outputs), *more]
+
+
+class Gate(nn.Module):
+    """Squeeze and excite, of linear layers or convolutions, with a norm or without."""
+
+    def __init__(self, channels: int, linear: bool = False, norm: bool = False, hard: bool = False) -> None:
+        super().__init__()
+        self.linear, self.hard = linear, hard
+        layer: Any = nn.Linear if linear else lambda one, other: nn.Conv2d(one, other, 1)
+        self.reduce = layer(channels, 4)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.expand = layer(4, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.mean((2, 3)) if self.linear else functional.adaptive_avg_pool2d(x, 1)
+        y = self.expand(torch.relu(self.norm(self.reduce(y))))
+        y = functional.relu6(y + 3) / 6 if self.hard else y.sigmoid()
+        return x * (y[:, :, None, None] if self.linear else y)
+
+
+class HardSwish(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * functional.relu6(x + 3.0) / 6.0
+
+
+class Residual(nn.Module):
+    def __init__(self, *body: nn.Module, shortcut: Sequence[nn.Module] = (), tail: bool = True) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+        self.shortcut = nn.Sequential(*shortcut)
+        self.tail = tail
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.body(x) + self.shortcut(x)
+        return torch.relu(total) if self.tail else total
+
+
+class PreActivated(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.body = nn.Sequential(*unit(channels, channels, 3, 1, 1, nn.ReLU()), nn.Conv2d(channels, channels, 3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(torch.relu(self.norm(x)))
+
+
+def inverted(wide: int, gate: nn.Module | None = None, act: Make = nn.ReLU, late: bool = False) -> nn.Module:
+    middle = unit(8, wide, 1, 1, 1, act()) + unit(wide, wide, 3, 1, wide)
+    middle += [gate or nn.Identity(), act()] if late else [act(), gate or nn.Identity()]
+    return nn.Sequential(*middle, *unit(wide, 8))
+
+
+# What makes a block: its pattern, what it computes, and a candidate that begins as the block.
+BLOCKS: dict[str, tuple[Make, str, str, str]] = {
+    "hard-swish spelled out": (lambda: inverted(24, act=HardSwish), "inverted-residual", "mb3-k3", "mb6-k5"),
+    "gate of linear layers": (lambda: inverted(24, Gate(24, linear=True)), "inverted-residual", "mb3-k3", "mb6-k7"),
+    "hard gate": (lambda: inverted(24, Gate(24, hard=True), HardSwish), "inverted-residual", "mb3-k3", "mb3-k5"),
+    "gate with norm": (lambda: inverted(24, Gate(24, norm=True)), "inverted-residual", "mb3-k3", "mb6-k5"),
+    "gate before activation": (lambda: inverted(24, Gate(24), late=True), "inverted-residual", "mb3-k3", "mb6-k5"),
+    "odd expansion": (lambda: inverted(20, Gate(20)), "inverted-residual", "original", "own-k5"),
+    "mish": (lambda: inverted(24, act=nn.Mish), "inverted-residual", "mb3-k3", "mb3-k5"),
+    "gelu": (lambda: inverted(24, act=nn.GELU), "inverted-residual", "mb3-k3", "mb3-k5"),
+    "separable, nothing between": (
+        lambda: nn.Sequential(*unit(8, 8, 3, 1, 8), *unit(8, 12, 1, 1, 1, nn.ReLU())),
+        "depthwise-separable",
+        "separable-k3",
+        "separable-k7",
+    ),
+    "separable, one norm": (
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1, groups=8, bias=False), *unit(8, 12)),
+        "depthwise-separable",
+        "separable-k3",
+        "separable-k5",
+    ),
+    "separable, stride behind": (
+        lambda: nn.Sequential(*unit(8, 8, 3, 1, 8, nn.ReLU()), *unit(8, 12, 1, 2, 1, nn.ReLU())),
+        "depthwise-separable",
+        "original",
+        "own-k5",
+    ),
+    "basic with a gate": (
+        lambda: Residual(*unit(8, 8, 3, 1, 1, nn.ReLU()), *unit(8, 8, 3), Gate(8)),
+        "basic",
+        "basic-k3",
+        "basic-k5",
+    ),
+    "pre-activated": (lambda: PreActivated(8), "basic", "basic-k3", "basic-k5"),
+    "bottleneck, gate": (
+        lambda: Residual(*unit(8, 2, 1, 1, 1, nn.ReLU()), *unit(2, 2, 3, 1, 1, nn.ReLU()), *unit(2, 8), Gate(8)),
+        "bottleneck",
+        "bottleneck-k3",
+        "bottleneck-k5",
+    ),
+    "bottleneck, stride first": (
+        lambda: Residual(
+            *unit(8, 2, 1, 2, 1, nn.ReLU()), *unit(2, 2, 3, 1, 1, nn.ReLU()), *unit(2, 8), shortcut=unit(8, 8, 1, 2)
+        ),
+        "bottleneck",
+        "original",
+        "own-k5",
+    ),
+    "bottleneck in groups, gate inside": (
+        lambda: Residual(
+            *unit(8, 8, 1, 1, 1, nn.ReLU()), *unit(8, 8, 3, 2, 2, nn.ReLU()), Gate(8), *unit(8, 12),
+            shortcut=unit(8, 12, 1, 2),
+        ),
+        "grouped-bottleneck",
+        "original",
+        "own-k7",
+    ),
+}  # fmt: skip
+
+
+def graph_of(make: Make) -> fx.GraphModule:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.AvgPool2d(1), make(), nn.AvgPool2d(1), nn.AdaptiveAvgPool2d(1))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()  # type: ignore[union-attr, operator]
+            module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr, operator]
+    return Canonicalize()(trace(net.eval(), torch.randn(2, 3, 16, 16))).graph_module
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_found_and_larger_candidates_begin_as_they_are(name: str) -> None:
+    make, pattern, operator, larger = BLOCKS[name]
+    gm = graph_of(make)
+    (found,) = SelectOperators().explain(gm)
+    assert (found.pattern, found.operator) == (pattern, operator)
+    assert larger in found.candidates
+    changed = SelectOperators(Policy({("operator", found.site): larger}))(gm)
+    assert changed.modified
+    assert_equivalent(gm, changed.graph_module, torch.randn(2, 3, 16, 16), batch=3)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_candidates_keep_shapes_and_cost_what_their_graph_costs(name: str) -> None:
+    gm = graph_of(BLOCKS[name][0])
+    step = SelectOperators(kernels=(3, 5))
+    (found,) = step.explain(gm)
+    workload = lower_operators(gm, step)
+    for choice in found.candidates:
+        policy = Policy({("operator", found.site): choice})
+        made = step.with_policy(policy)(gm).graph_module
+        assert made(torch.randn(3, 3, 16, 16)).shape == gm(torch.randn(3, 3, 16, 16)).shape
+        assert workload.bind(policy).rows.tolist() == lower(made).bind().rows.tolist()
+
+
+def kinds(gm: fx.GraphModule, site: str, choice: str) -> list[str]:
+    made = SelectOperators(Policy({("operator", site): choice}))(gm).graph_module
+    path = f"{site}.{choice.replace('-', '_')}."
+    return [
+        type(made.get_submodule(str(node.target))).__name__ for node in made.graph.nodes if path in str(node.target)
+    ]
+
+
+def test_candidates_have_norms_and_activations_where_the_block_has() -> None:
+    gm = graph_of(BLOCKS["separable, nothing between"][0])
+    (found,) = SelectOperators().explain(gm)
+    both = ["Conv2d", "BatchNorm2d", "Conv2d", "BatchNorm2d", "ReLU"]
+    assert kinds(gm, found.site, "separable-k5") == both
+    assert kinds(gm, found.site, "mb3-k3") == ["Conv2d", "BatchNorm2d", "ReLU"] * 3
+    gm = graph_of(BLOCKS["pre-activated"][0])
+    (found,) = SelectOperators().explain(gm)
+    assert kinds(gm, found.site, "bottleneck-k3") == ["Conv2d", "BatchNorm2d", "ReLU"] * 2 + ["Conv2d"]
+    gm = graph_of(BLOCKS["hard gate"][0])
+    (found,) = SelectOperators().explain(gm)
+    gate = ["AdaptiveAvgPool2d", "Conv2d", "ReLU", "Conv2d", "Hardsigmoid"]
+    swished = ["Conv2d", "BatchNorm2d", "Hardswish"]
+    assert kinds(gm, found.site, "mb6-k5") == [*swished, *swished, *gate, "Conv2d", "BatchNorm2d"]
+
+
+def test_a_pool_ends_as_the_convolution_ends() -> None:
+    gm = graph_of(lambda: nn.Sequential(*unit(8, 8, 3, 1, 1, nn.ReLU6())))
+    (found,) = SelectOperators().explain(gm)
+    made = SelectOperators(Policy({("operator", found.site): "maxpool-k3"}))(gm).graph_module
+    assert sum(isinstance(module, nn.ReLU6) for module in made.modules()) == 1
+
+
+def test_separable_convolutions_in_a_row_are_no_inverted_residuals() -> None:
+    def separable(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, inputs, 3, 1, 1, groups=inputs), *unit(inputs, outputs)]
+
+    gm = graph_of(lambda: nn.Sequential(*separable(8, 12), *separable(12, 12), *separable(12, 8)))
+    assert [block.pattern for block in SelectOperators().explain(gm)] == ["depthwise-separable"] * 3
+
+
+class _Lone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.shuffled = nn.Conv2d(8, 8, 1, groups=2)
+        self.head = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(functional.pad(x, (0, 1, 0, 1)))
+        parts = [self.depthwise(x), self.grouped(x), self.shuffled(x)]
+        return self.head(torch.cat(parts, 1)[:, :8])
+
+
+def test_a_lone_convolution_is_told_what_it_is_and_what_to_do() -> None:
+    gm = trace(_Lone().eval(), torch.randn(2, 3, 12, 12))
+    reasons = {refusal.site: refusal.reason for refusal in SelectOperators().refusals(gm)}
+    assert "padded by pad" in reasons["stem"]
+    assert "a depthwise convolution and read by cat" in reasons["depthwise"]
+    assert "a convolution in groups" in reasons["grouped"]
+    assert "a 1 x 1 convolution in groups" in reasons["shuffled"]
+    assert "a 1 x 1 convolution and read by the output" in reasons["head"]
+    assert all("register_pattern" in reason for site, reason in reasons.items() if site != "stem")
+
+
+def test_an_activation_that_is_spelled_out_has_to_be_joined_first() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), HardSwish(), nn.AdaptiveAvgPool2d(1))
+    gm = trace(net.eval(), torch.randn(2, 3, 8, 8))
+    swish = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), Gated(), nn.AdaptiveAvgPool2d(1))
+    (refusal,) = SelectOperators().refusals(trace(swish.eval(), torch.randn(2, 3, 8, 8)))
+    assert "Canonicalize joins" in refusal.reason
+    (found,) = SelectOperators().explain(Canonicalize()(gm).graph_module)
+    assert found.operator == "conv-k3"
+
+
+class Gated(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(x)
