@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,83 @@ def test_all_gates_of_a_linear_loss_give_the_exact_gradient() -> None:
     assert torch.allclose(estimate, exact, atol=1e-6)
     step = BinaryGates(None)(supernet, cost, loss, BATCH, np.random.default_rng(0))
     assert torch.allclose(step.gradient.double(), exact, atol=1e-6)
+
+
+def pair_chances(shares: Any) -> dict[tuple[int, int], float]:
+    """How likely a pair is to be drawn without replacement in proportion to probabilities."""
+    pairs = itertools.combinations(range(len(shares)), 2)
+    return {(i, j): shares[i] * shares[j] * (1 / (1 - shares[i]) + 1 / (1 - shares[j])) for i, j in pairs}
+
+
+class _Told(BinaryGates):
+    """Binary gates that are told what they draw."""
+
+    def step(self, supernet: Supernet, cost: Cost, loss: Any, drawn: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The gradient where each block computes the first of its pair."""
+        pairs, active = iter(drawn), iter(drawn)
+        self._drawn = lambda *_: list(next(pairs))  # type: ignore[method-assign]
+        self._active = lambda *_: next(active)[0]  # type: ignore[method-assign]
+        return self(supernet, cost, loss, BATCH, np.random.default_rng(0)).gradient.double()
+
+
+@pytest.mark.parametrize("form", ["multiplicative", "additive", "budget"])
+def test_every_pair_of_both_blocks_has_the_gradient_of_its_own_loss(form: Any) -> None:
+    """All pairs, and all that is computed of each, against the loss written out and differentiated by torch.
+
+    In it the candidates of a pair are mixed with their renormalized probabilities, linearly around the path.
+    """
+    supernet = toy()
+    loss, costs = cross_entropy(supernet), table(supernet)
+    cost = Cost(costs, [CostTerm("latency", float(costs.score(np.array([[0, 1]]))[0]), form, 0.5)])
+    cost.duals[0] = 0.7
+    alpha, (prices, fixed) = supernet.alpha.detach().double(), costs.of("latency")
+    ordered = list(itertools.permutations(range(3), 2))
+    for drawn in itertools.product(ordered, ordered):
+        found = _Told().step(supernet, cost, loss, drawn)
+        gates = supernet.open_gates([pair[0] for pair in drawn], [pair[1:] for pair in drawn])
+        value = loss(BATCH)
+        torch.autograd.backward(value, inputs=gates)
+        moved = alpha.clone().requires_grad_()
+        shares = [moved[row, list(pair)].softmax(0) for row, pair in enumerate(drawn)]
+        expected = fixed + sum(
+            (one * torch.tensor(prices[row, list(drawn[row])])).sum() for row, one in enumerate(shares)
+        )
+        bend = sum((one * gate.grad).sum() for one, gate in zip(shares, gates, strict=True))
+        (wanted,) = torch.autograd.grad(cost.combined(value.detach() + bend - bend.detach(), [expected]), [moved])
+        assert torch.allclose(found, wanted, atol=1e-7)
+
+
+def test_the_mean_over_all_draws_weighs_pairs_by_their_chance() -> None:
+    """For one block and a loss linear in its output: p_i p_j (g_i - g_j) of every pair, renormalized and enumerated."""
+    supernet = toy(1)
+    weights = torch.randn(6, CLASSES, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def loss(batch: Any) -> torch.Tensor:
+        return (supernet.net(batch[0]) * weights).sum()
+
+    losses = [value for _, value in sorted(path_losses(supernet, loss).items())]
+    shares = supernet.probabilities().detach().double().numpy()[0]
+    wanted, found = np.zeros(3), torch.zeros(1, 3, dtype=torch.float64)
+    for pair, chance in pair_chances(shares).items():
+        both = shares[list(pair)].sum()
+        for i, j in (pair, pair[::-1]):
+            wanted[i] += chance * shares[i] * shares[j] / both**2 * (losses[i] - losses[j])
+            found += chance * shares[i] / both * _Told().step(supernet, Cost(table(supernet), []), loss, [(i, j)])
+    assert np.allclose(found.numpy()[0], wanted, atol=1e-7)
+    # The exact gradient is the same sum without the chances: each pair pushes the same way.
+    exact = shares * (np.array(losses) - shares @ np.array(losses))
+    pushes = [shares[i] * shares[j] * (losses[i] - losses[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert np.allclose(exact, [pushes[0] + pushes[1], pushes[2] - pushes[0], -pushes[1] - pushes[2]])
+
+
+def test_pairs_of_three_are_drawn_by_their_chances() -> None:
+    shares, method, rng = np.array([0.6, 0.3, 0.1]), BinaryGates(2), np.random.default_rng(0)
+    counts: dict[tuple[int, ...], int] = {}
+    for _ in range(4000):
+        pair = tuple(sorted(method._drawn(shares, rng)))
+        counts[pair] = counts.get(pair, 0) + 1
+    for pair, chance in pair_chances(shares).items():
+        assert counts[pair] / 4000 == pytest.approx(chance, abs=0.03)
 
 
 def test_a_pair_is_renormalized_and_keeps_its_sum() -> None:
