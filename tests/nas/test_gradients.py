@@ -283,11 +283,15 @@ def test_reinforce_is_the_gradient_of_the_expected_loss() -> None:
     def known(batch: Any) -> torch.Tensor:
         return torch.tensor(losses[tuple(mixed.active for mixed in supernet.mixed.values())])
 
-    method = Reinforce(samples=20_000)
-    step = method(supernet, Cost(table(supernet), []), known, BATCH, np.random.default_rng(0))
-    spread = np.std(list(losses.values()))
-    assert torch.allclose(step.gradient.double(), exact, atol=4 * spread / np.sqrt(20_000))
-    assert method.baseline == pytest.approx(np.average(list(losses.values())), abs=spread)
+    spread, mean = np.std(list(losses.values())), sum(probability(supernet, one) * two for one, two in losses.items())
+    method = Reinforce(samples=10_000, momentum=0.8)
+    for baseline in (None, mean + 3 * spread):
+        method.baseline = baseline
+        step = method(supernet, Cost(table(supernet), []), known, BATCH, np.random.default_rng(0))
+        reach = 4 * spread * (1.0 if baseline is None else 4.0) / np.sqrt(10_000)
+        assert torch.allclose(step.gradient.double(), exact, atol=reach)
+        wanted = step.loss if baseline is None else 0.8 * baseline + 0.2 * step.loss
+        assert method.baseline == pytest.approx(wanted)
 
 
 def test_the_product_form_is_free_of_units_and_one_at_the_reference() -> None:
