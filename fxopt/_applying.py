@@ -44,9 +44,9 @@ class Stages:
     on_grids: bool
 
     @classmethod
-    def of(cls, policy: Policy, *, changed: bool = False) -> Stages:
-        """The stages for a policy; ``changed`` says that the network is another one already."""
-        changed = changed or any(kind != _BITS for kind, _ in policy)
+    def of(cls, policy: Policy) -> Stages:
+        """The stages for a policy."""
+        changed = any(kind != _BITS for kind, _ in policy)
         pairs: list[Any] = [choice for (kind, _), choice in policy.items() if kind == _BITS and choice != FLOAT]
         on_grids = bool(pairs) and (not changed or min(map(min, pairs)) < MAX_BITS)
         return cls(changed or not on_grids, on_grids)

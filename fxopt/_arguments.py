@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,8 +14,8 @@ from torch import fx
 from fxopt import passes as pass_registry
 from fxopt import targets
 from fxopt.data import Loader, first_batch
-from fxopt.decisions import PLAIN_PLACEMENT
-from fxopt.errors import DataError, PassError, SearchError, TargetError
+from fxopt.decisions import PLAIN_PLACEMENT, Budget, Shares
+from fxopt.errors import BudgetError, DataError, PassError, SearchError, TargetError
 from fxopt.export import host_fingerprint, onnxruntime_profiler
 from fxopt.graph.grids import MAX_BITS
 from fxopt.objectives import BestScore, Objective
@@ -33,6 +33,7 @@ __all__ = [
     "resolve_passes",
     "terms_of",
     "wanted_objective",
+    "wanted_shares",
 ]
 
 PassLike: TypeAlias = str | TunablePass
@@ -94,6 +95,17 @@ def wanted_objective(objective: Objective | None) -> Objective:
             f"objective is a {type(objective).__name__}; give one of fxopt.objectives, such as SmallestCost(0.97)."
         )
     return objective or BestScore()
+
+
+def wanted_shares(
+    shares: Mapping[str, object] | None, passes: Sequence[TunablePass], budgets: Sequence[Budget]
+) -> Shares | None:
+    """The shares of passes; None where all passes are searched together."""
+    if shares is not None and not budgets:
+        raise BudgetError("shares divide the way to a budget; give a budget, such as {'latency': 0.5}, too.")
+    if shares is None and not isinstance(passes[0], SelectOperators):
+        return None
+    return Shares.of([one.name for one in passes], shares)
 
 
 def terms_of(**options: object) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import Executor
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,16 @@ from fxopt import _storage, targets
 from fxopt._arguments import check_weights
 from fxopt._precision import Quickest, not_slower, without_slow_integers
 from fxopt._reporting import metrics_of
-from fxopt._selecting import Selector
+from fxopt._selecting import Selection, Selector
 from fxopt.data import Loader
-from fxopt.decisions import Budget, Constraint, Policy, SearchSpace
+from fxopt.decisions import Budget, Constraint, Policy, SearchSpace, Shares
 from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import Evaluator
-from fxopt.lowering import ParametricWorkload, lower
+from fxopt.lowering import IndexCosts, ParametricWorkload, lower
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, TunablePass
 from fxopt.passes._fork import own_copy
 from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
-from fxopt.search import SearchResult, engines, run_search
 from fxopt.sensitivity import sensitivities
 
 __all__ = ["Job"]
@@ -34,10 +34,51 @@ _EXACT = "exact"
 _MEASURING = "measuring what layers lose"
 _MEASURED_ON = 64
 """Samples."""
+_NO_LIMIT = 1e300
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Costs of policies that decide some columns of a space; the others are given."""
+
+    costs: IndexCosts
+    columns: list[int]
+    others: npt.NDArray[np.intp]
+
+    def at(self, indices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+        """Costs by choice indices of the columns, shape (policies, metrics)."""
+        rows = np.repeat(self.others[None], len(indices), axis=0)
+        rows[:, self.columns] = indices
+        return self.costs.at(rows)
+
+    def least(self, space: SearchSpace, metric: int) -> float:
+        """The least cost that the decisions of ``space``, which are the columns, reach in a metric."""
+
+        def cost(indices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+            return self.at(indices)[:, metric]
+
+        free = Constraint(
+            space, lambda some: cost(np.array([space.encode(one) for one in some])), [_NO_LIMIT], by_index=cost
+        )
+        return float(cost(space.encode(free.cheapest())[None])[0])
 
 
 class Job:
-    """The traced model, what it costs, and what can be decided about it."""
+    """The traced model, what it costs, and what can be decided about it.
+
+    With a selector the operators are chosen here, and all that follows starts from the network they make.
+
+    Attributes:
+        source: The graph of the model.
+        graph: The graph that decisions are about.
+        teacher: What it learns from when it is trained.
+        selected: The operators that were selected.
+        made_by: The passes that made ``graph`` of ``source``.
+        original: What ``source`` costs.
+        limits: The limits of the final network, for each budget.
+        space: What can be decided.
+        constraint: Keeps policies within the limits; None without budgets.
+    """
 
     def __init__(
         self,
@@ -49,33 +90,117 @@ class Job:
         folder: Path | None,
         show: Progress,
         selector: Selector | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.target = target
         self.budgets = budgets
-        self._passes = passes
+        self._metrics = [budget.metric for budget in budgets]
+        self._example, self._folder, self._show = example_inputs, folder, show
         self._attention = next((one.attention for one in passes if isinstance(one, PruneChannels)), "heads")
         # Tensors of its own: whatever a judge or a loss does to the graph, the model stays as it was.
-        self.graph: fx.GraphModule = own_copy(_storage.traced(model, example_inputs)).eval()
+        self.source: fx.GraphModule = own_copy(_storage.traced(model, example_inputs)).eval()
         self.state = _storage.shapes_of(model)
-        check_weights(self.graph)
-        self.source, self.selected = self.graph, Policy({})
+        check_weights(self.source)
+        self.teacher, self.selected = self.source, Policy({})
         self.notes: tuple[str, ...] = ()
         self.original, self.limits = self._costs_of_original()
-        if selector is not None:
-            self._select(selector, folder, show)
-        self.digest = _storage.digest_of(self.graph)
-        self.workload: ParametricWorkload = self.lowered(self.graph)
-        decisions = [d for one in passes for d in one.search_space(self.graph, target.capabilities)]
-        self.space = SearchSpace(decisions)
+        self.shares, self.passes = shares, passes
+        self.made_by: tuple[TunablePass, ...] = ()
+        if selector is None:
+            self._open(self.source, passes)
+        else:
+            found = self._select(selector)
+            self.selected, self.notes = found.policy, found.notes
+            self.made_by = (selector.step.with_policy(found.policy),)
+            self._open(found.graph, passes)
+
+    def after(self, graph: fx.GraphModule, maker: TunablePass, passes: tuple[TunablePass, ...]) -> Job:
+        """What is left to decide by ``passes`` about ``graph``, which ``maker`` made of this job's graph.
+
+        Raises:
+            InfeasibleError: If these passes cannot keep the limits.
+        """
+        found = copy.copy(self)
+        found.made_by = (*self.made_by, maker)
+        found._open(graph, passes)
+        return found
+
+    def learn_from_better(self, source: float | None, selected: float, *, known: bool) -> None:
+        """Let the network of selected operators teach what is made of it, if its score is the better one.
+
+        Args:
+            source: The score of the original.
+            selected: The score of the network of selected operators.
+            known: Whether the scores say how good a network is; without data they say how like the original it is.
+        """
+        if known and source is not None and selected > source:
+            self.teacher = self.graph
+
+    def _select(self, selector: Selector) -> Selection:
+        """Choose operators, under their share."""
+
+        def completed(graph: fx.GraphModule) -> None:
+            if self.target.name != targets.HOST:
+                self._constrained(graph, self.lowered(graph), self._decisions(graph))
+
+        limits = dict(zip(self._metrics, self._limits_behind(selector.step).tolist(), strict=True))
+        return selector.select(self.source, self.target, limits, completed)
+
+    def _limits_behind(self, one: TunablePass) -> npt.NDArray[np.float64]:
+        """What the network behind a pass may cost in every budgeted metric, by the pass's share."""
+        if self.shares is None:
+            return self.limits
+        before = [float(self.original.metric(metric)[0]) for metric in self._metrics]
+        pairs = zip(before, self.limits.tolist(), strict=True)
+        return np.array([self.shares.limit(one.name, *pair) for pair in pairs])
+
+    def part(self, one: TunablePass) -> tuple[SearchSpace, Constraint | None]:
+        """What one pass decides, within its share of the budgets and so that those behind it can do the rest.
+
+        A pass that cannot go as far as its share goes as far as it can; the others go further for it.
+        """
+        space = SearchSpace(decision for decision in self.space if decision.kind in one.kinds)
+        if len(space) == len(self.space) or self.constraint is None or self.costs is None or not len(space):
+            return space, self.constraint if len(space) else None
+        columns = [index for index, decision in enumerate(self.space) if decision.kind in one.kinds]
+        now = _Part(self.costs, columns, self.space.encode(self.space.default()))
+        rest = _Part(self.costs, columns, self.space.encode(self.constraint.cheapest()))
+        own = np.maximum(self._limits_behind(one), [now.least(space, metric) for metric in range(len(self._metrics))])
+
+        def costs(indices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+            return np.hstack([rest.at(indices), now.at(indices)])
+
+        def of_policies(policies: Sequence[Policy]) -> npt.NDArray[np.float64]:
+            return costs(np.array([space.encode(policy) for policy in policies]))
+
+        limits, names = np.concatenate([self.limits, own]), self._metrics * 2
+        try:
+            return space, Constraint(space, of_policies, limits, names, by_index=costs)
+        except InfeasibleError:
+            # Of several metrics not all can be as low as each of them alone; what counts is the end.
+            return space, Constraint(space, lambda some: of_policies(some)[:, : len(own)], self.limits, self._metrics)
+
+    def _open(self, graph: fx.GraphModule, passes: tuple[TunablePass, ...]) -> None:
+        self.graph, self.passes = graph, passes
+        self.digest = _storage.digest_of(graph)
+        self.workload: ParametricWorkload = self.lowered(graph)
+        self.space = self._decisions(graph)
         if any(isinstance(one, Quantize) for one in passes) and not any(one.kind == "bits" for one in self.space):
-            self.notes += (f"Nothing is quantized: {target.name} offers no bits, 1 to 8, for any layer of this model.",)
-        if target.name == targets.HOST:
-            record = None if folder is None else folder / f"fastest-bits-{self.digest}.json"
+            note = f"Nothing is quantized: {self.target.name} offers no bits, 1 to 8, for any layer of this model."
+            self.notes = (*(known for known in self.notes if known != note), note)
+        if self.target.name == targets.HOST:
+            record = self._record(f"fastest-bits-{self.digest}.json")
             for one in passes:
                 if isinstance(one, Quantize):
-                    self.space = without_slow_integers(self.space, self.graph, example_inputs, one, record, show)
+                    self.space = without_slow_integers(self.space, graph, self._example, one, record, self._show)
         self._prepare()
-        self.constraint = self._constraint()
+        self.costs, self.constraint = self._constrained(graph, self.workload, self.space)
+
+    def _decisions(self, graph: fx.GraphModule) -> SearchSpace:
+        return SearchSpace(d for one in self.passes for d in one.search_space(graph, self.target.capabilities))
+
+    def _record(self, name: str) -> Path | None:
+        return None if self._folder is None else self._folder / name
 
     def _costs_of_original(self) -> tuple[targets.Estimate, npt.NDArray[np.float64]]:
         """What the original costs, and the limits of the budgets that this gives."""
@@ -84,14 +209,6 @@ class Job:
         found = self.target.estimate(workload)
         limits = [budget.absolute(float(found.metric(budget.metric)[0])) for budget in self.budgets]
         return found, np.array(limits)
-
-    def _select(self, selector: Selector, folder: Path | None, show: Progress) -> None:
-        """Choose operators first: all that follows starts from the network they make."""
-        metrics = [budget.metric for budget in self.budgets]
-        limits = dict(zip(metrics, self.limits.tolist(), strict=True))
-        before = {metric: float(self.original.metric(metric)[0]) for metric in metrics}
-        found = selector.select(self.source, self.target, limits, before, folder, show)
-        self.graph, self.selected, self.notes = found.graph, found.policy, found.notes
 
     def _prepare(self) -> None:
         """Let a measured target see the operators at full and half width, in every bit-width on offer."""
@@ -107,18 +224,24 @@ class Job:
                 }
                 self.target.prepare(self.workload.bind(policy.merged(Policy(changed))))
 
-    def _constraint(self) -> Constraint | None:
-        if not self.budgets:
-            return None
-        if not len(self.space):
-            self._check_nothing_to_decide()
-            return None
-        metrics = [budget.metric for budget in self.budgets]
-        costs = self.workload.index_costs(self.target, self.space, metrics)
-        return Constraint(self.space, costs, self.limits, metrics, by_index=costs.at)
+    def _constrained(
+        self, graph: fx.GraphModule, workload: ParametricWorkload, space: SearchSpace
+    ) -> tuple[IndexCosts | None, Constraint | None]:
+        """What policies cost in the budgeted metrics, and what keeps them within the limits.
 
-    def _check_nothing_to_decide(self) -> None:
-        for budget, limit, cost in zip(self.budgets, self.limits, self.achieved(self.graph), strict=True):
+        Raises:
+            InfeasibleError: If nothing does.
+        """
+        if not self.budgets:
+            return None, None
+        if not len(space):
+            self._check_nothing_to_decide(graph)
+            return None, None
+        costs = workload.index_costs(self.target, space, self._metrics)
+        return costs, Constraint(space, costs, self.limits, self._metrics, by_index=costs.at)
+
+    def _check_nothing_to_decide(self, graph: fx.GraphModule) -> None:
+        for budget, limit, cost in zip(self.budgets, self.limits, self.achieved(graph), strict=True):
             least = float(cost)
             if least > limit * (1 + 1e-9):
                 raise InfeasibleError(
@@ -129,44 +252,12 @@ class Job:
                     least=least,
                 )
 
-    def search(
-        self,
-        judge: Evaluator,
-        engine: str,
-        trials: int,
-        seed: int,
-        folder: Path | None,
-        executor: Executor | None,
-        parallel: int,
-        show: Progress,
-        terms: Mapping[str, str],
-    ) -> SearchResult | None:
-        """Search the space; None if there is nothing to decide. ``terms`` are what else the scores depend on."""
-        if not len(self.space):
-            return None
-        searcher = engines.create(engine, self.space, self.constraint, seed, **self.told(engine, judge, folder, show))
-        show.start("search", trials)
-        found = run_search(
-            searcher,
-            judge,
-            trials,
-            journal=folder / "journal.jsonl" if folder else None,
-            executor=executor,
-            parallel=parallel,
-            context=self.context(judge, terms),
-            progress=lambda state: show.advance(
-                "search", 1, f"best {state.best.score:.4f}" if state.best and state.best.score is not None else ""
-            ),
-        )
-        show.finish("search")
-        return found
-
-    def told(self, engine: str, judge: Evaluator, folder: Path | None, show: Progress) -> dict[str, Any]:
+    def told(self, engine: str, judge: Evaluator) -> dict[str, Any]:
         """Options of an engine: where bits alone are decided, exact is told what each layer loses at each choice."""
-        quantize = next((one for one in self._passes if isinstance(one, Quantize)), None)
+        quantize = next((one for one in self.passes if isinstance(one, Quantize)), None)
         if engine != _EXACT or quantize is None or {one.kind for one in self.space} != set(quantize.kinds):
             return {}
-        show.start(_MEASURING, 1)
+        self._show.start(_MEASURING, 1)
         losses = sensitivities(
             FoldBatchNorm()(self.graph).graph_module,
             self.space,
@@ -175,9 +266,9 @@ class Job:
             rounding=quantize.rounding,
             weights=quantize.weights,
             activations=quantize.activations,
-            cache=None if folder is None else folder / f"losses-{self.digest}.json",
+            cache=self._record(f"losses-{self.digest}.json"),
         )
-        show.finish(_MEASURING)
+        self._show.finish(_MEASURING)
         return {"losses": losses}
 
     def context(self, judge: Evaluator, terms: Mapping[str, str]) -> dict[str, str]:
@@ -208,15 +299,7 @@ class Job:
         return np.array([float(estimate.metric(budget.metric)[0]) for budget in self.budgets])
 
     def not_slower(
-        self,
-        final: fx.GraphModule,
-        floats: fx.GraphModule,
-        policy: Policy,
-        passes: tuple[TunablePass, ...],
-        train: Loader | None,
-        example_inputs: object,
-        folder: Path | None,
-        show: Progress,
+        self, final: fx.GraphModule, floats: fx.GraphModule, policy: Policy, train: Loader | None
     ) -> Quickest:
         """On the machine that is measured, a result that is no slower than the same graph in floats.
 
@@ -224,11 +307,7 @@ class Job:
             final: What the policy makes.
             floats: The same before it was quantized.
             policy: The policy.
-            passes: All passes.
             train: What to calibrate other bits with.
-            example_inputs: What to measure with.
-            folder: Where the record is kept; None for nowhere.
-            show: Where to tell that it takes a while.
         """
         if self.target.name != targets.HOST:
             return Quickest(final, policy, "")
@@ -237,12 +316,12 @@ class Job:
             floats,
             policy,
             space=self.space,
-            passes=passes,
-            example_inputs=example_inputs,
+            passes=self.passes,
+            example_inputs=self._example,
             calibration=train,
             allowed=self._within,
-            record=None if folder is None else folder / f"measured-bits-{self.digest_with(policy)}.json",
-            show=show,
+            record=self._record(f"measured-bits-{self.digest_with(policy)}.json"),
+            show=self._show,
         )
 
     def _within(self, graph: fx.GraphModule) -> bool:

@@ -165,7 +165,7 @@ def operator_lines(space: SearchSpace, policy: Policy) -> tuple[OperatorLine, ..
     )
 
 
-def notes_on(train: object, val: object, evaluate: object, found: SearchResult | None) -> list[str]:
+def notes_on(train: object, val: object, evaluate: object, found: Sequence[SearchResult], policy: Policy) -> list[str]:
     """What a reader should know first: which data were missing, and what went wrong on the way."""
     notes = []
     if val is None and evaluate is None:
@@ -175,11 +175,12 @@ def notes_on(train: object, val: object, evaluate: object, found: SearchResult |
         )
     if train is None:
         notes.append("No training data was given: nothing was fine-tuned, and ranges come from random inputs.")
-    if found is None:
+    if not policy:
         notes.append("The passes find nothing to decide in this model; it was left as it is.")
-    elif found.failed:
-        first = next(trial.error for trial in found.trials if trial.failed)
-        notes.append(f"{found.failed} of {len(found.trials)} trials failed; the first with: {first}")
+    for one in found:
+        if one.failed:
+            first = next(trial.error for trial in one.trials if trial.failed)
+            notes.append(f"{one.failed} of {len(one.trials)} trials failed; the first with: {first}")
     return notes
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import fx
 
+from fxopt import _storage
+from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Policy
-from fxopt.errors import DataError, PassError
-from fxopt.lowering import lower_operators
+from fxopt.errors import DataError, InfeasibleError, PassError
+from fxopt.lowering import OperatorTable, lower_operators
 from fxopt.nas import (
     CostTerm,
     ExpectedCost,
     Supernet,
+    SupernetResult,
     SupernetSettings,
     check_budget,
     fine_tune,
@@ -32,13 +35,19 @@ __all__ = ["Selection", "Selector", "parted"]
 _SEARCH_EPOCHS = 2
 """Epochs of the search for each epoch of fine-tuning; the warm-up has as many as fine-tuning."""
 
+_STEP_DOWN = 0.95
+"""What limits are multiplied by until the other passes can do the rest."""
+
+Completed = Callable[[fx.GraphModule], None]
+"""Raises InfeasibleError if the other passes cannot bring a network within the budget."""
+
 
 @dataclass(frozen=True)
 class Selection:
     """What was selected.
 
     Attributes:
-        graph: The network, with the supernet's weights.
+        graph: The network, trained if other passes follow.
         policy: The operator of every block.
         notes: What to know of the search.
     """
@@ -54,76 +63,122 @@ class Selector:
 
     Attributes:
         step: The pass.
-        train: Batches of (input, label), of which a fifth trains the architecture.
-        epochs: Epochs of warm-up; the search has twice as many.
-        learning_rate: The weights' highest learning rate.
-        seed: The seed.
-        share: The part of the way to the budget that operators go: with k passes each takes a k-th of it, as a factor.
+        tuning: How networks are trained: the warm-up has its epochs, the search twice as many, and what was selected
+            as many again, the supernet as its teacher, before other passes go on from there.
+        alone: Whether no other pass follows.
+        folder: Where checkpoints are; None for none.
+        show: Told of the epochs.
     """
 
     step: SelectOperators
-    train: Loader | None
-    epochs: int
-    learning_rate: float
-    seed: int
-    share: float
+    tuning: Tuning
+    alone: bool
+    folder: Path | None
+    show: Progress
 
     def select(
-        self,
-        graph: fx.GraphModule,
-        target: Target,
-        budgets: Mapping[str, float],
-        original: Mapping[str, float],
-        folder: Path | None,
-        show: Progress,
+        self, graph: fx.GraphModule, target: Target, limits: Mapping[str, float], completed: Completed
     ) -> Selection:
-        """Train a supernet of ``graph`` and derive the most probable network within this pass's share of the budgets.
+        """Train a supernet of ``graph`` and derive the most probable network within limits.
+
+        Where the cheapest candidates do not reach a limit, and other passes follow, the search goes as far as they do;
+        where the others cannot do the rest, a cheaper network is derived.
 
         Args:
             graph: The original graph.
             target: The target.
-            budgets: The limits of the final network, by metric.
-            original: What the original costs in these metrics.
-            folder: Where the supernet's checkpoint is; None for none.
-            show: Told of the epochs.
+            limits: What this pass may leave, by metric.
+            completed: Looks whether the others can do the rest.
 
         Raises:
             DataError: If there is nothing to train on.
             PassError: If the graph has no block to choose an operator for.
-            InfeasibleError: If no architecture is within the budgets and no other pass follows.
+            InfeasibleError: If no architecture is within the limits, or the other passes cannot do the rest even of the
+                cheapest; before anything is trained.
         """
-        if self.train is None:
+        train = self.tuning.train
+        if train is None:
             raise DataError("select-operators trains a supernet; give train, a loader of (input, label).")
-        batch = target.capabilities.batch
-        workload = lower_operators(graph, self.step, batch)
+        workload = lower_operators(graph, self.step, target.capabilities.batch)
         workload.prepare(target)
         table = workload.table(target)
-        limits = {}
-        for metric, limit in budgets.items():
-            own = original[metric] * min(1.0, limit / original[metric]) ** self.share
-            least = ExpectedCost(table, metric).least
-            limits[metric] = max(own, least) if self.share < 1.0 else own
         supernet = Supernet(graph, self.step)
-        weights, architecture = split(self.train, seed=self.seed)
-        found = train_supernet(
+        wanted = limits
+        if not self.alone:
+            wanted = {metric: max(limit, ExpectedCost(table, metric).least) for metric, limit in limits.items()}
+            if limits:
+                completed(supernet.derive(_cheapest(supernet, table, limits)))
+        found = self._train(supernet, table, wanted, train)
+        policy = self._within(supernet, table, wanted, completed, found.history[-1].duals)
+        network = fine_tune(
+            supernet,
+            policy,
+            train,
+            epochs=0 if self.alone else self.tuning.epochs,
+            learning_rate=self.tuning.learning_rate,
+            loss=self.tuning.loss,
+            seed=self.tuning.seed,
+            checkpoint=self._place(f"selected-{_storage.digest(policy.to_json())}"),
+            progress=self.show,
+        )
+        check_budget(network, table, wanted, target.capabilities.batch)
+        return Selection(network, policy, found.notes)
+
+    def _train(
+        self, supernet: Supernet, table: OperatorTable, limits: Mapping[str, float], train: Loader
+    ) -> SupernetResult:
+        weights, architecture = split(train, seed=self.tuning.seed)
+        return train_supernet(
             supernet,
             weights,
             architecture,
             table,
             [CostTerm(metric, limit) for metric, limit in limits.items()],
             settings=SupernetSettings(
-                warm_up=max(1, self.epochs),
-                epochs=max(1, _SEARCH_EPOCHS * self.epochs),
-                learning_rate=self.learning_rate,
-                seed=self.seed,
+                warm_up=max(1, self.tuning.epochs),
+                epochs=max(1, _SEARCH_EPOCHS * self.tuning.epochs),
+                learning_rate=self.tuning.learning_rate,
+                seed=self.tuning.seed,
             ),
-            checkpoint=None if folder is None else folder / "supernet",
-            progress=show,
+            checkpoint=self._place("supernet"),
+            progress=self.show,
         )
-        policy = policy_within(supernet, table, limits, duals=found.history[-1].duals)
-        network = fine_tune(supernet, policy, self.train, epochs=0)
-        check_budget(network, table, limits, batch)
-        return Selection(network, policy, found.notes)
+
+    def _within(
+        self,
+        supernet: Supernet,
+        table: OperatorTable,
+        limits: Mapping[str, float],
+        completed: Completed,
+        duals: Sequence[float],
+    ) -> Policy:
+        """The most probable policy within limits, lowered until the others can do the rest."""
+        last = _cheapest(supernet, table, limits) if limits else None
+        while True:
+            try:
+                policy = policy_within(supernet, table, limits, duals=duals)
+            except InfeasibleError:
+                if last is None or self.alone:
+                    raise
+                return last
+            if self.alone or not limits or policy == last:
+                return policy
+            try:
+                completed(supernet.derive(policy))
+            except InfeasibleError:
+                limits = {metric: limit * _STEP_DOWN for metric, limit in limits.items()}
+            else:
+                return policy
+
+    def _place(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
+
+
+def _cheapest(supernet: Supernet, table: OperatorTable, limits: Mapping[str, float]) -> Policy:
+    """The policy of the cheapest candidates, with several metrics by their sum relative to the limits."""
+    costs = sum(table.of(metric)[0] / limit for metric, limit in limits.items())
+    indices = [row[:size].argmin() for row, size in zip(costs, supernet.space.sizes, strict=True)]  # type: ignore[arg-type]
+    return supernet.space.decode(indices)
 
 
 def parted(passes: tuple[TunablePass, ...]) -> tuple[SelectOperators | None, tuple[TunablePass, ...]]:

@@ -14,7 +14,6 @@ import torch
 from torch import fx, nn
 
 from fxopt import _storage, targets
-from fxopt._applying import Stages
 from fxopt._arguments import (
     PassLike,
     careful,
@@ -25,21 +24,20 @@ from fxopt._arguments import (
     resolve_passes,
     terms_of,
     wanted_objective,
+    wanted_shares,
 )
+from fxopt._course import Course, Judging, Searching
 from fxopt._job import Job
-from fxopt._precision import Quickest
-from fxopt._reporting import build_report, changes_in, export_data, notes_on, operator_lines
+from fxopt._reporting import build_report, export_data, notes_on, operator_lines
 from fxopt._selecting import Selector, parted
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Policy
-from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
+from fxopt.evaluate import Reconstruction
 from fxopt.export import ExportReport, Format, export_onnx, measure
 from fxopt.lowering import lower
 from fxopt.objectives import Objective
-from fxopt.passes import Quantize, TunablePass
-from fxopt.passes._fork import own_copy
-from fxopt.passes.quantize import CALIBRATION_META
+from fxopt.passes import TunablePass
 from fxopt.progress import Progress, reporter
 from fxopt.report import PassLine, Report, curves_beside
 from fxopt.search import SearchResult, engines
@@ -56,7 +54,8 @@ class OptimizationResult:
         model: The optimized graph; trains, and runs under torch.compile.
         policy: The decisions made. Replayed on the original model they rebuild the same graph.
         report: Metrics before and after, budgets, passes, layers.
-        search: The search's trials, or None if there was nothing to search.
+        search: The search's trials, those of the last search if each pass had its own; None if there was nothing to
+            search.
     """
 
     model: fx.GraphModule
@@ -133,6 +132,7 @@ def optimize(
     target: str | os.PathLike[str] | targets.Target = "host",
     budget: Mapping[str, object] | None = None,
     passes: Sequence[PassLike] = ("prune-channels", "quantize"),
+    shares: Mapping[str, float | str] | None = None,
     engine: str = "evolution",
     trials: int = 48,
     objective: Objective | None = None,
@@ -170,8 +170,14 @@ def optimize(
             or an absolute value ("5ms", "2MB", "300M"). None for no limit.
         passes: Names of passes or configured passes, in order. If the target has fewer than 8 bits on offer, "quantize"
             by name chooses ranges of least error and rounds weights by ``RoundWeights``. With "select-operators", which
-            comes first, a supernet is trained on ``train`` (``epochs`` of warm-up, twice as many of search); of k
-            passes it takes the k-th root of the reduction that a budget asks for, and the others take the rest.
+            comes first, a supernet is trained on ``train`` (``epochs`` of warm-up, twice as many of search), and what
+            was selected for ``epochs`` more, the supernet as its teacher.
+        shares: The part of the way to the budget that passes go, by name, from 0 to 1; those that are not named divide
+            equally what is left. Where the shares up to a pass are s and the budget is the part r of the original, the
+            network behind that pass costs at most r ** s of the original. Each pass is then searched on its own, with
+            ``trials`` of its own, on the network that those before it made and that was fine-tuned. A pass that cannot
+            go so far goes as far as it can, and one that leaves too much for the others goes further. None for equal
+            shares with "select-operators", and for one search of all passes together without.
         engine: Name of a search engine. Where bits alone are decided, "exact" is told what each layer loses at each of
             its choices (``fxopt.sensitivity``, by gradients on a few samples); its first policy has the least sum.
         trials: Policies to try.
@@ -181,12 +187,12 @@ def optimize(
         val: Loader of (input, label) to judge a classifier by.
         evaluate: A function of a module, higher is better, in place of ``val``.
         loss: ``loss(output, label)`` for fine-tuning; cross entropy by default.
-        epochs: Epochs of fine-tuning after the search: of the network that was cut, in floats; and of the quantized
+        epochs: Epochs of fine-tuning after a search: of the network that was cut, in floats; and of the quantized
             one, through its quantizers, where something has fewer than 8 bits or nothing but bits was decided.
         learning_rate: Its highest learning rate.
-        fine_tune: Its optimizer and schedule, what it learns from the model as it was (class scores, feature maps,
-            attention maps), and when it ends early. None for SGD under a cosine that learns class scores, or nothing
-            where there is a ``loss`` of your own.
+        fine_tune: Its optimizer and schedule, what it learns from the model as it was, or from the network of selected
+            operators where that is the better one (class scores, feature maps, attention maps), and when it ends early.
+            None for SGD under a cosine that learns class scores, or nothing where there is a ``loss`` of your own.
         trial_epochs: Epochs of fine-tuning in every trial, before it is judged; 0 for none.
         reconstruct: Whether weights behind cut channels are found anew by least squares on ``train``, without training,
             in every trial and at the end; or how.
@@ -217,121 +223,57 @@ def optimize(
     everything = careful(everything, passes, device)
     folder = Path(workdir) if workdir is not None else None
     tuning = Tuning(train, epochs, loss, learning_rate, seed, fine_tune)
-    selecting, chosen = parted(everything)
-    selector = None
-    if selecting is not None:
-        selector = Selector(selecting, train, epochs, learning_rate, seed, 1.0 / len(everything))
     wanted = wanted_objective(objective)
-    job = Job(model, example_inputs, device, chosen, budgets, folder, show, selector)
-    judge = Evaluator(
-        job.graph,
-        chosen,
-        train=train,
-        val=val,
-        evaluate=evaluate,
-        reward=wanted.reward(device, job.workload, job.original),
-        seed=seed,
-        source=(model, example_inputs),
-        made_by=None if selecting is None else selecting.with_policy(job.selected),
-        reconstruct=reconstruct,
-        training=tuning.for_trials(trial_epochs),
-    )
+    terms = terms_of(objective=wanted, reconstruct=reconstruct, trial_epochs=trial_epochs)
+    judging = Judging(val, evaluate, wanted, reconstruct, trial_epochs, (model, example_inputs))
+    searching = Searching(engine, trials, seed, executor, parallel, terms)
+    course = Course(judging, searching, tuning, folder, show)
+    selecting, rest = parted(everything)
+    selector = None if selecting is None else Selector(selecting, tuning, not rest, folder, show)
+    divided = wanted_shares(shares, everything, budgets)
+    job = Job(model, example_inputs, device, rest, budgets, folder, show, selector, divided)
+    groups = tuple((one,) for one in rest) if divided is not None and rest else (rest,)
+    judge = judging.of(job, groups[0], tuning)
     first = judge.rehearse()
     wanted.check(first, "The model before the search")
-    after_selection = job.metrics(job.graph, first)
-    before = after_selection if selector is None else job.metrics(job.source, judge.judge(job.source))
-    tuning.rehearse(job.graph)
-    found = job.search(
-        judge,
-        engine,
-        trials,
-        seed,
-        folder,
-        executor,
-        parallel,
-        show,
-        terms_of(objective=wanted, reconstruct=reconstruct, trial_epochs=trial_epochs),
-    )
-    policy = found.policy if found is not None else job.space.default()
-    if found is not None:
-        wanted.check(judge.score(policy), "The best policy found")
-    steps: list[PassLine] = []
+    before = job.metrics(job.source, first if selecting is None else judge.judge(job.source))
     if selecting is not None:
+        selected = job.metrics(job.graph, first)
+        job.learn_from_better(before.accuracy, first, known=val is not None or evaluate is not None)
         detail = f"operators: {len(job.selected)} blocks"
-        steps.append(PassLine(selecting.name, detail, after_selection.accuracy, after_selection))
-
-    quickest = _built(job, chosen, policy, tuning, judge, reconstruct, example_inputs, steps, folder, show)
-    final, policy = quickest.graph, quickest.policy
-    job.check_budget(final)
-    after = job.metrics(final, steps[-1].accuracy if steps else judge.judge(final))
-    timed = _measured(job.source, final, example_inputs) if verify_on_host else (None, None)
+        course.steps.append(PassLine(selecting.name, detail, first, selected))
+    tuning.rehearse(job.graph)
+    made = course.run(job, groups, judge)
+    job.check_budget(made.graph)
+    after = job.metrics(made.graph, made.score)
+    timed = _measured(job.source, made.graph, example_inputs) if verify_on_host else (None, None)
+    found = made.found[-1] if made.found else None
+    policy = job.selected.merged(made.policy)
     report = build_report(
         title=f"{type(model).__name__} for {device.name}",
         target=device,
         source=job.lowered(job.source),
         workload=job.workload,
-        final=lower(final),
-        policy=policy,
-        budgets=job.budget_lines(final),
+        final=lower(made.graph),
+        policy=made.policy,
+        budgets=job.budget_lines(made.graph),
         before=dataclasses.replace(before, measured_latency_s=timed[0]),
         after=dataclasses.replace(after, measured_latency_s=timed[1]),
-        steps=steps,
+        steps=course.steps,
         graph=job.graph,
         search=found,
         score_name=judge.score_name,
-        notes=(*notes_on(train, val, evaluate, found), *job.notes, *filter(None, (quickest.note,))),
+        notes=(
+            *notes_on(train, val, evaluate, made.found, made.policy or job.selected),
+            *job.notes,
+            *filter(None, (made.note,)),
+        ),
         seed=seed,
         operators=() if selecting is None else operator_lines(selecting.search_space(job.source), job.selected),
         curves=() if folder is None else curves_beside(folder),
     )
-    _storage.explain_other_weights(final)
-    return OptimizationResult(final, job.selected.merged(policy), report, found, everything, example_inputs, job.state)
-
-
-def _built(
-    job: Job,
-    passes: tuple[TunablePass, ...],
-    policy: Policy,
-    tuning: Tuning,
-    judge: Evaluator,
-    reconstruct: bool | Reconstruction,
-    example_inputs: object,
-    steps: list[PassLine],
-    folder: Path | None,
-    show: Progress,
-) -> Quickest:
-    """The graph that a policy makes, fine-tuned and quantized; what was done on the way goes to ``steps``."""
-    floats: list[fx.GraphModule] = []
-    train = tuning.train
-
-    def tune(graph: fx.GraphModule, *, on_grids: bool) -> None:
-        name = f"fine-tune-{'bits-' if on_grids else ''}{job.digest_with(policy)}"
-        place = None if folder is None else folder / name
-        history = tuning(graph, job.source, on_grids=on_grids, judge=judge.judge, checkpoint=place, show=show)
-        if history is not None:
-            step = "fine-tune quantized" if on_grids else "fine-tune"
-            steps.append(job.step(step, tuning.told(history, on_grids=on_grids), graph, judge))
-
-    def between(graph: fx.GraphModule) -> None:
-        cut = [one.name for one in passes if not isinstance(one, Quantize)]
-        if cut:
-            steps.append(job.step(", ".join(cut), changes_in(job.space, policy), graph, judge))
-        if stages(policy).in_floats:
-            tune(graph, on_grids=False)
-        floats.append(graph)
-
-    def stages(policy: Policy) -> Stages:
-        return Stages.of(policy, changed=len(job.selected) > 0)
-
-    copy = own_copy(job.graph)
-    final = apply_policy(copy, passes, policy, calibration=train, reconstruct=reconstruct, between=between).eval()
-    found = job.not_slower(final, floats[0], policy, passes, train, example_inputs, folder, show)
-    source = found.graph.meta.get(CALIBRATION_META, {}).get("source")
-    if source is not None and CALIBRATION_META not in job.graph.meta:
-        steps.append(job.step("quantize", f"calibrated on: {source}", found.graph, judge))
-    if stages(found.policy).on_grids:
-        tune(found.graph, on_grids=True)
-    return found
+    _storage.explain_other_weights(made.graph)
+    return OptimizationResult(made.graph, policy, report, found, everything, example_inputs, job.state)
 
 
 def _measured(before: fx.GraphModule, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:

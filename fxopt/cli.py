@@ -173,6 +173,10 @@ def optimize(
         Optional[str],  # noqa: UP045
         typer.Option(help="Passes, separated by commas; by default prune-channels,quantize.", show_default=False),
     ] = None,
+    share: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="pass=part of the way to the budgets, such as quantize=50%; may be repeated."),
+    ] = None,
     engine: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Search engine; by default evolution.", show_default=False),
@@ -238,13 +242,14 @@ def optimize(
     as_json: Json = False,
 ) -> None:
     """Optimize a model within budgets, export it to ONNX and check the file. Run again to resume."""
-    from fxopt._cli.recipe import Options, parse_budgets, read_recipe, split_passes
+    from fxopt._cli.recipe import Options, parse_budgets, parse_shares, read_recipe, split_passes
 
     given: dict[str, Any] = {
         "model": model,
         "target": target,
         "budget": parse_budgets(budget or ()),
         "passes": split_passes(passes) if passes is not None else None,
+        "shares": parse_shares(share or ()),
         "engine": engine,
         "trials": trials,
         "epochs": epochs,

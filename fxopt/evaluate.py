@@ -106,7 +106,7 @@ class Evaluator:
             :mod:`fxopt.objectives`.
         seed: Seed of the random inputs, and of torch's generator while the batches are read.
         source: The model that ``gm`` was traced from and its example inputs, for trials in other processes.
-        made_by: The pass that made ``gm`` of that model's graph, if one did; other processes do the same, and are given
+        made_by: The passes that made ``gm`` of that model's graph, in order; other processes do the same, and are given
             the weights.
         reconstruct: Whether weights behind cut channels are found anew by least squares, or how; see
             :func:`apply_policy`.
@@ -132,14 +132,14 @@ class Evaluator:
         reward: Callable[[float, Policy], float] | None = None,
         seed: int = 0,
         source: tuple[nn.Module, Any] | None = None,
-        made_by: TunablePass | None = None,
+        made_by: Sequence[TunablePass] = (),
         reconstruct: bool | Reconstruction = True,
         training: Training | None = None,
     ) -> None:
         _check_way(reconstruct)
         self._gm: fx.GraphModule | None = gm
         self._source = source
-        self._made_by = made_by
+        self._made_by = tuple(made_by)
         self._weights: dict[str, torch.Tensor] | None = None
         self._passes = tuple(passes)
         self._evaluate = evaluate
@@ -252,7 +252,7 @@ class Evaluator:
         if self._source is None:
             raise SearchError("This evaluation cannot leave its process; give an executor of threads.")
         kept = {name: value for name, value in self.__dict__.items() if name != "_rewriting"}
-        if self._made_by is not None and self._weights is None:
+        if self._made_by and self._weights is None:
             kept["_weights"] = {name: one.detach() for name, one in self._graph().state_dict().items()}
         return {**kept, "_gm": None, "_val": self._part, "_scores": {}, "_reconstructor": None, "_shared": None}
 
@@ -273,9 +273,10 @@ class Evaluator:
             raise SearchError("This evaluation has neither graph nor model; make it anew.")
         model, inputs = self._source
         graph: fx.GraphModule = Canonicalize()(trace(model.eval(), inputs)).graph_module
-        if self._made_by is None:
+        if not self._made_by:
             return graph
-        graph = self._made_by(graph).graph_module
+        for one in self._made_by:
+            graph = one(graph).graph_module
         graph.load_state_dict(self._weights or {})
         return graph.eval()
 

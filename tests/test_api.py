@@ -275,7 +275,7 @@ def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         pytest.fail("a search or a training was begun")
 
-    monkeypatch.setattr("fxopt._job.run_search", refuse)
+    monkeypatch.setattr("fxopt._course.run_search", refuse)
     monkeypatch.setattr("fxopt._tuning.fit", refuse)
 
 

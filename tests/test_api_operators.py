@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fxopt
 from fxopt import models
-from fxopt.errors import DataError, PassError
-from fxopt.passes import PruneChannels, SelectOperators
+from fxopt.api import OptimizationResult
+from fxopt.errors import BudgetError, DataError, InfeasibleError, PassError
+from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, SelectOperators, TunablePass
+from fxopt.progress import Silent
 from tests.optimizing import InProcess, make_batches, optimize, outcome
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 STEP = SelectOperators(patterns=("inverted-residual",), kernels=(3, 5), expansions=(2, 3))
+
+DATA = make_batches(3)
+SHARES = {"select-operators": 0.5, "prune-channels": 0.25}
 
 
 def make() -> torch.nn.Module:
@@ -25,13 +31,14 @@ def make() -> torch.nn.Module:
 
 def test_operators_channels_and_bits_within_one_budget(tmp_path: Path) -> None:
     model = make()
-    data = make_batches(5)
+    data = make_batches(3)
     result = optimize(
         model,
         EXAMPLE,
         passes=(STEP, PruneChannels(round_to=4), "quantize"),
         budget={"macs": 0.7},
         target="pixel1",
+        trials=2,
         train=data,
         val=data,
         workdir=tmp_path / "work",
@@ -45,6 +52,97 @@ def test_operators_channels_and_bits_within_one_budget(tmp_path: Path) -> None:
     again = fxopt.load(tmp_path / "saved", make())
     assert torch.equal(again(EXAMPLE), result.model(EXAMPLE))
     assert (tmp_path / "work" / "supernet.safetensors").exists()
+    assert [line.name for line in result.report.passes[:3]] == ["select-operators", "prune-channels", "fine-tune"]
+
+
+def three(folder: Path | None = None, model: torch.nn.Module | None = None, **options: Any) -> OptimizationResult:
+    """Operators, channels and bits for a machine of few bits."""
+    known: dict[str, Any] = {
+        "passes": (STEP, PruneChannels(round_to=4), Quantize()),
+        "budget": {"latency": 0.6},
+        "target": "zynq7020",
+        "shares": SHARES,
+        "trials": 2,
+        "train": DATA,
+        "val": DATA,
+        "workdir": folder,
+    }
+    return optimize(make() if model is None else model, EXAMPLE, **(known | options))
+
+
+def test_each_pass_is_under_its_share(whole: OptimizationResult) -> None:
+    first = whole.report.before.latency_s
+    costs = {line.name: line.metrics.latency_s / first for line in whole.report.passes if line.metrics is not None}
+    assert costs["select-operators"] <= 0.6**0.5 * (1 + 1e-9)
+    assert costs["prune-channels"] <= 0.6**0.75 * (1 + 1e-9)
+    assert whole.report.after.latency_s <= 0.6 * first * (1 + 1e-9)
+    assert {kind for kind, _ in whole.policy} == {"operator", "channels", "bits"}
+
+
+def test_a_policy_replays_by_single_passes(whole: OptimizationResult) -> None:
+    graph = Canonicalize()(fxopt.trace(make(), EXAMPLE)).graph_module
+    for one in (STEP, PruneChannels(), FoldBatchNorm(), Quantize()):
+        made = one.with_policy(whole.policy) if isinstance(one, TunablePass) else one
+        graph = made(graph).graph_module
+    assert graph.code == whole.model.code
+    shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (graph, whole.model)]
+    assert shapes[0].keys() <= shapes[1].keys()
+    assert all(shapes[1][name] == shape for name, shape in shapes[0].items())
+
+
+STEPS = ("supernet", "training what was selected", "search", "fine-tuning", "fine-tuning quantized")
+
+
+class Killing(Silent):
+    """Ends the run when a task is as far as it is told."""
+
+    def __init__(self, task: str, at: int = 1) -> None:
+        self.task, self.left = task, at
+
+    def advance(self, task: str, n: int = 1, note: str = "") -> None:
+        self.left -= task == self.task
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def test_resumed_equals_uninterrupted_wherever_it_stops(tmp_path: Path, whole: OptimizationResult) -> None:
+    for task in STEPS:
+        with pytest.raises(KeyboardInterrupt):
+            three(tmp_path, progress=Killing(task))
+    again = three(tmp_path)
+    assert again.policy.to_json() == whole.policy.to_json()
+    assert torch.equal(again.model(EXAMPLE), whole.model(EXAMPLE))
+
+
+@pytest.fixture(scope="module")
+def whole() -> OptimizationResult:
+    return three()
+
+
+def test_what_no_passes_can_reach_is_told_before_the_supernet() -> None:
+    with pytest.raises(InfeasibleError, match="budget"):
+        three(budget={"latency": 0.01}, progress=Killing("supernet", 1))
+
+
+def test_shares_without_operators_search_pass_by_pass() -> None:
+    told: dict[str, Any] = {"target": "zynq7020", "train": DATA, "val": DATA, "budget": {"latency": 0.7}, "trials": 1}
+    step = PruneChannels(round_to=4)
+    result = optimize(make(), EXAMPLE, passes=(step, Quantize()), shares={"quantize": "40%"}, **told)
+    costs = [line.metrics.latency_s for line in result.report.passes if line.metrics is not None]
+    assert costs[0] <= 0.7**0.6 * result.report.before.latency_s * (1 + 1e-9)
+    assert {kind for kind, _ in result.policy} == {"channels", "bits"}
+    # A pass with nothing to decide leaves the whole way to the others.
+    step = PruneChannels(ignore=("*",))
+    result = optimize(make(), EXAMPLE, passes=(step, Quantize()), shares={"prune-channels": 0.9}, **told)
+    assert result.report.after.latency_s <= 0.7 * result.report.before.latency_s * (1 + 1e-9)
+    assert [line.name for line in result.report.passes] == ["quantize", "fine-tune quantized"]
+
+
+def test_shares_that_do_not_go() -> None:
+    with pytest.raises(BudgetError, match="give a budget"):
+        optimize(make(), EXAMPLE, passes=("prune-channels", "quantize"), shares={"quantize": 0.5})
+    with pytest.raises(BudgetError, match="sum to"):
+        three(shares={"quantize": 0.6, "prune-channels": 0.6})
 
 
 def test_operators_alone() -> None:

@@ -26,8 +26,3 @@ CHANNELS = {("channels", "a"): 4}
 )
 def test_a_network_is_trained_where_it_was_changed_last(choices: Any, in_floats: bool, on_grids: bool) -> None:
     assert Stages.of(Policy(choices)) == Stages(in_floats, on_grids)
-
-
-def test_a_network_of_chosen_operators_has_changed_already() -> None:
-    assert Stages.of(Policy({("bits", "a"): (8, 8)}), changed=True) == Stages(True, False)
-    assert Stages.of(Policy({("bits", "a"): (4, 4)}), changed=True) == Stages(True, True)

@@ -68,7 +68,7 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     if wanted is not None:
         wanted.check(first, "The model before the search")
     chosen = list(names) or search.installed()
-    told = {name: job.told(name, judge, folder, progress) for name in chosen}
+    told = {name: job.told(name, judge) for name in chosen}
     task = "comparing"
     progress.start(task, len(chosen) * seeds * options.trials)
     found = search.compare(

@@ -32,7 +32,7 @@ def check_names(options: Options) -> None:
         FxoptError: Naming the nearest known name, or what a budget or an option looks like.
     """
     from fxopt import passes, targets
-    from fxopt.decisions import Budget
+    from fxopt.decisions import Budget, Shares
     from fxopt.search import engines
 
     if options.target != targets.HOST:
@@ -41,6 +41,7 @@ def check_names(options: Options) -> None:
         passes.load(name)
     engines.load(options.engine)
     Budget.parse_all(options.budget)
+    Shares.of(options.passes, options.shares)
     objective_of(options.objective)
     reconstruction_of(options.reconstruct)
     fine_tuning_of(options)
@@ -71,6 +72,7 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         target=options.target,
         budget=options.budget,
         passes=options.passes,
+        shares=options.shares or None,
         engine=options.engine,
         trials=options.trials,
         train=_made(options.train),

@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Options", "parse_budgets", "read_recipe", "split_passes"]
+__all__ = ["Options", "parse_budgets", "parse_shares", "read_recipe", "split_passes"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Options:
         target: Name of the target, or a TOML file.
         budget: Limits by metric.
         passes: Names of passes.
+        shares: Parts of the way to the budgets by name of pass.
         engine: Name of the search engine.
         trials: Policies to try.
         epochs: Epochs of fine-tuning.
@@ -55,6 +56,7 @@ class Options:
     target: str = "host"
     budget: Mapping[str, str | float] = dataclasses.field(default_factory=dict)
     passes: tuple[str, ...] = ("prune-channels", "quantize")
+    shares: Mapping[str, str | float] = dataclasses.field(default_factory=dict)
     engine: str = "evolution"
     trials: int = 48
     epochs: int = 2
@@ -84,6 +86,10 @@ _WAYS = ("optimizer", "schedule", "distill", "scales", "objective", "reconstruct
 _TEXT = ("model", "target", "engine", "train", "val", "evaluate", "loss", "out", *_WAYS)
 _NUMBERS = {"trials": 1, "epochs": 0, "trial_epochs": 0, "seed": 0, "patience": 1}
 _LISTS = ("input", "passes")
+_TABLES = {
+    "budget": '{ latency = "60%", size = "2MB" }',
+    "shares": "{ select-operators = 0.3, quantize = 0.5 }",
+}
 
 
 def read_recipe(path: Path) -> Options:
@@ -116,15 +122,28 @@ def parse_budgets(texts: Sequence[str]) -> dict[str, str | float]:
     Raises:
         BudgetError: If a text has another form, or a metric is given twice.
     """
-    budgets: dict[str, str | float] = {}
+    return _parted(texts, "Budget", "limit", "metric=limit, such as latency=60% or size=2MB")
+
+
+def parse_shares(texts: Sequence[str]) -> dict[str, str | float]:
+    """Shares by pass from ``pass=share`` texts.
+
+    Raises:
+        BudgetError: If a text has another form, or a pass is given twice.
+    """
+    return _parted(texts, "Share", "number", "pass=part, such as quantize=50%")
+
+
+def _parted(texts: Sequence[str], what: str, lacks: str, form: str) -> dict[str, str | float]:
+    found: dict[str, str | float] = {}
     for text in texts:
-        metric, sign, limit = (part.strip() for part in text.partition("="))
-        if not sign or not metric or not limit:
-            raise BudgetError(f"Budget {text!r} has no limit; write metric=limit, such as latency=60% or size=2MB.")
-        if metric in budgets:
-            raise BudgetError(f"The budget for {metric} is given twice, as {budgets[metric]} and {limit}; give one.")
-        budgets[metric] = limit
-    return budgets
+        name, sign, value = (part.strip() for part in text.partition("="))
+        if not sign or not name or not value:
+            raise BudgetError(f"{what} {text!r} has no {lacks}; write {form}.")
+        if name in found:
+            raise BudgetError(f"The {what.lower()} for {name} is given twice, as {found[name]} and {value}; give one.")
+        found[name] = value
+    return found
 
 
 def split_passes(text: str) -> tuple[str, ...]:
@@ -150,7 +169,7 @@ def _checked(name: str, value: Any, where: str) -> Any:
     limits = isinstance(value, dict) and all(
         isinstance(limit, (str, int, float)) and not isinstance(limit, bool) for limit in value.values()
     )
-    return _expect(limits, value, name, 'a table, such as { latency = "60%", size = "2MB" }', where)
+    return _expect(limits, value, name, f"a table, such as {_TABLES[name]}", where)
 
 
 def _expect(fits: object, value: Any, name: str, wanted: str, where: str) -> Any:

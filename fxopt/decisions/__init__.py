@@ -13,6 +13,7 @@ from fxopt.decisions._constraint import Constraint
 from fxopt.decisions._decision import FLOAT_BITS, Capabilities, Choice, Decision, Key
 from fxopt.decisions._placement import PLAIN_PLACEMENT, Placement, operator_key
 from fxopt.decisions._policy import POLICY_SCHEMA, Policy
+from fxopt.decisions._shares import Shares
 from fxopt.decisions._space import SearchSpace
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Placement",
     "Policy",
     "SearchSpace",
+    "Shares",
     "format_quantity",
     "operator_key",
 ]

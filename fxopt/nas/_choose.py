@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,12 +23,14 @@ from fxopt.evaluate import accuracy, recalibrate_batch_norm
 from fxopt.lowering import OperatorTable, lower
 from fxopt.nas._supernet import Supernet, choose_path, encoded
 from fxopt.search.solver import solve
+from fxopt.progress import Progress, Silent
 from fxopt.training import Loss, fit
 
 __all__ = ["PathScore", "check_budget", "fine_tune", "policy_within"]
 
 _SETTLING_BATCHES = 8
 _SLACK = 1e-12
+_DERIVED = "training what was selected"
 
 
 class PathScore:
@@ -198,6 +201,8 @@ def fine_tune(
     learning_rate: float = 0.02,
     loss: Loss | None = None,
     seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> fx.GraphModule:
     """Derive a network and train it, the supernet as its teacher.
 
@@ -211,18 +216,34 @@ def fine_tune(
         learning_rate: The highest learning rate.
         loss: ``loss(output, label)``; cross entropy by default.
         seed: Seed of the training.
+        checkpoint: A file without suffix that the same call resumes from; see :func:`fxopt.training.fit`.
+        progress: Told of every epoch.
 
     Returns:
         The trained network, in eval mode.
     """
+    show = progress or Silent()
     network = supernet.derive(policy, keep_weights=keep_weights)
     teacher: nn.Module | None = None
     if distil and epochs:
         teacher = supernet.derive(supernet.most_likely())
         recalibrate_batch_norm(teacher, train, _SETTLING_BATCHES)
-    fit(network, train, epochs=epochs, learning_rate=learning_rate, loss=loss, teacher=teacher, seed=seed)
     if not epochs:
         recalibrate_batch_norm(network, train, _SETTLING_BATCHES)
+        return network.eval()
+    show.start(_DERIVED, epochs)
+    fit(
+        network,
+        train,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        loss=loss,
+        teacher=teacher,
+        checkpoint=checkpoint,
+        seed=seed,
+        progress=lambda epoch, _, value: show.advance(_DERIVED, 1, f"loss {value:.4f}"),
+    )
+    show.finish(_DERIVED)
     return network.eval()
 
 

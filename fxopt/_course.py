@@ -1,0 +1,234 @@
+"""The way of a network from what can be decided to what was made of it: judge, search, build, train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import fx, nn
+
+from fxopt._applying import Stages
+from fxopt._job import Job
+from fxopt._precision import Quickest
+from fxopt._reporting import changes_in
+from fxopt._tuning import Tuning
+from fxopt.data import Loader
+from fxopt.decisions import Constraint, Policy, SearchSpace
+from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
+from fxopt.objectives import Objective
+from fxopt.passes import Quantize, TunablePass
+from fxopt.passes._fork import own_copy
+from fxopt.passes.quantize import CALIBRATION_META
+from fxopt.progress import Progress
+from fxopt.report import PassLine
+from fxopt.search import SearchResult, engines, run_search
+
+__all__ = ["Course", "Judging", "Outcome", "Searching"]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How networks are judged.
+
+    Attributes:
+        val: Batches to judge by, or None.
+        evaluate: A function of a module in place of them, or None.
+        wanted: What is searched for.
+        reconstruct: How weights behind cut channels are found anew.
+        trial_epochs: Epochs of training in every trial.
+        source: The model and its example inputs, for trials in other processes.
+    """
+
+    val: Loader | None
+    evaluate: Callable[[nn.Module], float] | None
+    wanted: Objective
+    reconstruct: bool | Reconstruction
+    trial_epochs: int
+    source: tuple[nn.Module, object]
+
+    def of(self, job: Job, passes: tuple[TunablePass, ...], tuning: Tuning) -> Evaluator:
+        """What scores the policies of some passes about a job's graph."""
+        return Evaluator(
+            job.graph,
+            passes,
+            train=tuning.train,
+            val=self.val,
+            evaluate=self.evaluate,
+            reward=self.wanted.reward(job.target, job.workload, job.original),
+            seed=tuning.seed,
+            source=self.source,
+            made_by=job.made_by,
+            reconstruct=self.reconstruct,
+            training=tuning.for_trials(self.trial_epochs),
+        )
+
+
+@dataclass(frozen=True)
+class Searching:
+    """How policies are searched for.
+
+    Attributes:
+        engine: Name of the engine.
+        trials: Policies to try.
+        seed: The engine's seed.
+        executor: Where trials run, or None.
+        parallel: Trials at a time.
+        terms: What scores depend on besides policy, model and judge.
+    """
+
+    engine: str
+    trials: int
+    seed: int
+    executor: Executor | None
+    parallel: int
+    terms: Mapping[str, str]
+
+    def run(
+        self,
+        job: Job,
+        judge: Evaluator,
+        space: SearchSpace,
+        constraint: Constraint | None,
+        journal: Path | None,
+        show: Progress,
+    ) -> SearchResult | None:
+        """The search; None if there is nothing to decide."""
+        if not len(space):
+            return None
+        task = "search"
+        engine = engines.create(self.engine, space, constraint, self.seed, **job.told(self.engine, judge))
+        show.start(task, self.trials)
+        found = run_search(
+            engine,
+            judge,
+            self.trials,
+            journal=journal,
+            executor=self.executor,
+            parallel=self.parallel,
+            context=job.context(judge, self.terms),
+            progress=lambda state: show.advance(
+                task, 1, f"best {state.best.score:.4f}" if state.best and state.best.score is not None else ""
+            ),
+        )
+        show.finish(task)
+        return found
+
+
+@dataclass
+class Outcome:
+    """What came of a course.
+
+    Attributes:
+        graph: The last network.
+        policy: All decisions of the course.
+        score: The score of the last network.
+        found: The searches, in order.
+        note: What to know of the last network, or nothing.
+    """
+
+    graph: fx.GraphModule
+    policy: Policy
+    score: float
+    found: tuple[SearchResult, ...]
+    note: str
+
+
+@dataclass
+class Course:
+    """From what can be decided to the network that was decided for.
+
+    Attributes:
+        judging: How networks are judged.
+        searching: How policies are searched for.
+        tuning: How networks are trained.
+        folder: Where journals and checkpoints are; None for nowhere.
+        show: Told how far everything is.
+        steps: What was done, and what came of it.
+    """
+
+    judging: Judging
+    searching: Searching
+    tuning: Tuning
+    folder: Path | None
+    show: Progress
+    steps: list[PassLine] = field(default_factory=list)
+
+    def run(self, job: Job, groups: tuple[tuple[TunablePass, ...], ...], judge: Evaluator) -> Outcome:
+        """Decide group after group: search, build and train, and go on from the network that this gives.
+
+        Args:
+            job: What can be decided.
+            groups: Passes that are searched together, in order; all of the job's.
+            judge: Judges the first of them.
+        """
+        found: list[SearchResult] = []
+        policy = Policy({})
+        for number, group in enumerate(groups):
+            last = number == len(groups) - 1
+            space, constraint = (job.space, job.constraint) if last else job.part(group[0])
+            if not last and not len(space):
+                continue
+            if number:
+                judge = self.judging.of(job, group, self.tuning)
+                judge.rehearse()
+            search = self.searching.run(job, judge, space, constraint, self._journal(job, group, number), self.show)
+            found += [] if search is None else [search]
+            own = space.default() if search is None else search.policy
+            if search is not None:
+                self.judging.wanted.check(judge.score(own), "The best policy found")
+            built = self._built(job, group, own, judge)
+            policy = policy.merged(built.policy)
+            if not last:
+                rest = tuple(one for later in groups[number + 1 :] for one in later)
+                job = job.after(built.graph, group[0].with_policy(built.policy), rest)
+        score = self.steps[-1].accuracy if self.steps else None
+        return Outcome(
+            built.graph, policy, judge.judge(built.graph) if score is None else score, tuple(found), built.note
+        )
+
+    def _journal(self, job: Job, group: tuple[TunablePass, ...], number: int) -> Path | None:
+        if self.folder is None:
+            return None
+        # Which network a later search is about depends on what an earlier one found.
+        return self.folder / (f"journal-{group[0].name}-{job.digest}.jsonl" if number else "journal.jsonl")
+
+    def _built(self, job: Job, passes: tuple[TunablePass, ...], policy: Policy, judge: Evaluator) -> Quickest:
+        """The graph that a policy makes, fine-tuned and quantized."""
+        floats: list[fx.GraphModule] = []
+        train = self.tuning.train
+
+        def between(graph: fx.GraphModule) -> None:
+            cut = [one.name for one in passes if not isinstance(one, Quantize)]
+            if cut:
+                self.steps.append(job.step(", ".join(cut), changes_in(job.space, policy), graph, judge))
+            if Stages.of(policy).in_floats:
+                self._tune(job, graph, policy, judge, on_grids=False)
+            floats.append(graph)
+
+        made = apply_policy(
+            own_copy(job.graph),
+            passes,
+            policy,
+            calibration=train,
+            reconstruct=self.judging.reconstruct,
+            between=between,
+        ).eval()
+        found = job.not_slower(made, floats[0], policy, train)
+        source = found.graph.meta.get(CALIBRATION_META, {}).get("source")
+        if source is not None and CALIBRATION_META not in job.graph.meta:
+            self.steps.append(job.step("quantize", f"calibrated on: {source}", found.graph, judge))
+        if Stages.of(found.policy).on_grids:
+            self._tune(job, found.graph, found.policy, judge, on_grids=True)
+        return found
+
+    def _tune(self, job: Job, graph: fx.GraphModule, policy: Policy, judge: Evaluator, *, on_grids: bool) -> None:
+        name = f"fine-tune-{'bits-' if on_grids else ''}{job.digest_with(policy)}"
+        place = None if self.folder is None else self.folder / name
+        history = self.tuning(
+            graph, job.teacher, on_grids=on_grids, judge=judge.judge, checkpoint=place, show=self.show
+        )
+        if history is not None:
+            step = "fine-tune quantized" if on_grids else "fine-tune"
+            self.steps.append(job.step(step, self.tuning.told(history, on_grids=on_grids), graph, judge))
