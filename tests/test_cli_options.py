@@ -251,3 +251,29 @@ def test_explain_cuts_attention_as_it_is_told(tmp_path: Path) -> None:
     refused = run("explain", model, "--attention", "depth")
     assert refused.exit_code == 1
     assert "by 'heads' or by 'width'" in refused.stderr
+
+
+def test_shares_come_from_words_and_recipes(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def stop(*_: object, **options: Any) -> None:
+        seen.append(options["shares"])
+        raise FxoptError("enough")
+
+    monkeypatch.setattr(api, "optimize", stop)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('budget = { macs = "60%" }\nshares = { quantize = 0.25 }\n', encoding="utf-8")
+    words = ("optimize", f"{file}:small", "--recipe", str(recipe), "--target", "pixel1", "--out", str(tmp_path / "out"))
+    assert run(*words).exit_code == 1
+    assert run(*words, "--share", "quantize=50%").exit_code == 1
+    assert seen == [{"quantize": 0.25}, {"quantize": "50%"}]
+    for share, told in (
+        ("quantize", "write pass=part"),
+        ("quantise=0.5", "Did you mean 'quantize'"),
+        ("quantize=2", "from 0 to 1"),
+    ):
+        result = run(*words, "--share", share)
+        assert result.exit_code == 1
+        assert told in " ".join(result.stderr.split())
+    recipe.write_text("shares = 0.5\n", encoding="utf-8")
+    assert "has to be a table" in run(*words).stderr
