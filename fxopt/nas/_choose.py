@@ -22,8 +22,8 @@ from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import accuracy, recalibrate_batch_norm
 from fxopt.lowering import OperatorTable, lower
 from fxopt.nas._supernet import Supernet, choose_path, encoded
-from fxopt.search.solver import solve
 from fxopt.progress import Progress, Silent
+from fxopt.search.solver import solve
 from fxopt.training import Loss, fit
 
 __all__ = ["PathScore", "check_budget", "fine_tune", "policy_within"]
