@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -124,7 +125,7 @@ class Outcome:
         graph: The last network.
         policy: All decisions of the course.
         score: The score of the last network.
-        found: The searches, in order.
+        found: The searches, in order; their policies hold what earlier ones have decided, too.
         note: What to know of the last network, or nothing.
     """
 
@@ -174,7 +175,7 @@ class Course:
                 judge = self.judging.of(job, group, self.tuning)
                 judge.rehearse()
             search = self.searching.run(job, judge, space, constraint, self._journal(job, group, number), self.show)
-            found += [] if search is None else [search]
+            found += [] if search is None else [_completed(search, policy)]
             own = space.default() if search is None else search.policy
             if search is not None:
                 self.judging.wanted.check(judge.score(own), "The best policy found")
@@ -232,3 +233,9 @@ class Course:
         if history is not None:
             step = "fine-tune quantized" if on_grids else "fine-tune"
             self.steps.append(job.step(step, self.tuning.told(history, on_grids=on_grids), graph, judge))
+
+
+def _completed(search: SearchResult, decided: Policy) -> SearchResult:
+    """A search with policies that hold what was decided before it."""
+    trials = tuple(dataclasses.replace(trial, policy=decided.merged(trial.policy)) for trial in search.trials)
+    return dataclasses.replace(search, trials=trials, best=trials[search.trials.index(search.best)])

@@ -270,7 +270,7 @@ def optimize(
         ),
         seed=seed,
         operators=() if selecting is None else operator_lines(selecting.search_space(job.source), job.selected),
-        curves=() if folder is None else curves_beside(folder),
+        curves=() if folder is None or len(made.found) > 1 else curves_beside(folder),
     )
     _storage.explain_other_weights(made.graph)
     return OptimizationResult(made.graph, policy, report, found, everything, example_inputs, job.state)
