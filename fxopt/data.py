@@ -188,7 +188,7 @@ def first_batch(loader: Loader, what: str) -> Any:
         )
     batch = next(read(loader, what, 1), None)
     if batch is None:
-        raise DataError(f"{what} yields nothing; give a loader with at least one batch.")
+        raise DataError(f"{what} yields nothing; give a loader with at least one batch, every time that it is read.")
     for part, name in zip(split_batch(batch, what), ("inputs", "labels"), strict=True):
         for leaf in pytree.tree_leaves(part):
             if isinstance(leaf, torch.Tensor):

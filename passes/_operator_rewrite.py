@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.errors import FxoptError, PassError
-from fxopt.graph import edit, ops
+from fxopt.graph import edit, ops, propagate
 from fxopt.graph import trace as trace_graph
 from fxopt.passes._operator_patterns import Block
 from fxopt.passes._operators import IDENTITY, ORIGINAL, OWN, ZERO, Shape, SqueezeExcite, build, fits, is_custom
@@ -148,6 +148,8 @@ def _inline(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.Node, af
 
 def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.Node, after: fx.Node) -> fx.Node:
     """Copy the nodes of any module's own graph."""
+    if "val" not in value.meta:
+        propagate(gm)
     sizes = (_EXAMPLE_BATCH, *edit.shape(value)[1:])
     inner = trace_graph(module.eval(), torch.zeros(sizes))
     names: dict[fx.Node, fx.Node] = {}

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from fxopt.data import Loader, first_batch, read
-from fxopt.decisions import Policy
+from fxopt.decisions import Policy, format_quantity
 from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import accuracy, recalibrate_batch_norm
 from fxopt.lowering import OperatorTable, lower
@@ -257,7 +257,10 @@ def _infeasible(supernet: Supernet, table: OperatorTable, limits: Mapping[str, f
     if least[metric] <= limits[metric] * (1.0 + _SLACK):
         what = f"No architecture meets the limits {dict(limits)} together, though each can be met alone."
     else:
-        what = f"The cheapest architecture has a {metric} of {least[metric]:g}, over the limit of {limits[metric]:g}."
+        what = (
+            f"The cheapest architecture has a {metric} of {format_quantity(metric, least[metric])}, over the limit of "
+            f"{format_quantity(metric, limits[metric])}."
+        )
     return InfeasibleError(
         f"{what} Raise a limit, or offer cheaper candidates.",
         metric=metric,

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from fxopt.decisions import format_quantity
 from fxopt.errors import BudgetError, InfeasibleError, UnknownNameError
 from fxopt.lowering import OperatorTable
 
@@ -130,8 +131,10 @@ class Cost:
         for term, expected in zip(self.terms, self.expected, strict=True):
             if term.form == "budget" and expected.least > term.reference:
                 raise InfeasibleError(
-                    f"The cheapest architecture has a {term.metric} of {expected.least:g}, over the {term.reference:g} "
-                    "asked for. Raise the budget, or offer cheaper candidates.",
+                    f"The cheapest architecture has a {term.metric} of "
+                    f"{format_quantity(term.metric, expected.least)}, over the "
+                    f"{format_quantity(term.metric, term.reference)} asked for. Raise the budget, or offer cheaper "
+                    "candidates.",
                     metric=term.metric,
                     limit=term.reference,
                     least=expected.least,

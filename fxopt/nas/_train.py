@@ -285,6 +285,11 @@ class _Run:
         self.optimizer.zero_grad()
         loss = self._loss(self._workers.net, batch, "train", settings.label_smoothing)
         value = self._finite(float(self._workers.mean(loss.detach())), step, "weights")
+        if not loss.requires_grad:
+            raise FxoptError(
+                f"No parameter of the network of step {step + 1} can be trained; call requires_grad_() on the model's "
+                "parameters, of which a supernet trains all."
+            )
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.sums[0] += value
