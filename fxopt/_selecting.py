@@ -121,7 +121,9 @@ class Selector:
             checkpoint=self._place(f"selected-{_storage.digest(policy.to_json())}"),
             progress=self.show,
         )
-        check_budget(network, table, wanted, target.capabilities.batch)
+        row = supernet.space.encode(policy)[None]
+        told = {metric: max(limit, float(table.score(row, metric)[0])) for metric, limit in wanted.items()}
+        check_budget(network, table, wanted if self.alone else told, target.capabilities.batch)
         return Selection(network, policy, found.notes)
 
     def _train(

@@ -138,6 +138,13 @@ def test_shares_without_operators_search_pass_by_pass() -> None:
     assert [line.name for line in result.report.passes] == ["quantize", "fine-tune quantized"]
 
 
+def test_limits_that_no_network_meets_together_are_left_to_the_other_passes() -> None:
+    shares = {"select-operators": 0.9, "prune-channels": 0.05}
+    result = three(budget={"latency": 0.5, "size": 0.3, "macs": 0.9}, shares=shares, epochs=0)
+    for line in result.report.budgets:
+        assert line.achieved <= line.limit * (1 + 1e-9)
+
+
 def test_shares_that_do_not_go() -> None:
     with pytest.raises(BudgetError, match="give a budget"):
         optimize(make(), EXAMPLE, passes=("prune-channels", "quantize"), shares={"quantize": 0.5})

@@ -1,0 +1,212 @@
+"""Operators, channels and bits together against each part of it, on BitFusion: small networks on Fashion-MNIST.
+
+At each latency, a fraction of that of a MobileNetV2-style network with 8 bits everywhere:
+
+- ``operators``: operators are selected, 8 bits everywhere;
+- ``channels``: operators are selected and channels cut, 8 bits everywhere;
+- ``4 bits``, ``6 bits``: the MobileNetV2-style network at the largest width that fits with these bits everywhere;
+- ``mixed bits``: that of 4 bits, the bits of each layer searched;
+- ``all``: operators, channels and bits, by one call of ``fxopt.optimize``.
+
+Every way sees as many training images in all, those of the supernet counted; accuracy is on all 10,000 test images,
+the latency is that of the last graph. Each result is a line of the file ``--parts``, and a way that was stopped goes on
+from its checkpoints in ``--work``: the same command goes on where it was. All of them are printed as JSON at the end.
+
+    .venv/bin/python benchmarks/three_passes.py --parts three.jsonl --work three > three_passes.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import functools
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from common import fashion
+from common.output import finish, keep_memory, progress
+from common.parts import Parts
+from torch import fx, nn
+
+import fxopt
+from fxopt import models, targets
+from fxopt.decisions import Capabilities, SearchSpace
+from fxopt.evaluate import accuracy
+from fxopt.lowering import lower
+from fxopt.passes import PruneChannels, Quantize, SelectOperators, TunablePass
+from fxopt.training import FineTuning, fit
+
+WAYS = ("operators", "channels", "4 bits", "6 bits", "mixed bits", "all")
+STAGES = ((24, 2), (24, 1), (32, 1), (32, 1), (48, 2), (48, 1))
+"""Channels and stride of the blocks, behind a stem of 16 channels and stride 2."""
+LEAST_ERROR = {"method": "mse"}
+SHARE_OF_ALL = 6
+"""Of the epochs of ``all``, one each: warm-up, two of search, the selected network, the cut one, the quantized one."""
+
+
+@dataclass(frozen=True)
+class SameBits(Quantize):
+    """Quantize everything to the same bits.
+
+    Attributes:
+        everywhere: Bits of weights and activations.
+    """
+
+    everywhere: int = 8
+
+    def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
+        """One choice for every layer."""
+        pair = (self.everywhere, self.everywhere)
+        found = super().search_space(graph_module, capabilities)
+        return SearchSpace(replace(one, choices=(pair,), default=pair) for one in found)
+
+
+def network(width: float, seed: int) -> nn.Module:
+    """A MobileNetV2-style network for 28 x 28 images: expansion 6, kernel 3."""
+    torch.manual_seed(seed)
+    blocks = tuple(models.Block(scaled(outputs, width), 3, 6, stride) for outputs, stride in STAGES)
+    plan = models.Plan(scaled(16, width), blocks, scaled(128, width), 2)
+    return models.MobileNetwork(plan, 10, 1).to(memory_format=torch.channels_last)
+
+
+def scaled(channels: int, width: float) -> int:
+    return max(4, round(channels * width / 4) * 4)
+
+
+@functools.cache
+def quantized_latency(width: float, bits: int) -> float:
+    """Seconds of the MobileNetV2-style network of a width, with these bits everywhere."""
+    target = targets.load("bitfusion")
+    graph = fxopt.trace(network(width, 0).eval(), torch.zeros(2, 1, 28, 28))
+    space = SameBits(everywhere=bits).search_space(graph, target.capabilities)
+    workload = lower(graph, batch=target.capabilities.batch)
+    return float(workload.estimate(target, [space.default()]).latency_s[0])
+
+
+def widest(limit: float, bits: int) -> float:
+    """The largest width within a latency, in steps of a twentieth."""
+    widths = [step / 20 for step in range(4, 31)]
+    return widths[bisect.bisect_right(widths, limit, key=lambda width: quantized_latency(width, bits)) - 1]
+
+
+class Experiment:
+    """One seed."""
+
+    def __init__(self, seed: int, options: argparse.Namespace) -> None:
+        self.seed, self.options = seed, options
+        self.data = fashion.data(128, seed)
+        generator = torch.Generator().manual_seed(seed)
+        self._order = torch.randperm(len(self.data.train.inputs), generator=generator)
+
+    def images(self, share: float = 1.0) -> Any:
+        """Training images, in memory as the network computes them."""
+        chosen = self._order[: round(self.options.samples * share)]
+        inputs = self.data.train.inputs[chosen].contiguous(memory_format=torch.channels_last)
+        return replace(self.data.train, inputs=inputs, labels=self.data.train.labels[chosen], seed=self.seed)
+
+    def optimized(self, model: nn.Module, passes: tuple[TunablePass, ...], limit: float, name: str, train: Any) -> Any:
+        """What the passes make of a model within a latency; held-out images judge."""
+        held = self.data.held_out
+        val = replace(held, inputs=held.inputs[: self.options.judged], labels=held.labels[: self.options.judged])
+        return fxopt.optimize(
+            model,
+            train.inputs[:2],
+            target="bitfusion",
+            budget={"latency": f"{limit!r}s"},
+            passes=passes,
+            engine=self.options.engine,
+            trials=self.options.trials,
+            train=train,
+            val=val,
+            epochs=self.options.epochs,
+            learning_rate=self.options.rate,
+            fine_tune=FineTuning(quantized_rate=self.options.quantized_rate),
+            shares={"quantize": self.options.share} if name.startswith("all") else None,
+            seed=self.seed,
+            workdir=None if self.options.work is None else self.options.work / name,
+            verify_on_host=False,
+        )
+
+    def way(self, name: str, limit: float, label: str) -> dict[str, Any]:
+        """What a way gives at a latency."""
+        start = time.process_time()
+        result = self._way(name, limit, label)
+        counts = {kind: len({*result.policy.of_kind(kind).values()}) for kind in ("operator", "channels", "bits")}
+        return {
+            "accuracy": round(accuracy(result.model, self.data.test), 4),
+            "latency_us": round(result.report.after.latency_s * 1e6, 2),
+            "of_limit": result.report.after.latency_s / limit,
+            "steps": [[line.name, line.accuracy, line.metrics.latency_s] for line in result.report.passes],
+            "policy": {f"{kind} {site}": choice for (kind, site), choice in result.policy.items()},
+            "different_choices": counts,
+            "cpu_s": round(time.process_time() - start, 1),
+        }
+
+    def _way(self, name: str, limit: float, label: str) -> Any:
+        quantize = Quantize(weights=LEAST_ERROR, activations=LEAST_ERROR, rounding=True)  # type: ignore[arg-type]
+        same = SameBits(weights=LEAST_ERROR, activations=LEAST_ERROR, rounding=True)  # type: ignore[arg-type]
+        operators = SelectOperators(patterns=("inverted-residual",), seed=self.seed)
+        passes: dict[str, tuple[TunablePass, ...]] = {
+            "operators": (operators, same),
+            "channels": (operators, PruneChannels(), same),
+            "all": (operators, PruneChannels(), quantize),
+        }
+        if name in passes:
+            # Without a network that is cut there is an epoch less; as many images are seen with more of them in each.
+            train = self.images(SHARE_OF_ALL / 5 if name == "operators" else 1.0)
+            return self.optimized(network(1.0, self.seed), passes[name], limit, label, train)
+        bits = int(name[0]) if name[0].isdigit() else 4
+        model = network(widest(limit, bits), self.seed)
+        train = self.images()
+        fit(
+            model,
+            train,
+            epochs=(SHARE_OF_ALL - 1) * self.options.epochs,
+            learning_rate=self.options.rate,
+            checkpoint=None if self.options.work is None else self.options.work / f"{label}-floats",
+            seed=self.seed,
+        )
+        last = quantize if name == "mixed bits" else replace(same, everywhere=bits)
+        return self.optimized(model, (last,), limit, label, train)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--points", default="0.64,0.45,0.32", help="parts of the latency with 8 bits everywhere")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--samples", type=int, default=5000, help="training images")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of each of six parts of the training")
+    parser.add_argument("--rate", type=float, default=0.1)
+    parser.add_argument("--quantized-rate", type=float, default=0.05, help="of it, through the quantizers")
+    parser.add_argument("--share", type=float, default=1 / 3, help="part of the way that bits go, with all three")
+    parser.add_argument("--engine", default="exact")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--judged", type=int, default=2000, help="held-out images that trials are judged on")
+    parser.add_argument("--parts", type=Path, help="a file to keep results in")
+    parser.add_argument("--work", type=Path, help="a folder for checkpoints")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_memory()
+    parts = Parts(options.parts)
+    whole = quantized_latency(1.0, 8)
+    for seed in map(int, options.seeds.split(",")):
+        experiment = Experiment(seed, options)
+        for point in map(float, options.points.split(",")):
+            for name in options.ways.split(","):
+                label = f"{name.replace(' ', '-')}-{point}-{seed}"
+                found = parts.add(
+                    {"seed": seed, "point": point, "way": name}, experiment.way, name, point * whole, label
+                )
+                progress(f"{label}: {found['accuracy']:.4f} at {found['latency_us']:.1f} us")
+    finish("three_passes", {"all": parts.done}, **{key: str(value) for key, value in vars(options).items()})
+
+
+if __name__ == "__main__":
+    main()
