@@ -382,6 +382,28 @@ def compare_engines(
 
 
 @app.command()
+@guarded()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that optimize wrote, or that was saved.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045 (read at run time, by typer)
+        typer.Option(help="Page or data to write, .html or .json; by default report.html there.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the report of a saved result anew, with the searches that compare-engines ran in the same folder."""
+    with only_json(as_json):
+        from fxopt.report import load
+
+        found = load(folder)
+        written = found.save(out if out is not None else folder / "report.html")
+    if as_json:
+        emit_json({"report": found.to_data(), "out": str(written)})
+        return
+    show(found, f"Report: {written}")
+
+
+@app.command()
 @guarded(resumes=True)
 def calibrate(
     out: Annotated[Path, typer.Option(help="Target file to write, such as my_board.toml.")],

@@ -32,41 +32,34 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         raise FxoptError("There is no model to search; give MODULE:FUNCTION, or model = ... in the recipe.")
     check_names(options)
     from fxopt import search
-    from fxopt._arguments import careful, check_data, load_target, resolve_passes, terms_of
+    from fxopt._arguments import careful, check_data, load_target, resolve_passes, terms_of, wanted_objective
+    from fxopt._course import Judging
     from fxopt._job import Job
+    from fxopt._selecting import Selector, parted
     from fxopt._tuning import Tuning
     from fxopt.decisions import Budget
-    from fxopt.evaluate import Evaluator
 
     for name in names:
         search.engines.load(name)
     model, example = load_model(options.model, options.input)
     folder = Path(options.out)
     target = load_target(options.target, progress)
-    passes = careful(resolve_passes(options.passes), options.passes, target)
-    job = Job(model, example, target, passes, Budget.parse_all(options.budget), folder, progress)
-    if not len(job.space):
-        raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
+    everything = careful(resolve_passes(options.passes), options.passes, target)
     train, val = (None if one is None else call(one) for one in (options.train, options.val))
     evaluate = None if options.evaluate is None else load_function(options.evaluate)
     check_data(train, val, evaluate)
-    wanted, reconstruct = objective_of(options.objective), reconstruction_of(options.reconstruct)
     loss = None if options.loss is None else load_function(options.loss)
     tuning = Tuning(train, options.epochs, loss, options.learning_rate, options.seed, fine_tuning_of(options))
-    judge = Evaluator(
-        job.graph,
-        passes,
-        train=train,
-        val=val,
-        evaluate=evaluate,
-        reward=None if wanted is None else wanted.reward(target, job.workload, job.original),
-        seed=options.seed,
-        reconstruct=reconstruct,
-        training=tuning.for_trials(options.trial_epochs),
-    )
-    first = judge.rehearse()
-    if wanted is not None:
-        wanted.check(first, "The model before the search")
+    selecting, passes = parted(everything)
+    selector = None if selecting is None else Selector(selecting, tuning, not passes, folder, progress)
+    job = Job(model, example, target, passes, Budget.parse_all(options.budget), folder, progress, selector)
+    if not len(job.space):
+        raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
+    wanted = wanted_objective(objective_of(options.objective))
+    reconstruct = reconstruction_of(options.reconstruct)
+    judging = Judging(val, evaluate, wanted, reconstruct, options.trial_epochs, (model, example))
+    judge = judging.of(job, passes, tuning)
+    wanted.check(judge.rehearse(), "The model before the search")
     chosen = list(names) or search.installed()
     told = {name: job.told(name, judge) for name in chosen}
     task = "comparing"

@@ -351,6 +351,12 @@ class Report:
 
         return to_json(self)
 
+    def to_data(self) -> dict[str, Any]:
+        """The report as plain data, as :meth:`to_json` writes it."""
+        from fxopt.report._json import to_data
+
+        return to_data(self)
+
     @classmethod
     def from_json(cls, text: str) -> Report:
         """Read what :meth:`to_json` wrote.

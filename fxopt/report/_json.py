@@ -13,14 +13,19 @@ from typing import Any
 from fxopt.errors import FxoptError
 from fxopt.report._data import Report
 
-__all__ = ["SCHEMA", "from_json", "to_json"]
+__all__ = ["SCHEMA", "from_json", "to_data", "to_json"]
 
 SCHEMA = 1
 
 
 def to_json(report: Report) -> str:
     """The report as JSON. Numbers that are not finite are written as strings, which JSON has no other way for."""
-    return json.dumps({"schema": SCHEMA, **_encode(report)}, indent=1, allow_nan=False)
+    return json.dumps(to_data(report), indent=1, allow_nan=False)
+
+
+def to_data(report: Report) -> dict[str, Any]:
+    """The report as plain data, numbers that are not finite as strings."""
+    return {"schema": SCHEMA, **_encode(report)}
 
 
 def from_json(text: str) -> Report:

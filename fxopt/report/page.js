@@ -47,13 +47,14 @@ for (const form of document.querySelectorAll("form.filters")) {
   apply();
 }
 
+// Empty rather than hidden while there is nothing to tell: what is hidden is not announced.
 const tip = document.getElementById("tip");
 let marked = null;
 
 const leave = () => {
   marked?.classList.remove("at");
   marked = null;
-  tip.hidden = true;
+  tip.textContent = "";
 };
 
 const tell = mark => {
@@ -61,7 +62,6 @@ const tell = mark => {
   marked = mark;
   mark.classList.add("at");
   tip.textContent = mark.dataset.words;
-  tip.hidden = false;
   const at = mark.getBoundingClientRect();
   const left = Math.min(at.right + 10, innerWidth - tip.offsetWidth - 8);
   const above = at.top - tip.offsetHeight - 8;
