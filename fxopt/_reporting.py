@@ -19,7 +19,6 @@ from fxopt.graph.channels import ChannelGroup, analyze
 from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, WeightQuantizer
 from fxopt.lowering import ParametricWorkload
 from fxopt.report import (
-    BoundOf,
     BudgetLine,
     CandidateLine,
     CurveLine,
@@ -29,12 +28,10 @@ from fxopt.report import (
     PassLine,
     Report,
     TargetLine,
-    bounds,
     lagging,
     roofline,
-    slow_lines,
-    time_lines,
 )
+from fxopt.report._bounds import BoundOf, bounds, slow_lines, time_lines
 from fxopt.search import SearchResult
 from fxopt.targets import Estimate, OpKind, Target, Workload
 from fxopt.targets.rows import FLOAT_BITS, macs

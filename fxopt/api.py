@@ -39,7 +39,8 @@ from fxopt.lowering import lower
 from fxopt.objectives import Objective
 from fxopt.passes import TunablePass
 from fxopt.progress import Progress, reporter
-from fxopt.report import PassLine, Report, curves_beside
+from fxopt.report import PassLine, Report
+from fxopt.report._journals import curves_beside
 from fxopt.search import SearchResult, engines
 from fxopt.training import FineTuning
 

@@ -61,3 +61,16 @@ def test_a_model_is_needed() -> None:
     result = CliRunner().invoke(app, ["compare-engines"])
     assert result.exit_code == 1
     assert "MODULE:FUNCTION" in result.stderr
+
+
+def test_engines_are_in_the_report_of_the_same_folder(words: list[str], tmp_path: Path) -> None:
+    run = CliRunner().invoke(app, ["optimize", *words[1:], "--epochs", "0"])
+    assert run.exit_code == 0, run.output
+    compared = CliRunner().invoke(app, [*words, "--engine", "uniform", "--engine", "random"])
+    assert compared.exit_code == 0, compared.output
+    told = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--json"])
+    report = json.loads(told.stdout)["report"]
+    assert [(one["engine"], len(one["curve"])) for one in report["curves"]] == [("random", 4), ("uniform", 4)]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "uniform" in page
+    assert "were not run" not in page

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fxopt._cli.choosing import fine_tuning_of, objective_of, reconstruction_of
 from fxopt._cli.loading import call, load_function, load_model
@@ -45,8 +45,7 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     folder = Path(options.out)
     target = load_target(options.target, progress)
     everything = careful(resolve_passes(options.passes), options.passes, target)
-    train, val = (None if one is None else call(one) for one in (options.train, options.val))
-    evaluate = None if options.evaluate is None else load_function(options.evaluate)
+    train, val, evaluate = _data(options)
     check_data(train, val, evaluate)
     loss = None if options.loss is None else load_function(options.loss)
     tuning = Tuning(train, options.epochs, loss, options.learning_rate, options.seed, fine_tuning_of(options))
@@ -80,6 +79,12 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     )
     progress.finish(task)
     return found
+
+
+def _data(options: Options) -> tuple[Any, Any, Any]:
+    """The loaders and the function that options name; None for what they do not."""
+    train, val = (None if one is None else call(one) for one in (options.train, options.val))
+    return train, val, None if options.evaluate is None else load_function(options.evaluate)
 
 
 def comparison_table(found: Comparison) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fxopt.report._bounds import BoundOf, bounds, slow_lines, time_lines
 from fxopt.report._data import (
     BudgetLine,
     CandidateLine,
@@ -16,12 +15,11 @@ from fxopt.report._data import (
     TargetLine,
     TimeLine,
 )
-from fxopt.report._journals import curves_beside, load
+from fxopt.report._journals import load
 from fxopt.report._roofline import Roofline, RooflinePoint, roofline, save_rooflines
 from fxopt.report._speed import lagging
 
 __all__ = [
-    "BoundOf",
     "BudgetLine",
     "CandidateLine",
     "CurveLine",
@@ -35,12 +33,8 @@ __all__ = [
     "SlowLine",
     "TargetLine",
     "TimeLine",
-    "bounds",
-    "curves_beside",
     "lagging",
     "load",
     "roofline",
     "save_rooflines",
-    "slow_lines",
-    "time_lines",
 ]

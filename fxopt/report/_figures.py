@@ -143,8 +143,8 @@ def _pairs(
     places = range(len(layers))
     width, shift = (0.4, 0.2) if beside else (0.8, 0.0)
     for bars, colour, move in zip(heights, ("before", "after"), (shift, -shift), strict=True):
-        for place, height, text in zip(places, bars, words, strict=True):
-            (bar,) = axes.bar([place + move], [height], width, color=LIGHT[colour], linewidth=0)
+        drawn = axes.bar([place + move for place in places], bars, width, color=LIGHT[colour], linewidth=0)
+        for bar, text in zip(drawn, words, strict=True):
             marks.add(bar, [text])
     axes.grid(visible=False, axis="x")
     axes.set_xlim(-0.8, len(layers) - 0.2)

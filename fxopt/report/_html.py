@@ -14,6 +14,7 @@ from fxopt.report._figures import network_charts
 from fxopt.report._search_figures import search_charts, step_chart
 from fxopt.report._summary import (
     EXPORT_COLUMNS,
+    MISSING,
     STEP_COSTS,
     asked,
     budget_words,
@@ -41,7 +42,8 @@ MOST_LINES = 200
 
 def to_html(report: Report) -> str:
     """The report as one HTML page: styles, script and drawings are in it, nothing is fetched."""
-    steps = step_chart(report)
+    steps, stages = step_chart(report), story(report)
+    told = [index for index in range(len(STEP_COSTS)) if any(stage.costs[index][0] != MISSING for stage in stages)]
     return _template().render(
         report=report,
         light=LIGHT,
@@ -55,8 +57,8 @@ def to_html(report: Report) -> str:
         summary=[(row.label, row.source, row.before, row.after, row.change) for row in summary(report)],
         budgets=[(budget, budget_words(budget)) for budget in report.budgets],
         missed=any(not budget.met for budget in report.budgets),
-        stages=story(report),
-        step_columns=STEP_COSTS,
+        stages=[(stage, [stage.costs[index] for index in told]) for stage in stages],
+        step_columns=[STEP_COSTS[index] for index in told],
         step_charts=() if steps is None else (steps,),
         slow=report.slow,
         network_charts=tuple(network_charts(report)),

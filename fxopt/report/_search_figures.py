@@ -57,7 +57,7 @@ def step_chart(report: Report) -> Chart | None:
         below.set_ylabel("% of the original")
         below.set_ylim(bottom=0.0)
         below.set_xticks(range(len(names)), names)
-        below.legend(ncols=4, loc="lower left")
+        figure.legend(loc="outside upper left", ncols=4)
 
     told = "; ".join(f"{one.name}: {', '.join(one.words)}" for one in steps)
     return chart("steps", "Step by step", told, draw, height=3.6, caption="Costs are predicted for the target.")
@@ -115,7 +115,7 @@ def _progress(report: Report) -> Chart | None:
         axes.set_xlabel("trials")
         axes.set_ylabel("best score so far")
         axes.set_ylim(low, high)
-        axes.legend(loc="lower right", reverse=True)
+        figure.legend(loc="outside upper left", reverse=True, ncols=5)
 
     told = "Best score after each trial; at the end " + ", ".join(
         f"{name} has {_last(curve)}" for name, curve, _ in lines
@@ -179,7 +179,7 @@ def _front_chart(report: Report) -> Chart | None:
         axes.set_ylim(low, high)
         axes.set_xlabel(f"{metric}, {unit}" if metric != "macs" else unit)
         axes.set_ylabel("score")
-        axes.legend(loc="upper left")
+        figure.legend(loc="outside upper left", ncols=4)
 
     told = f"{len(best)} of {len(report.candidates)} policies are on the front: " + "; ".join(map(words, best[:12]))
     if chosen:

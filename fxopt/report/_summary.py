@@ -13,6 +13,7 @@ from fxopt.report._data import BudgetLine, Metrics, Report
 
 __all__ = [
     "EXPORT_COLUMNS",
+    "MISSING",
     "STEP_COSTS",
     "Stage",
     "SummaryRow",
@@ -43,7 +44,9 @@ EXPORT_COLUMNS = ("Layer", "Bits w/a", "In the file", "Kernel in onnxruntime", "
 
 _EXPORT_TABLES = ("layers", "kernels")
 _EXPORT_QUANTITIES = {"file_bytes": ("file size", "size"), "latency_s": ("latency measured on this machine", "latency")}
-_MISSING = "n/a"
+MISSING = "n/a"
+"""What stands for a figure that is not known."""
+
 _BEGINNING = 100
 """Characters of a long text that are told in any case."""
 _END = re.compile(r"[.;,] ")
@@ -92,7 +95,7 @@ class Stage:
     def words(self) -> tuple[str, ...]:
         """The costs in words."""
         pairs = zip(STEP_COSTS, self.costs, strict=True)
-        return tuple(f"{name} {cost}" for name, (cost, _) in pairs if cost != _MISSING)
+        return tuple(f"{name} {cost}" for name, (cost, _) in pairs if cost != MISSING)
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def tiles(report: Report) -> tuple[tuple[str, str, str], ...]:
 def score_words(report: Report, value: float | None) -> str:
     """A score as a reader expects it: a percentage where it is an accuracy."""
     if value is None or math.isnan(value):
-        return _MISSING
+        return MISSING
     return f"{value * 100:.2f}%" if report.score_name == "accuracy" else f"{value + 0.0:.4g}"
 
 
@@ -175,14 +178,14 @@ def budget_words(budget: BudgetLine) -> tuple[str, str, str, str, str]:
 def change_words(before: float | None, after: float | None) -> str:
     """How much more or less ``after`` is than ``before``."""
     if before is None or after is None or not before or not math.isfinite(before) or not math.isfinite(after):
-        return _MISSING
+        return MISSING
     change = (after / before - 1.0) * 100.0
     return "unchanged" if change == 0.0 else f"{change:+.1f}%"
 
 
 def percent(after: float, before: float) -> str:
     """``after`` in percent of ``before``."""
-    return f"{after / before:.0%}" if before and math.isfinite(after / before) else _MISSING
+    return f"{after / before:.0%}" if before and math.isfinite(after / before) else MISSING
 
 
 def story(report: Report) -> tuple[Stage, ...]:
@@ -194,7 +197,7 @@ def story(report: Report) -> tuple[Stage, ...]:
         *((one.name, one.detail, one.accuracy, one.metrics) for one in report.passes),
     ):
         costs = tuple(
-            (_MISSING, "")
+            (MISSING, "")
             if metrics is None
             else (_quantity(metric, pick(metrics)), change_words(pick(last), pick(metrics)) if stages else "")
             for metric, pick in _STAGE_COSTS
@@ -264,8 +267,8 @@ def export_layers(data: Mapping[str, Any] | None) -> tuple[tuple[str, ...], ...]
             str(line["site"]),
             f"{line['weight_bits']}/{line['activation_bits']}",
             format_quantity("size", float(line["stored_bytes"])),
-            str(line["kernel"]) or _MISSING,
-            _MISSING if line["integer"] is None else _arithmetic(bool(line["integer"])),
+            str(line["kernel"]) or MISSING,
+            MISSING if line["integer"] is None else _arithmetic(bool(line["integer"])),
         )
         for line in (data or {}).get("layers", ())
     )
@@ -300,7 +303,7 @@ def _score_row(report: Report) -> SummaryRow:
 
 def _gain(report: Report, before: float | None, after: float | None) -> str:
     if before is None or after is None or not (math.isfinite(before) and math.isfinite(after)):
-        return _MISSING
+        return MISSING
     return f"{(after - before) * 100:+.2f} points" if report.score_name == "accuracy" else f"{after - before:+.4g}"
 
 
@@ -314,7 +317,7 @@ def _shares(before: Metrics, after: Metrics | None) -> dict[str, float]:
 
 
 def _told(change: str) -> bool:
-    return change not in ("", _MISSING, "unchanged")
+    return change not in ("", MISSING, "unchanged")
 
 
 def _score_label(report: Report) -> str:
@@ -322,7 +325,7 @@ def _score_label(report: Report) -> str:
 
 
 def _quantity(metric: str, value: float | None) -> str:
-    return _MISSING if value is None else format_quantity(metric, value)
+    return MISSING if value is None else format_quantity(metric, value)
 
 
 def _budget_verdict(report: Report) -> str:

@@ -138,8 +138,9 @@ def _inlined(svg: bytes, name: str, told: str, marks: Mapping[str, Sequence[str]
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
     _without(root, ("metadata", "style"))
+    named = {element.attrib["id"]: element for element in root.iter() if "id" in element.attrib}
     for identifier, words in marks.items():
-        _name_marks(root, identifier, words)
+        _name_marks(named[identifier], words)
     for element in root.iter():
         element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
     wanted = {found for element in root.iter() for value in element.attrib.values() for found in _WANTED.findall(value)}
@@ -163,8 +164,7 @@ def _without(root: ElementTree.Element, tags: Sequence[str]) -> None:
             parent.remove(child)
 
 
-def _name_marks(root: ElementTree.Element, identifier: str, words: Sequence[str]) -> None:
-    group = next(element for element in root.iter() if element.get("id") == identifier)
+def _name_marks(group: ElementTree.Element, words: Sequence[str]) -> None:
     stored = {id(element) for parent in group.iter("defs") for element in parent.iter()}
     drawn = [one for one in group.iter() if one.tag in ("use", "path") and id(one) not in stored]
     for element, text in zip(drawn, words, strict=True):

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxopt.report import bounds, slow_lines, time_lines
-from fxopt.report._bounds import MOST_SLOW
+from fxopt.report._bounds import MOST_SLOW, bounds, slow_lines, time_lines
 from fxopt.targets import OpKind, Target, Workload, load, make_row, names
 from tests.report.samples import workload
 from tests.targets.oracle import conv

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from fxopt.cli import app
 from fxopt.decisions import Decision, SearchSpace
 from fxopt.errors import FxoptError
-from fxopt.report import Report, curves_beside, load
+from fxopt.report import Report, load
+from fxopt.report._journals import curves_beside
 from fxopt.search import engines, run_search
 from tests.report.samples import report
 
