@@ -200,10 +200,11 @@ def main() -> None:
         experiment = Experiment(seed, options)
         for point in map(float, options.points.split(",")):
             for name in options.ways.split(","):
-                label = f"{name.replace(' ', '-')}-{point}-{seed}"
-                found = parts.add(
-                    {"seed": seed, "point": point, "way": name}, experiment.way, name, point * whole, label
-                )
+                # Results of other shares are others.
+                share = round(options.share, 2) if name == "all" else None
+                key = {"seed": seed, "point": point, "way": name, "share": share}
+                label = f"{name.replace(' ', '-')}-{point}-{seed}" + (f"-{share}" if share else "")
+                found = parts.add(key, experiment.way, name, point * whole, label)
                 progress(f"{label}: {found['accuracy']:.4f} at {found['latency_us']:.1f} us")
     finish("three_passes", {"all": parts.done}, **{key: str(value) for key, value in vars(options).items()})
 
