@@ -166,10 +166,11 @@ def _by_roofs(found: Roofs, seconds: float, work: float, moved: float) -> BoundO
     if not found.peaks:
         return BoundOf("memory" if intensity < _LITTLE_WORK else "compute", f"{words}; the target has no roofs to tell")
     peak, bandwidth = found.peaks[0].macs_per_s, found.bandwidth_bytes_per_s
-    words = f"{work / seconds / peak:.0%} of the peak rate, {words}"
+    reached = work / seconds / peak
+    words = f"{f'{reached:.0%}' if reached >= 0.01 else 'under 1%'} of the peak rate, {words}"
     if bandwidth is None:
         slow = work / peak < _PART * seconds and intensity < _LITTLE_WORK
         return BoundOf("memory" if slow else "compute", words)
     waiting = moved / bandwidth / seconds
-    words += f", which take {min(waiting, 1.0):.0%} of its time to move"
+    words += f"; moving them takes {min(waiting, 1.0):.0%} of its time"
     return BoundOf("memory" if waiting >= _PART else "compute", words)

@@ -22,7 +22,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STORY = Path(__file__).with_name("story.json")
-"""The report of an optimization of operators, channels and bits, with three engines beside it."""
+"""The report of an optimization of operators, channels and bits: scikit-learn's digits on bitfusion."""
 LARGEST = 150_000
 """Bytes of a picture."""
 TALLEST = 900
