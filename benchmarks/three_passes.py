@@ -8,9 +8,11 @@ At each latency, a fraction of that of a MobileNetV2-style network with 8 bits e
 - ``mixed bits``: that of 4 bits, the bits of each layer searched;
 - ``all``: operators, channels and bits, by one call of ``fxopt.optimize``.
 
-Every way sees as many training images in all, those of the supernet counted; accuracy is on all 10,000 test images,
-the latency is that of the last graph. Each result is a line of the file ``--parts``, and a way that was stopped goes on
-from its checkpoints in ``--work``: the same command goes on where it was. All of them are printed as JSON at the end.
+What is selected starts from the MobileNetV2-style network at its full width, trained, as somebody would bring it. The
+networks of fewer bits are trained from scratch, for as many images as that and all that follows it, the supernet's
+counted. Accuracy is on all 10,000 test images, the latency is that of the last graph. Each result is a line of the file
+``--parts``, and a way that was stopped goes on from its checkpoints in ``--work``: the same command goes on where it
+was. All of them are printed as JSON at the end.
 
     .venv/bin/python benchmarks/three_passes.py --parts three.jsonl --work three > three_passes.json
 """
@@ -40,7 +42,7 @@ from fxopt.decisions import Capabilities, SearchSpace
 from fxopt.evaluate import accuracy
 from fxopt.lowering import lower
 from fxopt.passes import PruneChannels, Quantize, SelectOperators, TunablePass
-from fxopt.training import FineTuning, fit
+from fxopt.training import fit
 
 WAYS = ("operators", "channels", "4 bits", "6 bits", "mixed bits", "all")
 STAGES = ((24, 2), (24, 1), (32, 1), (32, 1), (48, 2), (48, 1))
@@ -125,13 +127,20 @@ class Experiment:
             train=train,
             val=val,
             epochs=self.options.epochs,
-            learning_rate=self.options.rate,
-            fine_tune=FineTuning(quantized_rate=self.options.quantized_rate),
+            learning_rate=self.options.tuning_rate,
             shares={"quantize": self.options.share} if name.startswith("all") else None,
             seed=self.seed,
             workdir=None if self.options.work is None else self.options.work / name,
             verify_on_host=False,
         )
+
+    def trained(self, width: float, epochs: int) -> nn.Module:
+        """The MobileNetV2-style network of a width, trained from scratch."""
+        model = network(width, self.seed)
+        work = self.options.work
+        kept = None if work is None else work / f"floats-{width}-{epochs}-{self.seed}"
+        fit(model, self.images(), epochs=epochs, learning_rate=self.options.rate, checkpoint=kept, seed=self.seed)
+        return model.eval()
 
     def way(self, name: str, limit: float, label: str) -> dict[str, Any]:
         """What a way gives at a latency."""
@@ -160,18 +169,10 @@ class Experiment:
         if name in passes:
             # Without a network that is cut there is an epoch less; as many images are seen with more of them in each.
             train = self.images(SHARE_OF_ALL / 5 if name == "operators" else 1.0)
-            return self.optimized(network(1.0, self.seed), passes[name], limit, label, train)
+            return self.optimized(self.trained(1.0, self.options.start), passes[name], limit, label, train)
         bits = int(name[0]) if name[0].isdigit() else 4
-        model = network(widest(limit, bits), self.seed)
-        train = self.images()
-        fit(
-            model,
-            train,
-            epochs=(SHARE_OF_ALL - 1) * self.options.epochs,
-            learning_rate=self.options.rate,
-            checkpoint=None if self.options.work is None else self.options.work / f"{label}-floats",
-            seed=self.seed,
-        )
+        train, epochs = self.images(), self.options.start + (SHARE_OF_ALL - 1) * self.options.epochs
+        model = self.trained(widest(limit, bits), epochs)
         last = quantize if name == "mixed bits" else replace(same, everywhere=bits)
         return self.optimized(model, (last,), limit, label, train)
 
@@ -183,8 +184,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=5000, help="training images")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each of six parts of the training")
-    parser.add_argument("--rate", type=float, default=0.1)
-    parser.add_argument("--quantized-rate", type=float, default=0.05, help="of it, through the quantizers")
+    parser.add_argument("--start", type=int, default=12, help="epochs of the network that is brought")
+    parser.add_argument("--rate", type=float, default=0.1, help="highest learning rate from scratch")
+    parser.add_argument("--tuning-rate", type=float, default=0.04, help="and of what starts from trained weights")
     parser.add_argument("--share", type=float, default=1 / 3, help="part of the way that bits go, with all three")
     parser.add_argument("--engine", default="exact")
     parser.add_argument("--trials", type=int, default=12)

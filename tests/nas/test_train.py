@@ -16,7 +16,8 @@ from fxopt import _files, targets
 from fxopt.decisions import Policy
 from fxopt.errors import DataError, FxoptError, UnknownNameError
 from fxopt.lowering import lower_operators
-from fxopt.nas import CostTerm, Supernet, SupernetResult, SupernetSettings, split, train_supernet
+from fxopt.nas import Cost, CostTerm, Supernet, SupernetResult, SupernetSettings, split, train_supernet
+from fxopt.nas._train import _Run
 from fxopt.progress import Silent
 from tests.nas.toys import between, loader, mobile, mobile_table, table, toy
 
@@ -269,3 +270,20 @@ def test_settings_out_of_range(options: dict[str, Any]) -> None:
         SupernetSettings(**options)
     with pytest.raises(UnknownNameError, match="binary"):
         SupernetSettings(method="binry")
+
+
+def test_the_architecture_moves_as_far_in_a_short_search_as_in_a_long_one() -> None:
+    def rate(**options: Any) -> float:
+        run = _Run(toy(), loader(), loader(16, seed=1), Cost(table(toy()), []), SupernetSettings(**options))
+        return float(run.alpha_optimizer.param_groups[0]["lr"])
+
+    candidates = float(toy().space.sizes.mean())
+    steps = rate(epochs=1000, warm_up=0) * 1000
+    assert rate(epochs=2000, warm_up=0) * 2000 == pytest.approx(steps)
+    assert rate(epochs=1000, warm_up=0, weight_steps=5) * 1000 == pytest.approx(5 * steps)
+    # Two of the candidates move in a step of two gates, all of them in one of the relaxation.
+    assert rate(epochs=1000, warm_up=0, method="relaxed") * candidates == pytest.approx(
+        2 * rate(epochs=1000, warm_up=0)
+    )
+    assert rate(epochs=1) == 0.1
+    assert rate(epochs=1, alpha_learning_rate=0.3) == 0.3
