@@ -159,7 +159,7 @@ class Course:
         table, limits = self.table(device), {"latency": self.limit(device)}
         if method in ("binary", "relaxed"):
             found = self.supernet(method, device)
-            policy = policy_within(found.supernet, table, limits, duals=found.history[-1].duals)
+            policy = policy_within(found.supernet, table, limits, duals=found.duals)
         else:
             policy = self.best_path(method, self.uniform, table, limits)
         return {"operators": list(policy.of_kind("operator").values()), "search_cpu_s": time.process_time() - start}

@@ -109,7 +109,7 @@ class Selector:
             if limits:
                 completed(supernet.derive(_cheapest(supernet, table, limits)))
         found = self._train(supernet, table, wanted, train)
-        policy = self._within(supernet, table, wanted, completed, found.history[-1].duals)
+        policy = self._within(supernet, table, wanted, completed, found.duals)
         network = fine_tune(
             supernet,
             policy,

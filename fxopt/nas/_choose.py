@@ -109,7 +109,7 @@ def policy_within(
         supernet: A supernet whose architecture is trained.
         table: Costs of all candidates.
         limits: Upper limits in SI units, by metric.
-        duals: Dual variables at the end of the search, such as ``history[-1].duals``; none if no cost weighed on it.
+        duals: Dual variables of the search, such as ``SupernetResult.duals``; none if no cost weighed on it.
 
     Raises:
         InfeasibleError: If no policy is within all limits.

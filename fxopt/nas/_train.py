@@ -136,6 +136,11 @@ class SupernetResult:
     notes: tuple[str, ...] = ()
     resumed_at: int = 0
 
+    @property
+    def duals(self) -> list[float]:
+        """The largest dual variable of every term at the end of an epoch: zero where a cost never weighed."""
+        return [max(found) for found in zip(*(epoch.duals for epoch in self.history), strict=True)]
+
 
 def train_supernet(
     supernet: Supernet,

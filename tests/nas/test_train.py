@@ -287,3 +287,12 @@ def test_the_architecture_moves_as_far_in_a_short_search_as_in_a_long_one() -> N
     )
     assert rate(epochs=1) == 0.1
     assert rate(epochs=1, alpha_learning_rate=0.3) == 0.3
+
+
+def test_a_result_tells_how_much_costs_weighed_at_most() -> None:
+    result = trained()
+    assert result.duals == [max(epoch.duals[0] for epoch in result.history)]
+    assert trained(terms=[]).duals == []
+    # A variable may be back at zero when its limit has been met; the network was held back all the same.
+    first, second = (dataclasses.replace(result.history[0], duals=duals) for duals in ([0.5, 0.0], [0.0, 0.2]))
+    assert dataclasses.replace(result, history=[first, second]).duals == [0.5, 0.2]
