@@ -14,61 +14,35 @@ from typing import Annotated, Any, Optional
 import typer
 
 import fxopt
-from fxopt._cli.output import INTERRUPTED, emit_json, guarded, only_json, progress_bars, show
+from fxopt._cli import looking
+from fxopt._cli.output import INTERRUPTED, emit_json, guarded, session, show
+from fxopt._cli.words import (
+    Evaluate,
+    Inputs,
+    Json,
+    MaybeModel,
+    MaybeTarget,
+    Model,
+    Objective,
+    Passes,
+    Quiet,
+    Reconstruct,
+    Train,
+    Val,
+    complete_engine,
+)
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="fxopt",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Optimizes PyTorch models for the hardware they will run on, and proves the ONNX file that comes out.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Inputs = Annotated[
-    Optional[list[str]],  # noqa: UP045 (read at run time, by typer)
-    typer.Option("--input", help="Shape of an example input, such as 1,3,224,224 or 1,128:int64; once per input."),
-]
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODULE:FUNCTION",
-        help="package.module:function or path/file.py:function; returns a model, or (model, example_inputs).",
-    ),
-]
-MaybeModel = Annotated[
-    Optional[str],  # noqa: UP045 (read at run time, by typer)
-    typer.Argument(
-        metavar="MODULE:FUNCTION",
-        help="package.module:function or path/file.py:function; returns a model, or (model, example_inputs).",
-        show_default=False,
-    ),
-]
-
-Train = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader to fine-tune and calibrate on."),
-]
-Val = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(metavar="MODULE:FUNCTION", help="Returns the loader of (input, label) to judge by."),
-]
-Evaluate = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(metavar="MODULE:FUNCTION", help="Takes a module, gives a score; in place of --val."),
-]
-Objective = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="score, the default, or METRIC@SCORE: macs@0.97 for the smallest MACs at a score of 0.97."),
-]
-Reconstruct = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(help="Weights behind cut channels: sequential (the default), moments, which is quicker, or none."),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -95,9 +69,10 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-out"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Train a small network on handwritten digits, optimize it for a phone, export it and check it."""
-    with only_json(as_json), progress_bars(not as_json) as progress:
+    """Show it all: train a digit classifier, optimize, export. Takes a few minutes at most."""
+    with session(as_json, quiet) as progress:
         from fxopt import demo as demonstration
         from fxopt._cli.optimizing import tell
 
@@ -107,79 +82,27 @@ def demo(
         show(f"Accuracy of the ONNX file in onnxruntime: {outcome.onnx_accuracy:.2%}")
 
 
-@app.command()
-@guarded()
-def profile(
-    model: Model,
-    target: Annotated[list[str], typer.Option(help="Name of a target or a TOML file; may be repeated.")],
-    inputs: Inputs = None,
-    roofline: Annotated[
-        Optional[Path],  # noqa: UP045 (read at run time, by typer)
-        typer.Option(help="Draw a roofline of each target into an .svg or .png file.", show_default=False),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Show what a model costs, layer by layer."""
-    with only_json(as_json), progress_bars(not as_json) as progress:
-        from fxopt._cli.costs import profile as cost
-
-        found = cost(model, list(dict.fromkeys(target)), inputs or (), progress)
-        if roofline is not None:
-            found.draw(roofline)
-    if as_json:
-        emit_json(found.to_data())
-        return
-    show(*found.tables(), *(f"{one['target']} is {one['status']}: {one['error']}" for one in found.totals))
-    show(*found.caveats)
-    if roofline is not None:
-        show(f"Drawn: {roofline}")
-
-
-@app.command()
-@guarded()
-def explain(
-    model: Model,
-    keep: Annotated[float, typer.Option(help="Fraction of the channels of every group to keep.")] = 1.0,
-    residual_stream: Annotated[
-        bool, typer.Option("--residual-stream", help="Let the width of a transformer be cut.")
-    ] = False,
-    attention: Annotated[str, typer.Option(help="Cut attention by whole heads, or by the width of each.")] = "heads",
-    inputs: Inputs = None,
-    as_json: Json = False,
-) -> None:
-    """Show which channels of a model can be cut, and what keeps the others from it."""
-    with only_json(as_json):
-        from fxopt._cli.pruning import explain as tell_groups
-        from fxopt.passes import PruneChannels
-
-        step = PruneChannels(residual_stream=residual_stream, attention=attention)
-        found, tables = tell_groups(model, keep, step, inputs or ())
-    emit_json(found) if as_json else show(*tables)
+app.command()(looking.trace)
+app.command()(looking.profile)
 
 
 @app.command()
 @guarded(resumes=True)
 def optimize(
     model: MaybeModel = None,
-    target: Annotated[
-        Optional[str],  # noqa: UP045 (read at run time, by typer)
-        typer.Option(help="Name of a target or a TOML file; by default host, this machine.", show_default=False),
-    ] = None,
+    target: MaybeTarget = None,
     budget: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="metric=limit, such as latency=60%, size=2MB or macs=300M; may be repeated."),
     ] = None,
-    passes: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Passes, separated by commas; by default prune-channels,quantize.", show_default=False),
-    ] = None,
+    passes: Passes = None,
     share: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="pass=part of the way to the budgets, such as quantize=50%; may be repeated."),
     ] = None,
     engine: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Search engine; by default evolution.", show_default=False),
+        typer.Option(help="Search engine; by default evolution.", show_default=False, autocompletion=complete_engine),
     ] = None,
     trials: Annotated[
         Optional[int],  # noqa: UP045
@@ -240,8 +163,9 @@ def optimize(
         typer.Option(min=0, help="Seed of everything random; by default 0.", show_default=False),
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Optimize a model within budgets, export it to ONNX and check the file. Run again to resume."""
+    """Optimize a model within budgets, to a proved ONNX file. Run again to resume."""
     from fxopt._cli.recipe import Options, parse_budgets, parse_shares, read_recipe, split_passes
 
     given: dict[str, Any] = {
@@ -271,12 +195,136 @@ def optimize(
         "seed": seed,
     }
     options = (read_recipe(recipe) if recipe is not None else Options()).changed(given)
-    with only_json(as_json), progress_bars(not as_json) as progress:
+    with session(as_json, quiet) as progress:
         from fxopt._cli.optimizing import optimize as run
         from fxopt._cli.optimizing import tell
 
         result, export = run(options, progress)
     tell(result, export, Path(options.out), as_json=as_json)
+
+
+app.command()(looking.explain)
+
+
+@app.command("compare-engines")
+@guarded(resumes=True)
+def compare_engines(
+    model: MaybeModel = None,
+    engine: Annotated[
+        Optional[list[str]],  # noqa: UP045 (read at run time, by typer)
+        typer.Option(
+            help="A search engine; may be repeated; by default all that are installed.",
+            show_default=False,
+            autocompletion=complete_engine,
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Under how many seeds each engine runs.")] = 1,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="TOML file with the options of optimize; those given here come first.", show_default=False),
+    ] = None,
+    target: MaybeTarget = None,
+    budget: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="metric=limit, such as latency=60%; may be repeated."),
+    ] = None,
+    passes: Passes = None,
+    trials: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Policies that each engine may try; by default 48.", show_default=False),
+    ] = None,
+    train: Train = None,
+    val: Val = None,
+    evaluate: Evaluate = None,
+    objective: Objective = None,
+    reconstruct: Reconstruct = None,
+    inputs: Inputs = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for the journals; by default fxopt-out.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=0, help="The first of the seeds; by default 0.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare search engines on a model. Run again to resume."""
+    from fxopt._cli.recipe import Options, parse_budgets, read_recipe, split_passes
+
+    given: dict[str, Any] = {
+        "model": model,
+        "target": target,
+        "budget": parse_budgets(budget or ()),
+        "passes": split_passes(passes) if passes is not None else None,
+        "trials": trials,
+        "train": train,
+        "val": val,
+        "evaluate": evaluate,
+        "objective": objective,
+        "reconstruct": reconstruct,
+        "input": tuple(inputs or ()),
+        "out": str(out) if out is not None else None,
+        "seed": seed,
+    }
+    options = (read_recipe(recipe) if recipe is not None else Options()).changed(given)
+    with session(as_json, quiet) as progress:
+        from fxopt._cli.comparing import compare, comparison_table
+
+        found = compare(options, list(dict.fromkeys(engine or ())), seeds, progress)
+    emit_json({"trials": found.trials, "engines": found.rows}) if as_json else show(comparison_table(found))
+
+
+@app.command()
+@guarded(resumes=True)
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Target file to write, such as my_board.toml.")],
+    name: Annotated[
+        Optional[str],  # noqa: UP045 (read at run time, by typer)
+        typer.Option(help="Name of the target; by default that of the file.", show_default=False),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads inside an operator.")] = 1,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each operator; more take longer and err less.")] = 100,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure every second operator alone.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this machine and write it as a target file. Uses onnxruntime, no torch. Run again to resume."""
+    from fxopt._cli.calibrating import calibrate as measure
+
+    with session(as_json, quiet) as progress:
+        made = measure(out, progress, name=name, threads=threads, runs=runs, quick=quick)
+    if as_json:
+        emit_json({"name": made.name, "path": str(out), "status": made.status, "error": made.error})
+        return
+    show(f"Wrote {out}: {made.name} is {made.status}. {made.error}")
+
+
+app.command()(looking.targets)
+
+
+@app.command()
+@guarded()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that optimize wrote, or that was saved.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045 (read at run time, by typer)
+        typer.Option(help="Page or data to write, .html or .json; by default report.html there.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show the report of a saved result. Writes it anew, with what compare-engines searched in the same folder."""
+    with session(as_json, quiet):
+        from fxopt.report import load
+
+        found = load(folder)
+        written = found.save(out if out is not None else folder / "report.html")
+    if as_json:
+        emit_json({"report": found.to_data(), "out": str(written)})
+        return
+    show(found, f"Report: {written}")
 
 
 @app.command()
@@ -300,152 +348,18 @@ def export(
     train: Train = None,
     inputs: Inputs = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write a model to an ONNX file, prove it in onnxruntime, and show what runs it there."""
+    """Write a model to an ONNX file and prove it. Shows what runs it in onnxruntime."""
     from fxopt._cli.exporting import export as write
     from fxopt._cli.exporting import tell
 
-    with only_json(as_json):
+    with session(as_json, quiet):
         made = write(model, out, form=form, opset=opset, saved=saved, bits=bits, train=train, inputs=inputs or ())
     tell(made, as_json=as_json)
 
 
-@app.command("compare-engines")
-@guarded(resumes=True)
-def compare_engines(
-    model: MaybeModel = None,
-    engine: Annotated[
-        Optional[list[str]],  # noqa: UP045 (read at run time, by typer)
-        typer.Option(help="A search engine; may be repeated; by default all that are installed.", show_default=False),
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Under how many seeds each engine runs.")] = 1,
-    recipe: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="TOML file with the options of optimize; those given here come first.", show_default=False),
-    ] = None,
-    target: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Name of a target or a TOML file; by default host.", show_default=False),
-    ] = None,
-    budget: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="metric=limit, such as latency=60%; may be repeated."),
-    ] = None,
-    passes: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Passes, separated by commas.", show_default=False),
-    ] = None,
-    trials: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Policies that each engine may try; by default 48.", show_default=False),
-    ] = None,
-    train: Train = None,
-    val: Val = None,
-    evaluate: Evaluate = None,
-    objective: Objective = None,
-    reconstruct: Reconstruct = None,
-    inputs: Inputs = None,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder for the journals; by default fxopt-out.", show_default=False),
-    ] = None,
-    seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="The first of the seeds; by default 0.", show_default=False),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Run several search engines on a model and show them side by side. Run again to resume."""
-    from fxopt._cli.recipe import Options, parse_budgets, read_recipe, split_passes
-
-    given: dict[str, Any] = {
-        "model": model,
-        "target": target,
-        "budget": parse_budgets(budget or ()),
-        "passes": split_passes(passes) if passes is not None else None,
-        "trials": trials,
-        "train": train,
-        "val": val,
-        "evaluate": evaluate,
-        "objective": objective,
-        "reconstruct": reconstruct,
-        "input": tuple(inputs or ()),
-        "out": str(out) if out is not None else None,
-        "seed": seed,
-    }
-    options = (read_recipe(recipe) if recipe is not None else Options()).changed(given)
-    with only_json(as_json), progress_bars(not as_json) as progress:
-        from fxopt._cli.comparing import compare, comparison_table
-
-        found = compare(options, list(dict.fromkeys(engine or ())), seeds, progress)
-    emit_json({"trials": found.trials, "engines": found.rows}) if as_json else show(comparison_table(found))
-
-
-@app.command()
-@guarded()
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that optimize wrote, or that was saved.")],
-    out: Annotated[
-        Optional[Path],  # noqa: UP045 (read at run time, by typer)
-        typer.Option(help="Page or data to write, .html or .json; by default report.html there.", show_default=False),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write the report of a saved result anew, with the searches that compare-engines ran in the same folder."""
-    with only_json(as_json):
-        from fxopt.report import load
-
-        found = load(folder)
-        written = found.save(out if out is not None else folder / "report.html")
-    if as_json:
-        emit_json({"report": found.to_data(), "out": str(written)})
-        return
-    show(found, f"Report: {written}")
-
-
-@app.command()
-@guarded(resumes=True)
-def calibrate(
-    out: Annotated[Path, typer.Option(help="Target file to write, such as my_board.toml.")],
-    name: Annotated[
-        Optional[str],  # noqa: UP045 (read at run time, by typer)
-        typer.Option(help="Name of the target; by default that of the file.", show_default=False),
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads inside an operator.")] = 1,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each operator; more take longer and err less.")] = 100,
-    quick: Annotated[bool, typer.Option("--quick", help="Measure every second operator alone.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure this machine in onnxruntime and write it as a target file. Needs no torch. Run again to resume."""
-    from fxopt._cli.calibrating import calibrate as measure
-
-    with only_json(as_json), progress_bars(not as_json) as progress:
-        made = measure(out, progress, name=name, threads=threads, runs=runs, quick=quick)
-    if as_json:
-        emit_json({"name": made.name, "path": str(out), "status": made.status, "error": made.error})
-        return
-    show(f"Wrote {out}: {made.name} is {made.status}. {made.error}")
-
-
-@app.command()
-@guarded()
-def targets(
-    name: Annotated[
-        Optional[str],  # noqa: UP045 (read at run time, by typer)
-        typer.Argument(help="A target or a TOML file, to be told everything about it.", show_default=False),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """List the targets, or tell everything about one."""
-    from fxopt import targets as known
-    from fxopt._cli.costs import list_targets, targets_table
-
-    if name is not None:
-        text = known.describe(name)
-        emit_json({"name": name, "description": text}) if as_json else show(text)
-        return
-    found = list_targets()
-    emit_json(found) if as_json else show(targets_table(found))
+app.command()(looking.measure)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TextIO, runtime_checkable
 
 from fxopt.errors import FxoptError
 
 if TYPE_CHECKING:
     from rich import progress as rich_progress
 
-__all__ = ["Progress", "RichProgress", "Silent", "reporter"]
+__all__ = ["LineProgress", "Progress", "RichProgress", "Silent", "reporter", "watched"]
 
 
 @runtime_checkable
@@ -37,6 +40,9 @@ class Silent:
         """Do nothing."""
 
     def finish(self, task: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
         """Do nothing."""
 
 
@@ -75,6 +81,83 @@ class RichProgress:
         """Give the terminal back, whatever is still running."""
         for task in tuple(self._tasks):
             self.finish(task)
+
+
+class LineProgress:
+    """Lines with elapsed and remaining time, for a log: when a task begins, when it ends, and now and then between.
+
+    Args:
+        stream: Where to write.
+        every_s: Seconds between two lines of a task, at least.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, stream: TextIO, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._every_s = every_s
+        self._clock = clock
+        self._tasks: dict[str, _Task] = {}
+
+    def start(self, task: str, total: int) -> None:
+        """Say that ``task`` begins."""
+        now = self._clock()
+        self._tasks[task] = _Task(total, now, now)
+        self._say(f"{task}: 0 of {total}")
+
+    def advance(self, task: str, n: int = 1, note: str = "") -> None:
+        """Say how far ``task`` is, if the last line is old enough; a task that was not started is ignored."""
+        known = self._tasks.get(task)
+        if known is None:
+            return
+        known.done += n
+        known.note = note or known.note
+        now = self._clock()
+        if now - known.told_s < self._every_s or known.done >= known.total:
+            return
+        known.told_s = now
+        spent_s = now - known.began_s
+        left_s = spent_s / known.done * (known.total - known.done) if known.done else 0.0
+        self._say(f"{known.line(task)}, {_clock_time(spent_s)} gone, about {_clock_time(left_s)} left{known.tail()}")
+
+    def finish(self, task: str) -> None:
+        """Say that ``task`` has ended."""
+        known = self._tasks.pop(task, None)
+        if known is not None:
+            self._say(f"{known.line(task)} in {_clock_time(self._clock() - known.began_s)}{known.tail()}")
+
+    def close(self) -> None:
+        """Forget what is still running."""
+        self._tasks.clear()
+
+    def _say(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+@dataclass
+class _Task:
+    total: int
+    began_s: float
+    told_s: float
+    done: int = 0
+    note: str = ""
+
+    def line(self, name: str) -> str:
+        return f"{name}: {self.done} of {self.total}"
+
+    def tail(self) -> str:
+        return f" ({self.note})" if self.note else ""
+
+
+def _clock_time(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def watched(stream: TextIO) -> RichProgress | LineProgress:
+    """Bars if ``stream``, which is stderr, is a terminal, and lines if it is a file or a pipe."""
+    return RichProgress() if stream.isatty() else LineProgress(stream)
 
 
 def reporter(progress: bool | Progress | None) -> Progress:

@@ -19,10 +19,12 @@ from fxopt.errors import FxoptError, UnknownNameError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.export import ExportedProgram
 
-__all__ = ["call", "load_function", "load_model", "parse_input"]
+__all__ = ["call", "is_program", "load_function", "load_model", "load_source", "parse_input"]
 
 _FORM = "'package.module:function' or 'path/file.py:function'"
+_PROGRAM = ".pt2"
 _INPUT = re.compile(r"(?P<shape>\d+(?:,\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = ("float32", "float64", "float16", "int64", "int32", "bool")
 
@@ -68,33 +70,64 @@ def call(reference: str) -> Any:
         raise FxoptError(f"{reference} raised {_told(failure)} Correct it and run again.") from failure
 
 
-def load_model(reference: str, inputs: Sequence[str] = ()) -> tuple[nn.Module, Any]:
-    """A model and its example inputs.
+def load_source(reference: str, inputs: Sequence[str] = ()) -> tuple[nn.Module | ExportedProgram, Any]:
+    """A model, as it was made or saved, and its example inputs.
 
     Args:
-        reference: A function that returns a model, or a pair of model and example inputs.
-        inputs: Shapes to make example inputs of in place of the function's, such as ``"1,3,224,224"``.
+        reference: A function that returns a model, or a pair of model and example inputs; or a ``.pt2`` file. A model
+            is an nn.Module or an ExportedProgram, which brings its own example inputs.
+        inputs: Shapes to make example inputs of in place of those, such as ``"1,3,224,224"``.
 
     Raises:
-        FxoptError: If the function returns something else, or there are no example inputs.
+        FxoptError: If the file cannot be read, the function returns something else, or there are no example inputs.
     """
     from torch import nn
+    from torch.export import ExportedProgram
 
-    made = call(reference)
+    made = _program(reference) if is_program(reference) else call(reference)
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, (nn.Module, ExportedProgram)):
         raise FxoptError(
             f"{reference} returned a {type(made).__name__}; return a torch.nn.Module, or (module, example_inputs)."
         )
     if inputs:
         tensors = tuple(parse_input(text) for text in inputs)
         return model, tensors if len(tensors) > 1 else tensors[0]
+    if example is None and isinstance(model, ExportedProgram):
+        example = model.example_inputs
     if example is None:
         raise FxoptError(
-            f"{reference} returned a model and no example inputs; return (model, example_inputs), "
+            f"{reference} gives a model and no example inputs; return (model, example_inputs), "
             "or give a shape such as --input 1,3,224,224."
         )
     return model, example
+
+
+def load_model(reference: str, inputs: Sequence[str] = ()) -> tuple[nn.Module, Any]:
+    """A model as a module, and its example inputs: :func:`load_source`, a program of it as its graph.
+
+    Raises:
+        FxoptError: As :func:`load_source`; and if a program cannot be traced.
+    """
+    from torch import nn
+
+    source, example = load_source(reference, inputs)
+    if isinstance(source, nn.Module):
+        return source, example
+    from fxopt.graph import trace
+
+    return trace(source, example), example
+
+
+def is_program(reference: str) -> bool:
+    """Whether a reference is a saved program rather than a function."""
+    return reference.endswith(_PROGRAM)
+
+
+def _program(path: str) -> ExportedProgram:
+    from fxopt.graph import load_program
+
+    return load_program(path)
 
 
 def parse_input(text: str) -> torch.Tensor:

@@ -8,18 +8,20 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import typer
 
 from fxopt.errors import FxoptError
-from fxopt.progress import Progress, RichProgress, Silent
+from fxopt.progress import Progress, Silent, watched
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["FAILED", "INTERRUPTED", "emit_json", "guarded", "only_json", "progress_bars", "show", "table"]
+__all__ = ["FAILED", "INTERRUPTED", "emit_json", "guarded", "only_json", "session", "show", "table"]
 
 FAILED = 1
 INTERRUPTED = 130
@@ -68,16 +70,37 @@ def only_json(active: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bars(shown: bool) -> Iterator[Progress]:
-    """Bars on stderr, or silence; the terminal is given back whatever happens."""
-    if not shown:
-        yield Silent()
-        return
-    bars = RichProgress()
+def session(as_json: bool, quiet: bool) -> Iterator[Progress]:
+    """The time in which a command works, before it shows what came of it.
+
+    Args:
+        as_json: Nothing but JSON may come to stdout.
+        quiet: Neither progress, nor warnings, nor what the user's module prints may be seen.
+
+    Yields:
+        What to tell progress: bars on a terminal and lines in a file, on stderr. The terminal is given back whatever
+        happens.
+    """
+    show_progress = watched(sys.stderr) if not (as_json or quiet) else Silent()
     try:
-        yield bars
+        with only_json(as_json), _unheard(quiet):
+            yield show_progress
     finally:
-        bars.close()
+        show_progress.close()
+
+
+@contextlib.contextmanager
+def _unheard(active: bool) -> Iterator[None]:
+    if not active:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def guarded(*, resumes: bool = False) -> Callable[[Callable[Params, None]], Callable[Params, None]]:
