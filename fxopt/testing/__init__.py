@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from fxopt.testing._equivalence import assert_equivalent as assert_equivalent
     from fxopt.testing._passes import PassConformance as PassConformance
     from fxopt.testing._passes import TunablePassConformance as TunablePassConformance
+    from fxopt.testing._targets import TargetConformance as TargetConformance
 
 _LAZY = {
     "EngineConformance": "fxopt.testing._engines",
     "PassConformance": "fxopt.testing._passes",
     "TunablePassConformance": "fxopt.testing._passes",
+    "TargetConformance": "fxopt.testing._targets",
     "assert_equivalent": "fxopt.testing._equivalence",
 }
 
-__all__ = ["EngineConformance", "PassConformance", "TunablePassConformance", "assert_equivalent"]
+__all__ = ["EngineConformance", "PassConformance", "TargetConformance", "TunablePassConformance", "assert_equivalent"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from fxopt.passes._fork import fork
 from fxopt.passes.base import Pass, Pipeline, TunablePass
 from fxopt.testing._equivalence import assert_equivalent
 
-__all__ = ["PassConformance", "TunablePassConformance"]
+__all__ = ["NETWORKS", "PassConformance", "TunablePassConformance", "expect", "traced"]
 
 _Network = Callable[[], tuple[nn.Module, Any]]
 
@@ -76,9 +76,9 @@ class PassConformance:
 
     def graphs(self) -> Iterator[tuple[str, fx.GraphModule, Any]]:
         """Name, traced graph and example inputs of every network, in eval mode."""
-        for name, make in {**_NETWORKS, **self.more_networks}.items():
-            traced, example = _traced(make)
-            gm = fork(traced)
+        for name, make in {**NETWORKS, **self.more_networks}.items():
+            graph, example = traced(make)
+            gm = fork(graph)
             for step in self.first:
                 gm = step(gm).graph_module
             yield name, gm, example
@@ -88,9 +88,9 @@ class PassConformance:
     def test_it_is_a_frozen_dataclass_with_a_name(self) -> None:
         """Its fields are its options; two with the same options are equal, and hashable."""
         made = self.make()
-        _expect(dataclasses.is_dataclass(made), "a pass is a dataclass")
-        _expect(made.name != "" and made.name == made.name.lower().replace("_", "-"), f"bad name {made.name!r}")
-        _expect(made == self.make() and hash(made) == hash(self.make()), "equal options make equal passes")
+        expect(dataclasses.is_dataclass(made), "a pass is a dataclass")
+        expect(made.name != "" and made.name == made.name.lower().replace("_", "-"), f"bad name {made.name!r}")
+        expect(made == self.make() and hash(made) == hash(self.make()), "equal options make equal passes")
         for field in dataclasses.fields(made):
             try:
                 setattr(made, field.name, None)
@@ -105,7 +105,7 @@ class PassConformance:
         for name, gm, _ in self.graphs():
             before = _snapshot(gm)
             self.tuned(gm)(gm)
-            _expect(_snapshot(gm) == before, f"{name}: the given graph was changed")
+            expect(_snapshot(gm) == before, f"{name}: the given graph was changed")
 
     def test_modified_is_honest(self) -> None:
         """False gives the very graph back; True gives one that differs."""
@@ -114,24 +114,24 @@ class PassConformance:
             result = self.tuned(gm)(gm)
             seen.add(result.modified)
             if result.modified:
-                _expect(_snapshot(result.graph_module) != _snapshot(gm), f"{name}: modified, and yet the same")
+                expect(_snapshot(result.graph_module) != _snapshot(gm), f"{name}: modified, and yet the same")
             else:
-                _expect(result.graph_module is gm, f"{name}: not modified, and yet another graph")
-        _expect(True in seen, "the pass modifies none of the networks; add one with more_networks")
+                expect(result.graph_module is gm, f"{name}: not modified, and yet another graph")
+        expect(True in seen, "the pass modifies none of the networks; add one with more_networks")
 
     def test_the_result_is_canonical_and_runs(self) -> None:
         """The code is that of the graph, at other batch sizes too, and its values are finite."""
         for name, gm, example in self.graphs():
             result = self.tuned(gm)(gm).graph_module
             verify(result)
-            _expect(result.meta.get(TRACE_META) == gm.meta[TRACE_META], f"{name}: the trace's meta is lost")
+            expect(result.meta.get(TRACE_META) == gm.meta[TRACE_META], f"{name}: the trace's meta is lost")
             assert_equivalent(result, _Interpreted(result), example, relative=0.0, batch=3)
 
     def test_it_is_deterministic(self) -> None:
         """The same pass on the same graph gives the same graph."""
         for name, gm, _ in self.graphs():
             one, other = (self.tuned(gm)(gm).graph_module for _ in range(2))
-            _expect(_snapshot(one) == _snapshot(other), f"{name}: two runs differ")
+            expect(_snapshot(one) == _snapshot(other), f"{name}: two runs differ")
 
     def test_it_keeps_what_it_computes(self) -> None:
         """An equivalent pass changes no output beyond the tolerance; any pass keeps their structure and shapes."""
@@ -151,7 +151,7 @@ class PassConformance:
                 result, modified = self.idle(result)(result)
                 if not modified:
                     break
-            _expect(not modified, f"{name}: still modified after ten runs")
+            expect(not modified, f"{name}: still modified after ten runs")
 
     def test_the_result_trains(self) -> None:
         """After a backward pass the parameters that were trainable have gradients, and modes can be set."""
@@ -159,11 +159,11 @@ class PassConformance:
             result = self.tuned(gm)(gm).graph_module
             trained = _copy_of(result).train()
             modes = {module.training for module in trained.modules()}
-            _expect(modes == {True}, f"{name}: train() does not reach every module")
+            expect(modes == {True}, f"{name}: train() does not reach every module")
             outputs = trained(*example) if isinstance(example, tuple) else trained(example)
             outputs.float().square().mean().backward()
             gradients = [p.grad for p in trained.parameters() if p.requires_grad]
-            _expect(any(grad is not None for grad in gradients), f"{name}: no parameter gets a gradient")
+            expect(any(grad is not None for grad in gradients), f"{name}: no parameter gets a gradient")
 
     # Where it runs.
 
@@ -174,9 +174,9 @@ class PassConformance:
             alone = step(gm)
             for runner in (PassManager(passes=[step], run_checks_after_each_pass=True), Pipeline((step,))):
                 result = runner(gm)
-                _expect(bool(result.modified) == alone.modified, f"{name}: {type(runner).__name__} reports otherwise")
+                expect(bool(result.modified) == alone.modified, f"{name}: {type(runner).__name__} reports otherwise")
                 same = _snapshot(result.graph_module) == _snapshot(alone.graph_module)
-                _expect(same, f"{name}: {type(runner).__name__} gives another graph")
+                expect(same, f"{name}: {type(runner).__name__} gives another graph")
 
     def test_a_graph_that_is_not_canonical_is_refused(self) -> None:
         """The pass says so before it does anything."""
@@ -218,7 +218,7 @@ class TunablePassConformance(PassConformance):
         for name, gm, _ in self.graphs():
             step = self.make()
             result = step.with_policy(step.search_space(gm).default())(gm)
-            _expect(not result.modified, f"{name}: the default policy modifies the graph")
+            expect(not result.modified, f"{name}: the default policy modifies the graph")
 
     def test_declaring_decisions_changes_nothing(self) -> None:
         """The search space is the same at every call, and the graph is left alone."""
@@ -226,10 +226,10 @@ class TunablePassConformance(PassConformance):
             step = self.make()
             before = _snapshot(gm)
             spaces = [step.search_space(gm, Capabilities()) for _ in range(2)]
-            _expect(spaces[0] == spaces[1], f"{name}: two calls give two spaces")
-            _expect(_snapshot(gm) == before, f"{name}: declaring decisions changes the graph")
+            expect(spaces[0] == spaces[1], f"{name}: two calls give two spaces")
+            expect(_snapshot(gm) == before, f"{name}: declaring decisions changes the graph")
             kinds = {decision.kind for decision in spaces[0]}
-            _expect(kinds <= set(step.kinds), f"{name}: decides {kinds}, which is more than its kinds {step.kinds}")
+            expect(kinds <= set(step.kinds), f"{name}: decides {kinds}, which is more than its kinds {step.kinds}")
 
     def test_every_policy_of_the_space_applies(self) -> None:
         """Sampled policies give graphs that run, and the JSON of a policy gives the same graph."""
@@ -239,14 +239,14 @@ class TunablePassConformance(PassConformance):
             policy = step.search_space(gm).sample(rng)
             result = step.with_policy(policy)(gm).graph_module
             again = step.with_policy(Policy.from_json(policy.to_json()))(gm).graph_module
-            _expect(_snapshot(result) == _snapshot(again), f"{name}: a policy from JSON gives another graph")
+            expect(_snapshot(result) == _snapshot(again), f"{name}: a policy from JSON gives another graph")
 
     def test_decisions_of_other_passes_are_left_alone(self) -> None:
         """A policy may hold decisions of kinds that are not this pass's."""
         for name, gm, _ in self.graphs():
             step = self.make()
             policy = step.search_space(gm).default().merged({("another kind", "nowhere"): 1})
-            _expect(not step.with_policy(policy)(gm).modified, f"{name}: a foreign decision changes the graph")
+            expect(not step.with_policy(policy)(gm).modified, f"{name}: a foreign decision changes the graph")
 
     def test_a_policy_of_another_model_is_refused(self) -> None:
         """It is a PolicyError that names the site, and the graph stays as it was."""
@@ -256,14 +256,14 @@ class TunablePassConformance(PassConformance):
             try:
                 step.with_policy(Policy({(step.kinds[0], "no.such.site"): 1}))(gm)
             except PolicyError as failure:
-                _expect("no.such.site" in str(failure), f"{name}: the message does not name the site: {failure}")
-                _expect(_snapshot(gm) == before, f"{name}: a failing pass changed the graph")
+                expect("no.such.site" in str(failure), f"{name}: the message does not name the site: {failure}")
+                expect(_snapshot(gm) == before, f"{name}: a failing pass changed the graph")
                 continue
             raise AssertionError(f"{name}: a policy of another model was accepted")
 
 
 @functools.cache
-def _traced(make: _Network) -> tuple[fx.GraphModule, Any]:
+def traced(make: _Network) -> tuple[fx.GraphModule, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, example = make()
@@ -381,7 +381,7 @@ def _perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.5), nn.Linear(12, 5))
 
 
-_NETWORKS: dict[str, _Network] = {
+NETWORKS: dict[str, _Network] = {
     "residual": lambda: (_Residual(), torch.randn(2, 3, 6, 6)),
     "mobile": lambda: (_Mobile(), torch.randn(2, 4, 6, 6)),
     "perceptron": lambda: (_perceptron(), torch.randn(2, 6)),
@@ -389,7 +389,7 @@ _NETWORKS: dict[str, _Network] = {
 }
 
 
-def _expect(condition: bool, message: str) -> None:
+def expect(condition: bool, message: str) -> None:
     if not condition:
         raise AssertionError(message)
 
