@@ -162,6 +162,14 @@ def optimize(
         Optional[int],  # noqa: UP045
         typer.Option(min=0, help="Seed of everything random; by default 0.", show_default=False),
     ] = None,
+    parallel: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Trials at a time; by default 1.", show_default=False),
+    ] = None,
+    verify_on_host: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="Measure before and after in onnxruntime here; by default so.", show_default=False),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -193,6 +201,8 @@ def optimize(
         "input": tuple(inputs or ()),
         "out": str(out) if out is not None else None,
         "seed": seed,
+        "parallel": parallel,
+        "verify_on_host": verify_on_host,
     }
     options = (read_recipe(recipe) if recipe is not None else Options()).changed(given)
     with session(as_json, quiet) as progress:

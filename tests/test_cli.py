@@ -280,7 +280,7 @@ def test_a_recipe_gives_the_same_options_and_the_command_line_wins(calls: list[d
         ("target = 3\n", 1, "text in quotes"),
         ("passes = [1]\n", 1, "list of texts"),
         ('seed = 1\nbudget = "60%"\n', 2, "table"),
-        ("seed = 1\n[budget]\nlatency = [1]\n", 2, "table"),
+        ("seed = 1\n[budget]\nlatency = [1]\n", 3, "budget.latency = [1]"),
         ("seed = 1\n[bugdet]\nlatency = 0.5\n", 2, "Did you mean 'budget'"),
         ("seed = 1\ntarget = \n", 2, "no TOML"),
     ],

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxopt._cli.checking import check_names
 from fxopt._cli.choosing import fine_tuning_of, objective_of, reconstruction_of
 from fxopt._cli.loading import call, load_function, load_model
-from fxopt._cli.optimizing import check_names
 from fxopt._cli.output import table
 from fxopt.errors import FxoptError, SearchError
 from fxopt.progress import Progress

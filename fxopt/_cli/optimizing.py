@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxopt._cli.checking import check_names
 from fxopt._cli.choosing import fine_tuning_of, objective_of, reconstruction_of
 from fxopt._cli.loading import call, load_function, load_model
 from fxopt._cli.output import emit_json, show
 from fxopt._files import write_text
 from fxopt.decisions import format_quantity
-from fxopt.errors import DataError, FxoptError
+from fxopt.errors import FxoptError
 from fxopt.progress import Progress
 
 if TYPE_CHECKING:
@@ -20,33 +21,9 @@ if TYPE_CHECKING:
     from fxopt.api import OptimizationResult
     from fxopt.export import ExportReport
 
-__all__ = ["check_names", "optimize", "tell"]
+__all__ = ["optimize", "tell"]
 
 _OPTIONS_FILE = "options.json"
-
-
-def check_names(options: Options) -> None:
-    """Refuse a wrong name, budget or option in words before anything is loaded.
-
-    Raises:
-        FxoptError: Naming the nearest known name, or what a budget or an option looks like.
-    """
-    from fxopt import passes, targets
-    from fxopt.decisions import Budget, Shares
-    from fxopt.search import engines
-
-    if options.target != targets.HOST:
-        targets.load(options.target)
-    for name in options.passes:
-        passes.load(name)
-    engines.load(options.engine)
-    Budget.parse_all(options.budget)
-    Shares.of(options.passes, options.shares)
-    objective_of(options.objective)
-    reconstruction_of(options.reconstruct)
-    fine_tuning_of(options)
-    if options.val is not None and options.evaluate is not None:
-        raise DataError("Both val and evaluate say how good a model is; give one of them.")
 
 
 def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, ExportReport]:
@@ -86,6 +63,8 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         reconstruct=reconstruction_of(options.reconstruct),
         fine_tune=fine_tuning_of(options),
         seed=options.seed,
+        parallel=options.parallel,
+        verify_on_host=options.verify_on_host,
         workdir=out,
         progress=progress,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fxopt._cli.checking import check_option
 from fxopt.errors import BudgetError, FxoptError, UnknownNameError
 
 if sys.version_info >= (3, 11):
@@ -17,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Options", "parse_budgets", "parse_shares", "read_recipe", "split_passes"]
+__all__ = ["Options", "kind_of", "parse_budgets", "parse_shares", "read_recipe", "split_passes"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Options:
         reconstruct: How weights behind cut channels are found anew.
         out: Folder for results.
         seed: Seed of everything random.
+        parallel: Trials at a time.
+        verify_on_host: Whether to measure before and after in onnxruntime on this machine.
     """
 
     model: str | None = None
@@ -75,6 +78,8 @@ class Options:
     reconstruct: str | None = None
     out: str = "fxopt-out"
     seed: int = 0
+    parallel: int = 1
+    verify_on_host: bool = True
 
     def changed(self, options: Mapping[str, Any]) -> Options:
         """These options with those replaced that are given, that is neither None nor empty."""
@@ -84,8 +89,9 @@ class Options:
 
 _WAYS = ("optimizer", "schedule", "distill", "scales", "objective", "reconstruct")
 _TEXT = ("model", "target", "engine", "train", "val", "evaluate", "loss", "out", *_WAYS)
-_NUMBERS = {"trials": 1, "epochs": 0, "trial_epochs": 0, "seed": 0, "patience": 1}
+_NUMBERS = {"trials": 1, "epochs": 0, "trial_epochs": 0, "seed": 0, "patience": 1, "parallel": 1}
 _LISTS = ("input", "passes")
+_SWITCHES = ("verify_on_host",)
 _TABLES = {
     "budget": '{ latency = "60%", size = "2MB" }',
     "shares": "{ select-operators = 0.3, quantize = 0.5 }",
@@ -96,7 +102,8 @@ def read_recipe(path: Path) -> Options:
     """The options in a TOML file.
 
     Raises:
-        FxoptError: If the file cannot be read or an option is unknown or of the wrong kind; names the line.
+        FxoptError: If the file cannot be read, or an option is unknown, of the wrong kind, out of range or names what
+            is not there; tells the line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -109,11 +116,40 @@ def read_recipe(path: Path) -> Options:
     known = [field.name for field in dataclasses.fields(Options)]
     options = {}
     for name, value in data.items():
-        where = f"recipe {path}, line {_line_of(text, name)}"
+        where = f"recipe {path}, line {_line_of(text, (name,))}"
         if name not in known:
             raise UnknownNameError(f"option ({where})", name, known)
         options[name] = _checked(name, value, where)
+        if name not in _TABLES:
+            _check_alone(name, options[name], where)
+            continue
+        for key, entry in value.items():
+            place = f"recipe {path}, line {_line_of(text, (name, key))}"
+            plain = isinstance(entry, (str, int, float)) and not isinstance(entry, bool)
+            _expect(plain, entry, f"{name}.{key}", "a text in quotes or a number", place)
+            _check_alone(name, {key: entry}, place)
     return Options().changed(options)
+
+
+def kind_of(name: str) -> str:
+    """What an option in a recipe has to be, in words."""
+    if name in _NUMBERS:
+        return f"a whole number of at least {_NUMBERS[name]}"
+    if name in _TABLES:
+        return f"a table, such as {_TABLES[name]}"
+    if name in _LISTS:
+        return 'a list of texts, such as ["a", "b"]'
+    if name in _SWITCHES:
+        return "true or false"
+    return "a number above zero" if name == "learning_rate" else "a text in quotes"
+
+
+def _check_alone(name: str, value: Any, where: str) -> None:
+    """Refuse a value that no other option can make right, and say where it stands."""
+    try:
+        check_option(name, Options().changed({name: value}))
+    except FxoptError as failure:
+        raise FxoptError(f"In the {where}: {failure}") from failure
 
 
 def parse_budgets(texts: Sequence[str]) -> dict[str, str | float]:
@@ -152,33 +188,46 @@ def split_passes(text: str) -> tuple[str, ...]:
 
 
 def _checked(name: str, value: Any, where: str) -> Any:
-    if name in _TEXT:
-        return _expect(isinstance(value, str) and value, value, name, "a text in quotes", where)
-    if name in _NUMBERS:
-        least = _NUMBERS[name]
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        return _expect(whole, value, name, f"a whole number of at least {least}", where)
-    if name == "learning_rate":
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-        return _expect(number, value, name, "a number above zero", where)
+    if name in _LISTS and isinstance(value, str):
+        return split_passes(value) if name == "passes" else (value,)
+    _expect(_fits(name, value), value, name, kind_of(name), where)
+    return tuple(value) if name in _LISTS else value
+
+
+def _fits(name: str, value: Any) -> bool:
+    if name in _TABLES:
+        return isinstance(value, dict)
     if name in _LISTS:
-        if isinstance(value, str):
-            return split_passes(value) if name == "passes" else (value,)
-        listed = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        return tuple(_expect(listed, value, name, 'a list of texts, such as ["a", "b"]', where))
-    limits = isinstance(value, dict) and all(
-        isinstance(limit, (str, int, float)) and not isinstance(limit, bool) for limit in value.values()
-    )
-    return _expect(limits, value, name, f"a table, such as {_TABLES[name]}", where)
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if name in _TEXT:
+        return isinstance(value, str) and bool(value)
+    if isinstance(value, bool) or name in _SWITCHES:
+        return isinstance(value, bool) and name in _SWITCHES
+    if name in _NUMBERS:
+        return isinstance(value, int) and value >= _NUMBERS[name]
+    return isinstance(value, (int, float)) and 0 < value < math.inf
 
 
-def _expect(fits: object, value: Any, name: str, wanted: str, where: str) -> Any:
+def _expect(fits: bool, value: Any, name: str, wanted: str, where: str) -> None:
     if not fits:
         raise FxoptError(f"{name} = {value!r} ({where}) has to be {wanted}.")
-    return value
 
 
-def _line_of(text: str, name: str) -> int:
-    """The line of a top-level key or table, counted from 1."""
-    pattern = re.compile(rf"""^\s*\[?\s*["']?{re.escape(name)}["']?\s*[.=\]]""")
-    return next((number for number, line in enumerate(text.splitlines(), start=1) if pattern.match(line)), 1)
+def _line_of(text: str, path: Sequence[str]) -> int:
+    """The line, counted from 1, on which a key, or the header of a table, stands in a TOML text.
+
+    A prefix of the text is TOML itself unless it ends within a value, so the key stands behind the longest one that is
+    and does not have it.
+    """
+    lines, last = text.splitlines(keepends=True), 0
+    for count in range(1, len(lines) + 1):
+        try:
+            found: Any = tomllib.loads("".join(lines[:count]))
+        except tomllib.TOMLDecodeError:
+            continue
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is not None:
+            break
+        last = count
+    return last + 1
