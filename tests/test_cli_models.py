@@ -19,6 +19,7 @@ from fxopt.cli import app
 from fxopt.errors import FxoptError, TraceError
 from fxopt.graph import load_program, save_program, trace
 from fxopt.progress import LineProgress, RichProgress, Silent, watched
+from tests.report.samples import report
 
 MODELS = """
 import torch
@@ -171,8 +172,20 @@ def test_measure_compares_files_models_and_predictions(saved: Path, folder: Path
     profiled = json.loads(run("profile", str(saved), "--target", "pixel1", "--json").stdout)["targets"][0]["latency_s"]
     assert found["models"][2]["predicted_s"]["pixel1"] == pytest.approx(profiled)
     told = run(*words).stdout
-    for wanted in ("net.onnx", "pixel1 predicts", "a file alone", "batch of 1, 1 thread, 2 rounds", "calibrated"):
+    for wanted in ("net.onnx", "pixel1 predicts", "not known", "batch of 1, 1 thread, 2 rounds", "calibrated"):
         assert wanted in told, wanted
+
+
+def test_the_prediction_for_a_saved_result_is_its_reports(saved: Path, folder: Path) -> None:
+    assert run("export", str(saved), "--out", "kept/model.onnx").exit_code == 0
+    told = report()
+    told.save(folder / "kept" / "report.json")
+    words = ("measure", "kept", "--runs", "1", "--target", "pixel1", "--target", "v100", "--json")
+    (found,) = json.loads(run(*words).stdout)["models"]
+    assert told.target.name == "pixel1"
+    assert found["predicted_s"] == {"pixel1": told.after.latency_s, "v100": None}
+    (found,) = json.loads(run(*words, "--batch", "3").stdout)["models"]
+    assert found["predicted_s"]["pixel1"] is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["measure", "told"]
 
 _ONNX = ".onnx"
-_SAVED = "model.onnx"
+_SAVED, _REPORT = "model.onnx", "report.json"
 
 
 def measure(
@@ -89,7 +89,7 @@ def told(data: dict[str, Any]) -> list[Table | str]:
 def _row(one: dict[str, Any], names: Sequence[str]) -> list[str]:
     times = [format_quantity("latency", one[key]) for key in ("median_s", "q25_s", "q75_s")]
     found = [one["predicted_s"][name] for name in names]
-    predicted = ["a file alone" if time is None else format_quantity("latency", time) for time in found]
+    predicted = ["not known" if time is None else format_quantity("latency", time) for time in found]
     return [one["model"], *times, f"{one['ratio']:.2f}", *predicted]
 
 
@@ -113,11 +113,11 @@ def _existing(file: Path) -> Path:
 
 
 def _predicted(thing: Path | nn.Module, targets: Sequence[Target], batch: int) -> dict[str, float | None]:
-    """Seconds by target; None for a file, of which no target knows the layers."""
+    """Seconds by target; of a file those in the report beside it, and None where there is none for the target."""
     from torch import fx
 
     if not isinstance(thing, fx.GraphModule):
-        return {target.name: None for target in targets}
+        return {target.name: _reported(thing, target, batch) for target in targets}
     from fxopt.lowering import lower
     from fxopt.passes import Canonicalize
 
@@ -125,3 +125,15 @@ def _predicted(thing: Path | nn.Module, targets: Sequence[Target], batch: int) -
     for target in targets:
         target.prepare(workload)
     return {target.name: float(target.estimate(workload).latency_s[0]) for target in targets}
+
+
+def _reported(thing: Path | nn.Module, target: Target, batch: int) -> float | None:
+    """What the report of a saved result says of it."""
+    from fxopt import report
+
+    if not isinstance(thing, Path) or thing.name != _SAVED or not thing.with_name(_REPORT).is_file():
+        return None
+    if batch != target.capabilities.batch:
+        return None
+    found = report.load(thing.parent)
+    return found.after.latency_s if found.target.name == target.name else None
