@@ -54,14 +54,25 @@ def propagate(gm: fx.GraphModule) -> None:
 
 
 def values_at_batch(gm: fx.GraphModule, batch: int) -> dict[fx.Node, Any]:
-    """Fake values of every node if the example batch were ``batch``; the graph itself is left alone."""
+    """Fake values of every node if the example batch were ``batch``; the graph itself is left alone.
+
+    Raises:
+        VerifyError: If the model is written for another batch, so that there is nothing to compute at this one.
+    """
     example = gm.meta.get(TRACE_META, {}).get("batch", 0)
     values = placeholder_values(gm)
     if batch == example and all("val" in node.meta for node in gm.graph.nodes):
         return {node: node.meta["val"] for node in gm.graph.nodes}
     if batch == example or not example:
         return ShapeInterpreter(gm).values(values)
-    return _BatchInterpreter(gm, batch).values(values)
+    try:
+        return _BatchInterpreter(gm, batch).values(values)
+    except VerifyError as failure:
+        raise VerifyError(
+            f"The model computes at a batch of {example} only, and costs are asked for at {batch} (node "
+            f"{failure.node!r}). Give example inputs of batch {batch}, or a target that runs at batch {example}.",
+            node=failure.node,
+        ) from failure
 
 
 @contextlib.contextmanager

@@ -165,3 +165,22 @@ def test_a_fixed_batch_is_replaced_in_views() -> None:
     for batch in (3, 5):
         values = values_at_batch(gm, batch)
         assert [tuple(values[node].shape) for node in gm.graph.output_node().all_input_nodes] == [(batch, 4)]
+
+
+class Pairs(nn.Module):
+    """Takes the two samples of its batch apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.layer(x).unbind(0)
+        return torch.stack((left, right))
+
+
+def test_a_model_of_one_batch_says_so_when_asked_for_another() -> None:
+    gm = trace(Pairs().eval(), torch.randn(2, 4))
+    assert values_at_batch(gm, 2)
+    with pytest.raises(VerifyError, match="at a batch of 2 only, and costs are asked for at 1"):
+        values_at_batch(gm, 1)
