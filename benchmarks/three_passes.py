@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--points", default="0.64,0.45,0.32", help="parts of the latency with 8 bits everywhere")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=5000, help="training images")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs of each of six parts of the training")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of each of six parts of the training")
     parser.add_argument("--start", type=int, default=12, help="epochs of the network that is brought")
     parser.add_argument("--rate", type=float, default=0.1, help="highest learning rate from scratch")
     parser.add_argument("--tuning-rate", type=float, default=0.04, help="and of what starts from trained weights")
