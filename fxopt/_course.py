@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -227,12 +228,20 @@ class Course:
     def _tune(self, job: Job, graph: fx.GraphModule, policy: Policy, judge: Evaluator, *, on_grids: bool) -> None:
         name = f"fine-tune-{'bits-' if on_grids else ''}{job.digest_with(policy)}"
         place = None if self.folder is None else self.folder / name
+        known = self.judging.val is not None or self.judging.evaluate is not None
+        kept = {key: value.clone() for key, value in graph.state_dict().items()} if known else {}
+        before = judge.judge(graph) if known and self.tuning.trains else -math.inf
         history = self.tuning(
             graph, job.teacher, on_grids=on_grids, judge=judge.judge, checkpoint=place, show=self.show
         )
         if history is not None:
             step = "fine-tune quantized" if on_grids else "fine-tune"
-            self.steps.append(job.step(step, self.tuning.told(history, on_grids=on_grids), graph, judge))
+            line = job.step(step, self.tuning.told(history, on_grids=on_grids), graph, judge)
+            if line.accuracy is not None and line.accuracy < before:
+                graph.load_state_dict(kept)
+                found = f"{line.detail}; taken back, it ended at {line.accuracy:.4g}"
+                line = job.step(step, found, graph, judge)
+            self.steps.append(line)
 
 
 def _completed(search: SearchResult, decided: Policy) -> SearchResult:

@@ -52,6 +52,11 @@ class Tuning:
         if given is not None and not isinstance(given, FineTuning):
             raise FxoptError(f"fine_tune is a {type(given).__name__}; give a fxopt.training.FineTuning, or None.")
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train on, and for an epoch at least."""
+        return self.train is not None and self.epochs > 0
+
     def rehearse(self, original: fx.GraphModule) -> None:
         """Notice what is wrong with data or loss before anything is searched.
 
@@ -94,7 +99,7 @@ class Tuning:
             checkpoint: Where the checkpoint is; None for none.
             show: Where to tell how far it is.
         """
-        if self.train is None or self.epochs < 1:
+        if self.train is None or not self.trains:
             return None
         how = self._options
         step = "fine-tuning quantized" if on_grids else "fine-tuning"

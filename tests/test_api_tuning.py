@@ -63,7 +63,7 @@ def test_an_early_stop_goes_by_the_score_of_the_search() -> None:
             return self.score
 
     result = tuned(FineTuning(early_stop=EarlyStop(patience=2)), val=None, evaluate=Falling(), epochs=6)
-    assert detail(result) == "epochs: 3, the best is 1"
+    assert detail(result).startswith("epochs: 3, the best is 1; taken back")
 
 
 def test_a_loss_of_ones_own_learns_from_a_teacher_when_asked_to() -> None:
@@ -244,3 +244,22 @@ def test_a_search_with_training_is_another_search(tmp_path: Path) -> None:
     tuned(None, **FEW, workdir=tmp_path)
     with pytest.raises(JournalError, match="trial_epochs"):
         tuned(None, **FEW, workdir=tmp_path, trial_epochs=1)
+
+
+@pytest.mark.parametrize(("passes", "step"), [("prune-channels", "fine-tune"), ("quantize", "fine-tune quantized")])
+def test_training_that_ends_below_its_start_is_taken_back(passes: str, step: str) -> None:
+    def worse(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        return -nn.functional.cross_entropy(output, label)
+
+    def sure(module: nn.Module) -> float:
+        return -sum(float(nn.functional.cross_entropy(module(inputs), labels)) for inputs, labels in DATA)
+
+    options: dict[str, Any] = {"passes": passes, "budget": {"size": 0.6}, "target": "zynq7020"}
+    options |= {"val": None, "evaluate": sure}
+    ruined = tuned(None, loss=worse, epochs=6, learning_rate=0.3, **options)
+    lines = {line.name: line for line in ruined.report.passes}
+    assert "taken back" in lines[step].detail
+    assert lines[step].accuracy == lines[passes].accuracy == ruined.report.after.accuracy
+    untrained = tuned(None, epochs=0, **options)
+    with torch.no_grad():
+        torch.testing.assert_close(ruined.model(EXAMPLE), untrained.model(EXAMPLE))
