@@ -7,8 +7,6 @@ It finds discs in noise; the images are made here. The score is the mean interse
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
@@ -87,14 +85,8 @@ def optimized(epochs: int = 4) -> fxopt.OptimizationResult:
     )
 
 
-def main(folder: Path = Path("segmentation-out")) -> None:
-    """Optimize, report, export."""
+if __name__ == "__main__":
     result = optimized()
     print(result.report)
-    folder.mkdir(exist_ok=True)
-    result.report.save(folder / "report.html")
-    print(result.export(folder / "model.onnx"))
-
-
-if __name__ == "__main__":
-    main()
+    result.save("segmentation-out")
+    print(result.export("segmentation-out/model.onnx"))

@@ -9,8 +9,6 @@ of your own as `train=` and `val=`, and the search is led by accuracy.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import timm
 import torch
 
@@ -32,14 +30,8 @@ def optimized(name: str = "mobilenetv3_small_050", size: int = 64) -> fxopt.Opti
     )
 
 
-def main(folder: Path = Path("timm-out")) -> None:
-    """Optimize, report, export."""
+if __name__ == "__main__":
     result = optimized()
     print(result.report)
-    folder.mkdir(exist_ok=True)
-    result.report.save(folder / "report.html")
-    print(result.export(folder / "model.onnx"))
-
-
-if __name__ == "__main__":
-    main()
+    result.save("timm-out")
+    print(result.export("timm-out/model.onnx"))

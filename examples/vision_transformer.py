@@ -9,8 +9,6 @@ own as `train=` and `val=`.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -50,14 +48,8 @@ def optimized() -> fxopt.OptimizationResult:
     )
 
 
-def main(folder: Path = Path("transformer-out")) -> None:
-    """Optimize, report, export."""
+if __name__ == "__main__":
     result = optimized()
     print(result.report)
-    folder.mkdir(exist_ok=True)
-    result.report.save(folder / "report.html")
-    print(result.export(folder / "model.onnx"))
-
-
-if __name__ == "__main__":
-    main()
+    result.save("transformer-out")
+    print(result.export("transformer-out/model.onnx"))

@@ -22,6 +22,33 @@ GROUPS = (
 WITH_WINDOW = (OpKind.CONV, OpKind.DEPTHWISE, OpKind.POOL)
 
 
+BOARD = """
+schema = 1
+name = "board"
+title = "A board with energy figures"
+family = "roofline"
+fuses = true
+[calibration]
+status = "uncalibrated"
+error = "no measurements"
+bits = []
+[capabilities]
+channel_tile = 1
+batch = 1
+bits."*" = [[32, 32]]
+[sources]
+sheet = "data sheet"
+[parameters]
+bandwidth = { value = 1, unit = "GB/s", source = "sheet" }
+overhead = { value = 0, unit = "us", source = "sheet" }
+peak.32 = { value = 1, unit = "GMAC/s", source = "sheet" }
+mac_energy.32 = { value = 2, unit = "pJ/MAC", source = "sheet" }
+byte_energy = { value = 10, unit = "pJ/B", source = "sheet" }
+static_power = { value = 100, unit = "mW", source = "sheet" }
+"""
+"""A board of one width of arithmetic, with energy figures."""
+
+
 def conv(c: int, k: int, size: int, kernel: int = 1, stride: int = 1, **more: float) -> Rows:
     """A square convolution with ``size`` output pixels a side and input size * stride."""
     groups = int(more.get("groups", 1))

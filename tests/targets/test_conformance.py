@@ -9,6 +9,7 @@ import pytest
 
 from fxopt.targets import Estimate, PresetTarget, Workload
 from fxopt.testing import TargetConformance
+from tests.targets.oracle import BOARD
 
 
 class TestPixel1(TargetConformance):
@@ -40,31 +41,6 @@ class TestMicrocontroller(TargetConformance):
     target = "stm32f746"
 
 
-BOARD = """
-schema = 1
-name = "board"
-title = "A board"
-family = "roofline"
-fuses = true
-[calibration]
-status = "uncalibrated"
-error = "no measurements"
-bits = []
-[capabilities]
-channel_tile = 1
-batch = 1
-bits."*" = [[32, 32], [8, 8]]
-[energy]
-unavailable = "nobody measured it."
-[sources]
-sheet = "data sheet"
-[parameters]
-bandwidth = { value = 1, unit = "GB/s", source = "sheet" }
-overhead = { value = 0, unit = "us", source = "sheet" }
-peak.32 = { value = 1, unit = "GMAC/s", source = "sheet" }
-"""
-
-
 def suite_of(text: str, folder: Path) -> TargetConformance:
     (folder / "board.toml").write_text(text)
 
@@ -75,11 +51,12 @@ def suite_of(text: str, folder: Path) -> TargetConformance:
 
 
 def test_a_width_that_is_offered_and_has_no_figure_is_found(tmp_path: Path) -> None:
-    narrow = BOARD.replace("peak.32", "peak.8")
+    both = BOARD.replace("[[32, 32]]", "[[32, 32], [8, 8]]")
+    narrow = both.replace("peak.32", "peak.8").replace("mac_energy.32", "mac_energy.8")
     with pytest.raises(AssertionError, match="have no cost in floats"):
         suite_of(narrow, tmp_path).test_every_width_on_offer_can_be_costed()
     suite_of(narrow.replace("[32, 32], ", ""), tmp_path).test_every_width_on_offer_can_be_costed()
-    suite_of(BOARD, tmp_path).test_every_width_on_offer_can_be_costed()
+    suite_of(both, tmp_path).test_every_width_on_offer_can_be_costed()
 
 
 def test_a_target_whose_costs_depend_on_their_company_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

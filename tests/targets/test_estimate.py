@@ -14,41 +14,16 @@ import fxopt.targets
 from fxopt.errors import TargetError, UnknownNameError, UnsupportedError
 from fxopt.targets import METRICS, ColumnWorkload, Estimate, OpKind, Target, Workload, load, make_row
 from fxopt.targets import rows as r
-from tests.targets.oracle import conv, random_rows, workload
+from tests.targets.oracle import BOARD, conv, random_rows, workload
 
 NAMES = ("pixel1", "v100")
 SEEDS = st.integers(0, 2**32 - 1)
-
-ENERGETIC = """
-schema = 1
-name = "board"
-title = "A board with energy figures"
-family = "roofline"
-fuses = true
-[calibration]
-status = "uncalibrated"
-error = "no measurements"
-bits = []
-[capabilities]
-channel_tile = 1
-batch = 1
-bits."*" = [[32, 32]]
-[sources]
-sheet = "data sheet"
-[parameters]
-bandwidth = { value = 1, unit = "GB/s", source = "sheet" }
-overhead = { value = 0, unit = "us", source = "sheet" }
-peak.32 = { value = 1, unit = "GMAC/s", source = "sheet" }
-mac_energy.32 = { value = 2, unit = "pJ/MAC", source = "sheet" }
-byte_energy = { value = 10, unit = "pJ/B", source = "sheet" }
-static_power = { value = 100, unit = "mW", source = "sheet" }
-"""
 
 
 @pytest.fixture
 def energetic(tmp_path: Path) -> Target:
     path = tmp_path / "board.toml"
-    path.write_text(ENERGETIC)
+    path.write_text(BOARD)
     return load(path)
 
 
@@ -149,7 +124,7 @@ def test_rows_without_a_model_cost_nothing_and_are_named() -> None:
 
 def test_the_share_of_macs_without_a_model_is_told(tmp_path: Path) -> None:
     # Arithmetic at 8 bits alone, so the float convolution has no model: 3 of 4 equal convolutions are left.
-    text = ENERGETIC.replace("peak.32", "peak.8").replace("mac_energy.32", "mac_energy.8")
+    text = BOARD.replace("peak.32", "peak.8").replace("mac_energy.32", "mac_energy.8")
     (tmp_path / "int8.toml").write_text(text)
     narrow = conv(8, 8, 4, weight_bits=8, activation_bits=8)
     estimate = load(tmp_path / "int8.toml").estimate(workload(narrow, narrow, conv(8, 8, 4), narrow))
@@ -207,9 +182,7 @@ def test_widths_beyond_calibration_are_a_caveat(energetic: Target) -> None:
 
 
 def test_figures_that_overflow_are_an_error(tmp_path: Path) -> None:
-    (tmp_path / "slow.toml").write_text(
-        ENERGETIC.replace('value = 1, unit = "GMAC/s"', 'value = 1e-300, unit = "MAC/s"')
-    )
+    (tmp_path / "slow.toml").write_text(BOARD.replace('value = 1, unit = "GMAC/s"', 'value = 1e-300, unit = "MAC/s"'))
     huge = make_row(OpKind.LINEAR, c=2**31 - 1, k=2**31 - 1, n=2**31 - 1)
     with pytest.raises(TargetError, match="'board' gives a cost that is not finite"):
         load(tmp_path / "slow.toml").estimate(workload(huge))
