@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ __all__ = ["Workers"]
 
 
 class Workers:
-    """The processes of torch.distributed, or this one alone.
+    """The processes of torch.distributed, or this one alone, while a network is trained.
 
     Attributes:
         net: The network to compute losses of weights with, which averages gradients over processes.
@@ -32,6 +34,21 @@ class Workers:
         if self.size > 1:
             # Of a mixed operator one candidate is computed, the same one in all processes.
             self.net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let go of the process group, which then ends with ``destroy_process_group``.
+
+        The wrapper refers to itself. Where it outlives the group's end, so do the threads of gloo, and an interpreter
+        that is shut down under them aborts now and then.
+        """
+        self.net = self._plain
+        if self.size > 1:
+            gc.collect()
 
     def share(self, batch: Any, what: str) -> Any:
         """This process's part of a batch; where there are fewer samples than processes, maybe one without a label.

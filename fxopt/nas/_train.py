@@ -193,10 +193,11 @@ def train_supernet(
     device = next(supernet.net.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(chosen.seed)
-        run = _Run(supernet, train, val, Cost(table, terms), chosen)
         stem = Path(checkpoint) if checkpoint is not None else None
-        start = run.begin(stem)
-        run.go(start, stem, checkpoint_steps, progress or Silent(), stop_after)
+        with Workers(supernet.net) as workers:
+            run = _Run(supernet, train, val, Cost(table, terms), chosen, workers)
+            start = run.begin(stem)
+            run.go(start, stem, checkpoint_steps, progress or Silent(), stop_after)
     supernet.choose_policy(supernet.most_likely())
     supernet.net.eval()
     return SupernetResult(supernet, supernet.most_likely(), run.history, run.notes(), start)
@@ -217,7 +218,15 @@ def _check(supernet: Supernet, table: OperatorTable, checkpoint_steps: int) -> N
 class _Run:
     """A supernet in training: all that a checkpoint holds."""
 
-    def __init__(self, supernet: Supernet, train: Loader, val: Loader, cost: Cost, settings: SupernetSettings) -> None:
+    def __init__(
+        self,
+        supernet: Supernet,
+        train: Loader,
+        val: Loader,
+        cost: Cost,
+        settings: SupernetSettings,
+        workers: Workers,
+    ) -> None:
         self.supernet = supernet
         self.cost = cost
         self.settings = settings
@@ -229,7 +238,7 @@ class _Run:
         self.train = Numbered(train, "train", settings.seed)
         self.val = Numbered(val, "val", settings.seed)
         self.steps = self.train.steps
-        self._workers = Workers(supernet.net)
+        self._workers = workers
         methods: dict[str, BinaryGates | Relaxed | Reinforce] = {
             "binary": BinaryGates(2),
             "binary-all": BinaryGates(None),

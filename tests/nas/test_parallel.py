@@ -63,11 +63,13 @@ def work(folder: Path) -> None:
 
 
 _SCRIPT = """
-import pathlib, sys, torch
+import gc, pathlib, sys, torch
 from tests.nas.test_parallel import work
 
 torch.distributed.init_process_group("gloo")
 work(pathlib.Path(sys.argv[1]))
+kept = [one for one in gc.get_objects() if isinstance(one, torch.nn.parallel.DistributedDataParallel)]
+assert not kept, "they keep the process group, whose threads abort a process that ends now and then"
 torch.distributed.destroy_process_group()
 """
 
@@ -83,7 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [*launch, str(script), str(folder)], env=environment, cwd=root, timeout=280, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     return folder
 
 
