@@ -14,17 +14,16 @@ from torch import fx, nn
 from fxopt._applying import Stages
 from fxopt._job import Job
 from fxopt._precision import Quickest
-from fxopt._reporting import changes_in
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Constraint, Policy, SearchSpace
 from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
 from fxopt.objectives import Objective
-from fxopt.passes import Quantize, TunablePass
+from fxopt.passes import Quantize, SelectOperators, TunablePass
 from fxopt.passes._fork import own_copy
 from fxopt.passes.quantize import CALIBRATION_META
 from fxopt.progress import Progress
-from fxopt.report import PassLine
+from fxopt.report import Metrics, PassLine
 from fxopt.search import SearchResult, engines, run_search
 
 __all__ = ["Course", "Judging", "Outcome", "Searching"]
@@ -49,6 +48,11 @@ class Judging:
     reconstruct: bool | Reconstruction
     trial_epochs: int
     source: tuple[nn.Module, object]
+
+    @property
+    def by_data(self) -> bool:
+        """Whether scores say how good a network is; without data they say how like the original it is."""
+        return self.val is not None or self.evaluate is not None
 
     def of(self, job: Job, passes: tuple[TunablePass, ...], tuning: Tuning) -> Evaluator:
         """What scores the policies of some passes about a job's graph."""
@@ -126,6 +130,7 @@ class Outcome:
         graph: The last network.
         policy: All decisions of the course.
         score: The score of the last network.
+        score_name: What judged it.
         found: The searches, in order; their policies hold what earlier ones have decided, too.
         note: What to know of the last network, or nothing.
     """
@@ -133,8 +138,14 @@ class Outcome:
     graph: fx.GraphModule
     policy: Policy
     score: float
+    score_name: str
     found: tuple[SearchResult, ...]
     note: str
+
+    @property
+    def search(self) -> SearchResult | None:
+        """The last search, if there was one."""
+        return self.found[-1] if self.found else None
 
 
 @dataclass
@@ -156,6 +167,30 @@ class Course:
     folder: Path | None
     show: Progress
     steps: list[PassLine] = field(default_factory=list)
+
+    def rehearse(self, job: Job, passes: tuple[TunablePass, ...]) -> tuple[Evaluator, Metrics]:
+        """See that the model can be judged and trained, before anything is searched.
+
+        Args:
+            job: What can be decided.
+            passes: Those that are searched first.
+
+        Returns:
+            The judge of these passes, and what the given model is worth and costs.
+
+        Raises:
+            FxoptError: If judge, data or loss do not fit, or the model is not what the objective starts from.
+        """
+        judge = self.judging.of(job, passes, self.tuning)
+        first = judge.rehearse()
+        self.judging.wanted.check(first, "The model before the search")
+        before = job.metrics(job.source, judge.judge(job.source) if len(job.operators) else first)
+        if len(job.operators):
+            job.learn_from_better(before.accuracy, first, known=self.judging.by_data)
+            line = f"operators: {len(job.selected)} blocks"
+            self.steps.append(PassLine(SelectOperators.name, line, first, job.metrics(job.graph, first)))
+        self.tuning.rehearse(job.graph)
+        return judge, before
 
     def run(self, job: Job, groups: tuple[tuple[TunablePass, ...], ...], judge: Evaluator) -> Outcome:
         """Decide group after group: search, build and train, and go on from the network that this gives.
@@ -185,10 +220,9 @@ class Course:
             if not last:
                 rest = tuple(one for later in groups[number + 1 :] for one in later)
                 job = job.after(built.graph, group[0].with_policy(built.policy), rest)
-        score = self.steps[-1].accuracy if self.steps else None
-        return Outcome(
-            built.graph, policy, judge.judge(built.graph) if score is None else score, tuple(found), built.note
-        )
+        known = self.steps[-1].accuracy if self.steps else None
+        score = judge.judge(built.graph) if known is None else known
+        return Outcome(built.graph, policy, score, judge.score_name, tuple(found), built.note)
 
     def _journal(self, job: Job, group: tuple[TunablePass, ...], number: int) -> Path | None:
         if self.folder is None:
@@ -204,7 +238,7 @@ class Course:
         def between(graph: fx.GraphModule) -> None:
             cut = [one.name for one in passes if not isinstance(one, Quantize)]
             if cut:
-                self.steps.append(job.step(", ".join(cut), changes_in(job.space, policy), graph, judge))
+                self.steps.append(job.step(", ".join(cut), _changes_in(job.space, policy), graph, judge))
             if Stages.of(policy).in_floats:
                 self._tune(job, graph, policy, judge, on_grids=False)
             floats.append(graph)
@@ -228,7 +262,7 @@ class Course:
     def _tune(self, job: Job, graph: fx.GraphModule, policy: Policy, judge: Evaluator, *, on_grids: bool) -> None:
         name = f"fine-tune-{'bits-' if on_grids else ''}{job.digest_with(policy)}"
         place = None if self.folder is None else self.folder / name
-        known = self.judging.val is not None or self.judging.evaluate is not None
+        known = self.judging.by_data
         kept = {key: value.clone() for key, value in graph.state_dict().items()} if known else {}
         before = judge.judge(graph) if known and self.tuning.trains else -math.inf
         history = self.tuning(
@@ -248,3 +282,10 @@ def _completed(search: SearchResult, decided: Policy) -> SearchResult:
     """A search with policies that hold what was decided before it."""
     trials = tuple(dataclasses.replace(trial, policy=decided.merged(trial.policy)) for trial in search.trials)
     return dataclasses.replace(search, trials=trials, best=trials[search.trials.index(search.best)])
+
+
+def _changes_in(space: SearchSpace, policy: Policy) -> str:
+    """How many of the decisions that are not about bits differ from the original."""
+    others = [decision for decision in space if decision.kind != "bits"]
+    changed = sum(policy.get(decision.key, decision.default) != decision.default for decision in others)
+    return f"{changed} of {len(others)} decisions"

@@ -15,12 +15,12 @@ from torch import fx, nn
 from fxopt import _storage, targets
 from fxopt._arguments import check_weights
 from fxopt._precision import Quickest, not_slower, without_slow_integers
-from fxopt._reporting import metrics_of
 from fxopt._selecting import Selection, Selector
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace, Shares
 from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import Evaluator
+from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, WeightQuantizer
 from fxopt.lowering import IndexCosts, ParametricWorkload, lower
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, TunablePass
 from fxopt.passes._fork import own_copy
@@ -30,6 +30,7 @@ from fxopt.sensitivity import sensitivities
 
 __all__ = ["Job"]
 
+_QUANTIZERS = (ActivationQuantizer, WeightQuantizer, CodebookQuantizer)
 _EXACT = "exact"
 _MEASURING = "measuring what layers lose"
 _MEASURED_ON = 64
@@ -72,6 +73,7 @@ class Job:
         source: The graph of the model.
         graph: The graph that decisions are about.
         teacher: What it learns from when it is trained.
+        operators: The operators that could be selected; none without a selector.
         selected: The operators that were selected.
         made_by: The passes that made ``graph`` of ``source``.
         original: What ``source`` costs.
@@ -101,7 +103,7 @@ class Job:
         self.source: fx.GraphModule = own_copy(_storage.traced(model, example_inputs)).eval()
         self.state = _storage.shapes_of(model)
         check_weights(self.source)
-        self.teacher, self.selected = self.source, Policy({})
+        self.teacher, self.operators, self.selected = self.source, SearchSpace(()), Policy({})
         self.notes: tuple[str, ...] = ()
         self.original, self.limits = self._costs_of_original()
         self.shares, self.passes = shares, passes
@@ -110,6 +112,7 @@ class Job:
             self._open(self.source, passes)
         else:
             found = self._select(selector)
+            self.operators = selector.step.search_space(self.source)
             self.selected, self.notes = found.policy, found.notes
             self.made_by = (selector.step.with_policy(found.policy),)
             self._open(found.graph, passes)
@@ -286,7 +289,15 @@ class Job:
     def metrics(self, graph: fx.GraphModule, score: float | None) -> Metrics:
         """Metrics of a graph as it is, with the score it was given."""
         estimate = self.target.estimate(self.lowered(graph).bind())
-        return metrics_of(graph, estimate, score)
+        return Metrics(
+            accuracy=score,
+            macs=float(estimate.macs[0]),
+            parameters=_parameters(graph),
+            size_bytes=float(estimate.weight_bytes[0]),
+            latency_s=float(estimate.latency_s[0]),
+            energy_j=None if estimate.energy_j is None else float(estimate.energy_j[0]),
+            memory_bytes=float(estimate.peak_activation_bytes[0]),
+        )
 
     def step(self, name: str, detail: str, graph: fx.GraphModule, judge: Evaluator) -> PassLine:
         """What a graph is worth and costs after a step."""
@@ -348,3 +359,10 @@ class Job:
             (budget.metric, str(budget), float(limit), first, float(last))
             for budget, limit, first, last in zip(self.budgets, self.limits, before, achieved, strict=True)
         ]
+
+
+def _parameters(graph: fx.GraphModule) -> int:
+    """How many parameters a graph has; what quantizers have learned is none of the network's."""
+    quantizers = (module for module in graph.modules() if isinstance(module, _QUANTIZERS))
+    learned = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
+    return sum(parameter.numel() for parameter in graph.parameters() if id(parameter) not in learned)

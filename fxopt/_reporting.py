@@ -11,103 +11,52 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import fx
 
+from fxopt._course import Course, Outcome
+from fxopt._job import Job
 from fxopt.decisions import Policy, SearchSpace
 from fxopt.export import ExportReport
 from fxopt.graph.channels import ChannelGroup, analyze
-from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, WeightQuantizer
-from fxopt.lowering import ParametricWorkload
+from fxopt.lowering import ParametricWorkload, lower
 from fxopt.report import (
     BudgetLine,
     CandidateLine,
-    CurveLine,
     LayerLine,
     Metrics,
     OperatorLine,
-    PassLine,
     Report,
     TargetLine,
     lagging,
     roofline,
 )
 from fxopt.report._bounds import BoundOf, bounds, slow_lines, time_lines
+from fxopt.report._journals import curves_beside
 from fxopt.search import SearchResult
-from fxopt.targets import Estimate, OpKind, Target, Workload
+from fxopt.targets import OpKind, Target, Workload
 from fxopt.targets.rows import FLOAT_BITS, macs
 
-__all__ = ["build_report", "changes_in", "export_data", "metrics_of", "notes_on", "operator_lines"]
+__all__ = ["build_report", "export_data"]
 
 _PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime", "numpy")
-_QUANTIZERS = (ActivationQuantizer, WeightQuantizer, CodebookQuantizer)
 _Key: TypeAlias = tuple[str, int]
 _LAYERS = (OpKind.CONV, OpKind.DEPTHWISE, OpKind.LINEAR, OpKind.MATMUL)
 
 
-def metrics_of(graph: fx.GraphModule, estimate: Estimate, accuracy: float | None) -> Metrics:
-    """Metrics of a graph from its estimate."""
-    return Metrics(
-        accuracy=accuracy,
-        macs=float(estimate.macs[0]),
-        parameters=_parameters(graph),
-        size_bytes=float(estimate.weight_bytes[0]),
-        latency_s=float(estimate.latency_s[0]),
-        energy_j=None if estimate.energy_j is None else float(estimate.energy_j[0]),
-        memory_bytes=float(estimate.peak_activation_bytes[0]),
-    )
-
-
-def _parameters(graph: fx.GraphModule) -> int:
-    """How many parameters a graph has; what quantizers have learned is none of the network's."""
-    quantizers = (module for module in graph.modules() if isinstance(module, _QUANTIZERS))
-    learned = {id(parameter) for quantizer in quantizers for parameter in quantizer.parameters()}
-    return sum(parameter.numel() for parameter in graph.parameters() if id(parameter) not in learned)
-
-
-def build_report(
-    *,
-    title: str,
-    target: Target,
-    source: ParametricWorkload,
-    workload: ParametricWorkload,
-    final: ParametricWorkload,
-    policy: Policy,
-    budgets: Sequence[tuple[str, str, float, float, float]],
-    before: Metrics,
-    after: Metrics,
-    steps: Sequence[PassLine],
-    graph: fx.GraphModule,
-    search: SearchResult | None,
-    score_name: str,
-    notes: Sequence[str],
-    seed: int,
-    operators: Sequence[OperatorLine],
-    curves: Sequence[CurveLine],
-) -> Report:
+def build_report(course: Course, job: Job, made: Outcome, *, title: str, before: Metrics, after: Metrics) -> Report:
     """Everything that a reader wants to know of an optimization.
 
     Args:
+        course: What was done.
+        job: What it was done to.
+        made: What came of it.
         title: Model and target in words.
-        target: The target.
-        source: The model as it was given.
-        workload: The model as it was searched, with other operators where these were chosen.
-        final: The result.
-        policy: What makes the result of the given model.
-        budgets: Metric, words, limit, before and achieved of each budget.
         before: What the given model is worth and costs.
         after: What the result is worth and costs.
-        steps: What was done in between.
-        graph: The graph that was searched.
-        search: The search, if there was one.
-        score_name: What judged the model.
-        notes: What to know first.
-        seed: Seed of everything random.
-        operators: What was chosen for each block.
-        curves: Other searches of the same space.
     """
-    first, bound = source.bind(), workload.bind(policy)
-    estimate = target.estimate(workload.bind())
-    channels = analyze(graph)
+    target, workload, search = job.target, job.workload, made.search
+    source = job.lowered(job.source)
+    first, bound = source.bind(), workload.bind(made.policy)
+    channels = analyze(job.graph)
     frozen = _frozen(channels.frozen)
     found = bounds(target, bound)
     return Report(
@@ -115,25 +64,25 @@ def build_report(
         target=TargetLine(target.name, target.title, target.status, target.error, tuple(target.caveats(bound))),
         before=before,
         after=after,
-        budgets=tuple(BudgetLine(*line) for line in budgets),
-        passes=tuple(steps),
+        budgets=tuple(BudgetLine(*line) for line in job.budget_lines(made.graph)),
+        passes=tuple(course.steps),
         layers=_layers(target, source, first, workload, bound, found, frozen),
         frozen=tuple((group.site, group.frozen_by or "") for group in channels.frozen),
-        barriers=final.barriers,
-        uncosted=estimate.uncosted,
+        barriers=lower(made.graph).barriers,
+        uncosted=target.estimate(workload.bind()).uncosted,
         engine=search.engine if search is not None else "none",
         trials=len(search.trials) if search is not None else 0,
         curve=tuple(search.curve) if search is not None else (),
-        score_name=score_name,
-        notes=(*notes, *lagging(target, before, after, bound)),
-        seed=seed,
+        score_name=made.score_name,
+        notes=(*_notes(course, job, made), *lagging(target, before, after, bound)),
+        seed=course.tuning.seed,
         versions=_versions(),
         export=None,
         roofline=roofline(target, first, bound),
-        operators=tuple(operators),
+        operators=_operator_lines(job.operators, job.selected),
         times=time_lines(target, first, bound),
         slow=slow_lines(target, bound, found, frozen),
-        curves=tuple(curves),
+        curves=() if course.folder is None or len(made.found) > 1 else curves_beside(course.folder),
         candidates=_candidates(target, workload, search),
     )
 
@@ -147,14 +96,7 @@ def export_data(made: ExportReport) -> dict[str, Any]:
     return data | {name: list(data[name]) for name in ("layers", "kernels")}
 
 
-def changes_in(space: SearchSpace, policy: Policy) -> str:
-    """How many of the decisions that are not about bits differ from the original."""
-    others = [decision for decision in space if decision.kind != "bits"]
-    changed = sum(policy.get(decision.key, decision.default) != decision.default for decision in others)
-    return f"{changed} of {len(others)} decisions"
-
-
-def operator_lines(space: SearchSpace, policy: Policy) -> tuple[OperatorLine, ...]:
+def _operator_lines(space: SearchSpace, policy: Policy) -> tuple[OperatorLine, ...]:
     """What a policy chooses for each block whose operator is decided."""
     return tuple(
         OperatorLine(one.site, str(one.default), str(policy.get(one.key, one.default)), tuple(map(str, one.choices)))
@@ -162,23 +104,23 @@ def operator_lines(space: SearchSpace, policy: Policy) -> tuple[OperatorLine, ..
     )
 
 
-def notes_on(train: object, val: object, evaluate: object, found: Sequence[SearchResult], policy: Policy) -> list[str]:
+def _notes(course: Course, job: Job, made: Outcome) -> list[str]:
     """What a reader should know first: which data were missing, and what went wrong on the way."""
     notes = []
-    if val is None and evaluate is None:
+    if not course.judging.by_data:
         notes.append(
             "No validation data was given: policies were judged by how little they change the outputs on random "
             "inputs, and no accuracy is known."
         )
-    if train is None:
+    if course.tuning.train is None:
         notes.append("No training data was given: nothing was fine-tuned, and ranges come from random inputs.")
-    if not policy:
+    if not made.policy and not job.selected:
         notes.append("The passes find nothing to decide in this model; it was left as it is.")
-    for one in found:
+    for one in made.found:
         if one.failed:
             first = next(trial.error for trial in one.trials if trial.failed)
             notes.append(f"{one.failed} of {len(one.trials)} trials failed; the first with: {first}")
-    return notes
+    return [*notes, *job.notes, *filter(None, (made.note,))]
 
 
 def _candidates(target: Target, workload: ParametricWorkload, search: SearchResult | None) -> tuple[CandidateLine, ...]:

@@ -28,19 +28,17 @@ from fxopt._arguments import (
 )
 from fxopt._course import Course, Judging, Searching
 from fxopt._job import Job
-from fxopt._reporting import build_report, export_data, notes_on, operator_lines
+from fxopt._reporting import build_report, export_data
 from fxopt._selecting import Selector, parted
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Policy
 from fxopt.evaluate import Reconstruction
 from fxopt.export import ExportReport, Format, export_onnx, measure
-from fxopt.lowering import lower
 from fxopt.objectives import Objective
 from fxopt.passes import TunablePass
 from fxopt.progress import Progress, reporter
-from fxopt.report import PassLine, Report
-from fxopt.report._journals import curves_beside
+from fxopt.report import Report
 from fxopt.search import SearchResult, engines
 from fxopt.training import FineTuning
 
@@ -234,47 +232,21 @@ def optimize(
     divided = wanted_shares(shares, everything, budgets)
     job = Job(model, example_inputs, device, rest, budgets, folder, show, selector, divided)
     groups = tuple((one,) for one in rest) if divided is not None and rest else (rest,)
-    judge = judging.of(job, groups[0], tuning)
-    first = judge.rehearse()
-    wanted.check(first, "The model before the search")
-    before = job.metrics(job.source, first if selecting is None else judge.judge(job.source))
-    if selecting is not None:
-        selected = job.metrics(job.graph, first)
-        job.learn_from_better(before.accuracy, first, known=val is not None or evaluate is not None)
-        detail = f"operators: {len(job.selected)} blocks"
-        course.steps.append(PassLine(selecting.name, detail, first, selected))
-    tuning.rehearse(job.graph)
+    judge, before = course.rehearse(job, groups[0])
     made = course.run(job, groups, judge)
     job.check_budget(made.graph)
-    after = job.metrics(made.graph, made.score)
     timed = _measured(job.source, made.graph, example_inputs) if verify_on_host else (None, None)
-    found = made.found[-1] if made.found else None
-    policy = job.selected.merged(made.policy)
     report = build_report(
+        course,
+        job,
+        made,
         title=f"{type(model).__name__} for {device.name}",
-        target=device,
-        source=job.lowered(job.source),
-        workload=job.workload,
-        final=lower(made.graph),
-        policy=made.policy,
-        budgets=job.budget_lines(made.graph),
         before=dataclasses.replace(before, measured_latency_s=timed[0]),
-        after=dataclasses.replace(after, measured_latency_s=timed[1]),
-        steps=course.steps,
-        graph=job.graph,
-        search=found,
-        score_name=judge.score_name,
-        notes=(
-            *notes_on(train, val, evaluate, made.found, made.policy or job.selected),
-            *job.notes,
-            *filter(None, (made.note,)),
-        ),
-        seed=seed,
-        operators=() if selecting is None else operator_lines(selecting.search_space(job.source), job.selected),
-        curves=() if folder is None or len(made.found) > 1 else curves_beside(folder),
+        after=dataclasses.replace(job.metrics(made.graph, made.score), measured_latency_s=timed[1]),
     )
     _storage.explain_other_weights(made.graph)
-    return OptimizationResult(made.graph, policy, report, found, everything, example_inputs, job.state)
+    policy = job.selected.merged(made.policy)
+    return OptimizationResult(made.graph, policy, report, made.search, everything, example_inputs, job.state)
 
 
 def _measured(before: fx.GraphModule, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:

@@ -9,28 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 import fxopt
-from fxopt._cli import looking
+from fxopt._cli import looking, words
 from fxopt._cli.output import INTERRUPTED, emit_json, guarded, session, show
-from fxopt._cli.words import (
-    Evaluate,
-    Inputs,
-    Json,
-    MaybeModel,
-    MaybeTarget,
-    Model,
-    Objective,
-    Passes,
-    Quiet,
-    Reconstruct,
-    Train,
-    Val,
-    complete_engine,
-)
 
 __all__ = ["app", "main"]
 
@@ -68,8 +53,8 @@ def demo(
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-out"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: words.Json = False,
+    quiet: words.Quiet = False,
 ) -> None:
     """Show it all: train a digit classifier, optimize, export. Takes a few minutes at most."""
     with session(as_json, quiet) as progress:
@@ -89,122 +74,41 @@ app.command()(looking.profile)
 @app.command()
 @guarded(resumes=True)
 def optimize(
-    model: MaybeModel = None,
-    target: MaybeTarget = None,
-    budget: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="metric=limit, such as latency=60%, size=2MB or macs=300M; may be repeated."),
-    ] = None,
-    passes: Passes = None,
-    share: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="pass=part of the way to the budgets, such as quantize=50%; may be repeated."),
-    ] = None,
-    engine: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Search engine; by default evolution.", show_default=False, autocompletion=complete_engine),
-    ] = None,
-    trials: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Policies to try; by default 48.", show_default=False),
-    ] = None,
-    epochs: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Epochs of fine-tuning; by default 2.", show_default=False),
-    ] = None,
-    train: Train = None,
-    val: Val = None,
-    evaluate: Evaluate = None,
-    loss: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="MODULE:FUNCTION", help="Takes output and label, gives a loss; by default cross entropy."),
-    ] = None,
-    learning_rate: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Highest learning rate of the fine-tuning; by default 0.02.", show_default=False),
-    ] = None,
-    optimizer: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Optimizer of the fine-tuning: sgd, the default, or adamw.", show_default=False),
-    ] = None,
-    schedule: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Its learning rate: cosine, the default, step, one-cycle or constant.", show_default=False),
-    ] = None,
-    patience: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Epochs without a better score before it ends; by default never.", show_default=False),
-    ] = None,
-    distill: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="What it learns from the original: none, or such as logits=0.5,features=1,attention=1."),
-    ] = None,
-    scales: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Scales of quantizers in training: lsq, the default, pact or fixed.", show_default=False),
-    ] = None,
-    trial_epochs: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Epochs of fine-tuning in every trial; by default 0.", show_default=False),
-    ] = None,
-    objective: Objective = None,
-    reconstruct: Reconstruct = None,
-    inputs: Inputs = None,
-    recipe: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="TOML file with the same options; those given here come first.", show_default=False),
-    ] = None,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder for results and journal; by default fxopt-out.", show_default=False),
-    ] = None,
-    seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="Seed of everything random; by default 0.", show_default=False),
-    ] = None,
-    parallel: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Trials at a time; by default 1.", show_default=False),
-    ] = None,
-    verify_on_host: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option(help="Measure before and after in onnxruntime here; by default so.", show_default=False),
-    ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    context: typer.Context,
+    model: words.MaybeModel = None,
+    target: words.MaybeTarget = None,
+    budget: words.Budgets = None,
+    passes: words.Passes = None,
+    shares: words.Shares = None,
+    engine: words.Engine = None,
+    trials: words.Trials = None,
+    epochs: words.Epochs = None,
+    train: words.Train = None,
+    val: words.Val = None,
+    evaluate: words.Evaluate = None,
+    loss: words.Loss = None,
+    learning_rate: words.LearningRate = None,
+    optimizer: words.Optimizer = None,
+    schedule: words.Schedule = None,
+    patience: words.Patience = None,
+    distill: words.Distill = None,
+    scales: words.Scales = None,
+    trial_epochs: words.TrialEpochs = None,
+    objective: words.Objective = None,
+    reconstruct: words.Reconstruct = None,
+    input: words.Inputs = None,  # noqa: A002 (the option's name)
+    recipe: words.Recipe = None,
+    out: words.Out = None,
+    seed: words.Seed = None,
+    parallel: words.Parallel = None,
+    verify_on_host: words.VerifyOnHost = None,
+    as_json: words.Json = False,
+    quiet: words.Quiet = False,
 ) -> None:
     """Optimize a model within budgets, to a proved ONNX file. Run again to resume."""
-    from fxopt._cli.recipe import Options, parse_budgets, parse_shares, read_recipe, split_passes
+    from fxopt._cli.recipe import options_of
 
-    given: dict[str, Any] = {
-        "model": model,
-        "target": target,
-        "budget": parse_budgets(budget or ()),
-        "passes": split_passes(passes) if passes is not None else None,
-        "shares": parse_shares(share or ()),
-        "engine": engine,
-        "trials": trials,
-        "epochs": epochs,
-        "train": train,
-        "val": val,
-        "evaluate": evaluate,
-        "loss": loss,
-        "learning_rate": learning_rate,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "patience": patience,
-        "distill": distill,
-        "scales": scales,
-        "trial_epochs": trial_epochs,
-        "objective": objective,
-        "reconstruct": reconstruct,
-        "input": tuple(inputs or ()),
-        "out": str(out) if out is not None else None,
-        "seed": seed,
-        "parallel": parallel,
-        "verify_on_host": verify_on_host,
-    }
-    options = (read_recipe(recipe) if recipe is not None else Options()).changed(given)
+    options = options_of(context.params)
     with session(as_json, quiet) as progress:
         from fxopt._cli.optimizing import optimize as run
         from fxopt._cli.optimizing import tell
@@ -219,70 +123,34 @@ app.command()(looking.explain)
 @app.command("compare-engines")
 @guarded(resumes=True)
 def compare_engines(
-    model: MaybeModel = None,
-    engine: Annotated[
-        Optional[list[str]],  # noqa: UP045 (read at run time, by typer)
-        typer.Option(
-            help="A search engine; may be repeated; by default all that are installed.",
-            show_default=False,
-            autocompletion=complete_engine,
-        ),
-    ] = None,
+    context: typer.Context,
+    model: words.MaybeModel = None,
+    engines: words.Engines = None,
     seeds: Annotated[int, typer.Option(min=1, help="Under how many seeds each engine runs.")] = 1,
-    recipe: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="TOML file with the options of optimize; those given here come first.", show_default=False),
-    ] = None,
-    target: MaybeTarget = None,
-    budget: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="metric=limit, such as latency=60%; may be repeated."),
-    ] = None,
-    passes: Passes = None,
-    trials: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="Policies that each engine may try; by default 48.", show_default=False),
-    ] = None,
-    train: Train = None,
-    val: Val = None,
-    evaluate: Evaluate = None,
-    objective: Objective = None,
-    reconstruct: Reconstruct = None,
-    inputs: Inputs = None,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder for the journals; by default fxopt-out.", show_default=False),
-    ] = None,
-    seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(min=0, help="The first of the seeds; by default 0.", show_default=False),
-    ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    recipe: words.Recipe = None,
+    target: words.MaybeTarget = None,
+    budget: words.Budgets = None,
+    passes: words.Passes = None,
+    trials: words.Trials = None,
+    train: words.Train = None,
+    val: words.Val = None,
+    evaluate: words.Evaluate = None,
+    objective: words.Objective = None,
+    reconstruct: words.Reconstruct = None,
+    input: words.Inputs = None,  # noqa: A002 (the option's name)
+    out: words.Out = None,
+    seed: words.Seed = None,
+    as_json: words.Json = False,
+    quiet: words.Quiet = False,
 ) -> None:
     """Compare search engines on a model. Run again to resume."""
-    from fxopt._cli.recipe import Options, parse_budgets, read_recipe, split_passes
+    from fxopt._cli.recipe import options_of
 
-    given: dict[str, Any] = {
-        "model": model,
-        "target": target,
-        "budget": parse_budgets(budget or ()),
-        "passes": split_passes(passes) if passes is not None else None,
-        "trials": trials,
-        "train": train,
-        "val": val,
-        "evaluate": evaluate,
-        "objective": objective,
-        "reconstruct": reconstruct,
-        "input": tuple(inputs or ()),
-        "out": str(out) if out is not None else None,
-        "seed": seed,
-    }
-    options = (read_recipe(recipe) if recipe is not None else Options()).changed(given)
+    options = options_of(context.params)
     with session(as_json, quiet) as progress:
         from fxopt._cli.comparing import compare, comparison_table
 
-        found = compare(options, list(dict.fromkeys(engine or ())), seeds, progress)
+        found = compare(options, list(dict.fromkeys(engines or ())), seeds, progress)
     emit_json({"trials": found.trials, "engines": found.rows}) if as_json else show(comparison_table(found))
 
 
@@ -297,8 +165,8 @@ def calibrate(
     threads: Annotated[int, typer.Option(min=1, help="Threads inside an operator.")] = 1,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each operator; more take longer and err less.")] = 100,
     quick: Annotated[bool, typer.Option("--quick", help="Measure every second operator alone.")] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: words.Json = False,
+    quiet: words.Quiet = False,
 ) -> None:
     """Measure this machine and write it as a target file. Uses onnxruntime, no torch. Run again to resume."""
     from fxopt._cli.calibrating import calibrate as measure
@@ -322,8 +190,8 @@ def report(
         Optional[Path],  # noqa: UP045 (read at run time, by typer)
         typer.Option(help="Page or data to write, .html or .json; by default report.html there.", show_default=False),
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: words.Json = False,
+    quiet: words.Quiet = False,
 ) -> None:
     """Show the report of a saved result. Writes it anew, with what compare-engines searched in the same folder."""
     with session(as_json, quiet):
@@ -340,7 +208,7 @@ def report(
 @app.command()
 @guarded()
 def export(
-    model: Model,
+    model: words.Model,
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
     form: Annotated[str, typer.Option("--format", help="qdq, qdq-native, qonnx or float.")] = "qdq",
     opset: Annotated[
@@ -355,10 +223,10 @@ def export(
         Optional[str],  # noqa: UP045
         typer.Option(help="Bits of weights and activations of all layers, such as 8,8 or 4,32.", show_default=False),
     ] = None,
-    train: Train = None,
-    inputs: Inputs = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    train: words.Train = None,
+    inputs: words.Inputs = None,
+    as_json: words.Json = False,
+    quiet: words.Quiet = False,
 ) -> None:
     """Write a model to an ONNX file and prove it. Shows what runs it in onnxruntime."""
     from fxopt._cli.exporting import export as write

@@ -15,7 +15,7 @@ from fxopt import api, targets
 from fxopt._cli.loading import call, load_function, load_model, parse_input
 from fxopt._cli.optimizing import tell
 from fxopt._cli.output import only_json
-from fxopt._cli.recipe import Options, parse_budgets, read_recipe, split_passes
+from fxopt._cli.recipe import Options, options_of, read_recipe
 from fxopt.cli import app, main
 from fxopt.errors import BudgetError, FxoptError, ParityError, UnknownNameError
 from fxopt.export import ExportReport
@@ -300,10 +300,10 @@ def test_options_that_are_not_given_keep_their_value() -> None:
 
 
 def test_budgets_and_passes_are_read() -> None:
-    assert parse_budgets(["latency=60%", " size = 2MB "]) == {"latency": "60%", "size": "2MB"}
-    assert split_passes(" prune-channels, quantize,") == ("prune-channels", "quantize")
+    assert options_of({"budget": ["latency=60%", " size = 2MB "]}).budget == {"latency": "60%", "size": "2MB"}
+    assert options_of({"passes": " prune-channels, quantize,"}).passes == ("prune-channels", "quantize")
     with pytest.raises(BudgetError, match="twice"):
-        parse_budgets(["size=1MB", "size=2MB"])
+        options_of({"budget": ["size=1MB", "size=2MB"]})
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Options", "kind_of", "parse_budgets", "parse_shares", "read_recipe", "split_passes"]
+__all__ = ["Options", "kind_of", "options_of", "read_recipe"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,26 @@ _TABLES = {
     "budget": '{ latency = "60%", size = "2MB" }',
     "shares": "{ select-operators = 0.3, quantize = 0.5 }",
 }
+
+
+def options_of(given: Mapping[str, Any]) -> Options:
+    """The options of a command: what its command line says, and where it says nothing its recipe, if it has one.
+
+    Args:
+        given: The words of the command line by parameter; those that are no options of ``optimize`` are passed over.
+
+    Raises:
+        FxoptError: If the recipe or a word is wrong.
+    """
+    base = Options() if given.get("recipe") is None else read_recipe(given["recipe"])
+    known = {field.name for field in dataclasses.fields(Options)}
+    return base.changed(
+        {
+            name: _FROM_WORDS.get(name, lambda value: value)(value)
+            for name, value in given.items()
+            if value is not None and name in known
+        }
+    )
 
 
 def read_recipe(path: Path) -> Options:
@@ -231,3 +251,12 @@ def _line_of(text: str, path: Sequence[str]) -> int:
             break
         last = count
     return last + 1
+
+
+_FROM_WORDS: dict[str, Callable[[Any], Any]] = {
+    "budget": parse_budgets,
+    "shares": parse_shares,
+    "passes": split_passes,
+    "input": tuple,
+    "out": str,
+}

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 __all__ = [
+    "Budgets",
+    "Distill",
+    "Engine",
+    "Engines",
+    "Epochs",
     "Evaluate",
     "Inputs",
     "Json",
+    "LearningRate",
+    "Loss",
     "MaybeModel",
     "MaybeTarget",
     "Model",
     "Objective",
+    "Optimizer",
+    "Out",
+    "Parallel",
     "Passes",
+    "Patience",
     "Quiet",
+    "Recipe",
     "Reconstruct",
+    "Scales",
+    "Schedule",
+    "Seed",
+    "Shares",
     "Train",
+    "TrialEpochs",
+    "Trials",
     "Val",
+    "VerifyOnHost",
     "complete_engine",
     "complete_pass",
     "complete_target",
@@ -103,4 +123,85 @@ Objective = Annotated[
 Reconstruct = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="Weights behind cut channels: sequential (the default), moments, which is quicker, or none."),
+]
+Budgets = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--budget", help="metric=limit, such as latency=60%, size=2MB or macs=300M; may be repeated."),
+]
+Shares = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--share", help="pass=part of the way to the budgets, such as quantize=50%; may be repeated."),
+]
+Engine = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Search engine; by default evolution.", show_default=False, autocompletion=complete_engine),
+]
+Engines = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--engine",
+        help="A search engine; may be repeated; by default all that are installed.",
+        show_default=False,
+        autocompletion=complete_engine,
+    ),
+]
+Trials = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Policies to try, with each engine; by default 48.", show_default=False),
+]
+Epochs = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=0, help="Epochs of fine-tuning; by default 2.", show_default=False),
+]
+Loss = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="MODULE:FUNCTION", help="Takes output and label, gives a loss; by default cross entropy."),
+]
+LearningRate = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="Highest learning rate of the fine-tuning; by default 0.02.", show_default=False),
+]
+Optimizer = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Optimizer of the fine-tuning: sgd, the default, or adamw.", show_default=False),
+]
+Schedule = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Its learning rate: cosine, the default, step, one-cycle or constant.", show_default=False),
+]
+Patience = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Epochs without a better score before it ends; by default never.", show_default=False),
+]
+Distill = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="What it learns from the original: none, or such as logits=0.5,features=1,attention=1."),
+]
+Scales = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Scales of quantizers in training: lsq, the default, pact or fixed.", show_default=False),
+]
+TrialEpochs = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=0, help="Epochs of fine-tuning in every trial; by default 0.", show_default=False),
+]
+Recipe = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="TOML file with the options of optimize; those given here come first.", show_default=False),
+]
+Out = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Folder for results and journals; by default fxopt-out.", show_default=False),
+]
+Seed = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=0, help="Seed of everything random, or the first of them; by default 0.", show_default=False),
+]
+Parallel = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=1, help="Trials at a time; by default 1.", show_default=False),
+]
+VerifyOnHost = Annotated[
+    Optional[bool],  # noqa: UP045
+    typer.Option(help="Measure before and after in onnxruntime here; by default so.", show_default=False),
 ]
