@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import re
-from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
 
@@ -18,43 +17,10 @@ from fxopt.report import CandidateLine, OperatorLine, PassLine, Report, SlowLine
 from fxopt.report._figures import network_charts
 from fxopt.report._search_figures import front, search_charts, step_chart
 from fxopt.report._theme import DARK, LIGHT
+from tests.report.reading import Page
 from tests.report.samples import layer, page_of_whole, report, whole
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
 NASTY = '<script>alert("x")</script>&\'[bold]$a_1$\x00'
-
-
-class Page(HTMLParser):
-    """What a browser would see: balanced tags, attributes, text by tag."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[tuple[str, str]] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.text.append((self.open[-1] if self.open else "", data.strip()))
-
-    def count(self, tag: str) -> int:
-        return sum(name == tag for name, _ in self.tags)
-
-    def seen(self, text: str) -> bool:
-        return any(text in data for _, data in self.text)
 
 
 def charts(made: Report) -> dict[str, Any]:

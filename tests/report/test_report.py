@@ -13,9 +13,6 @@ from fxopt.errors import FxoptError
 from fxopt.report import BudgetLine, Report
 from tests.report.samples import layer, metrics, report
 
-VOID = {"meta", "link", "img", "br", "hr", "input"}
-NASTY = '<script>alert("x")</script>&\'[bold]'
-
 
 def table_text(table: Table) -> str:
     return " ".join(str(cell) for column in table.columns for cell in column.cells)
