@@ -88,7 +88,7 @@ def tell(result: OptimizationResult, export: ExportReport, out: Path, *, as_json
     if as_json:
         emit_json({"report": json.loads(report.to_json()), "out": str(out), "onnx": str(export.path), **more})
         return
-    show(report.table(), report.verdict, "")
+    show(report.table(), report.steps_table(), report.slow_table(), report.verdict, "")
     trust = f"{report.target.name} is {report.target.status}: {report.target.error}"
     show(trust, *report.target.caveats, *report.notes, *export.notes)
     show(_proof(export), f"Report: {out / 'report.html'}")

@@ -339,6 +339,22 @@ class Report:
 
         return metrics_table(self)
 
+    def steps_table(self) -> Table:
+        """Score and costs after each step, for ``rich``."""
+        from fxopt.report._text import steps_table
+
+        return steps_table(self)
+
+    def slow_table(self, most: int = 5) -> Table:
+        """The costliest operators of the result and what would help, for ``rich``.
+
+        Args:
+            most: How many of them.
+        """
+        from fxopt.report._text import slow_table
+
+        return slow_table(self, most)
+
     def layer_table(self) -> Table:
         """Layers before and after, for ``rich``."""
         from fxopt.report._text import layer_table

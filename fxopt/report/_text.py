@@ -26,7 +26,7 @@ from fxopt.report._summary import (
     summary,
 )
 
-__all__ = ["export_tables", "layer_table", "metrics_table", "report_text", "view"]
+__all__ = ["export_tables", "layer_table", "metrics_table", "report_text", "slow_table", "steps_table", "view"]
 
 _WIDTH = 110
 _MOST_LINES = 8
@@ -70,6 +70,24 @@ def layer_table(report: Report) -> Table:
     return _table(f"Layers, latency predicted for {report.target.name}", columns, rows)
 
 
+def steps_table(report: Report) -> Table:
+    """Score and costs after each step."""
+    columns = ("Step", "What", f">{report.score_name.capitalize()} after it", *(f">{name}" for name in STEP_COSTS))
+    rows = [(one.name, one.detail, score_words(report, one.accuracy), *step_cells(one)) for one in story(report)]
+    return _table(None, columns, rows)
+
+
+def slow_table(report: Report, most: int) -> Table:
+    """The result's costliest operators, and what would help."""
+    rows: list[tuple[str, ...]] = []
+    for one in report.slow[:most]:
+        told = any(one.remedy in row for row in rows)
+        latency, share = format_quantity("latency", one.latency_s), f"{one.share:.0%}"
+        rows.append((one.site, latency, share, one.bound, "as above" if told else one.remedy))
+    columns = ("Costliest operator", ">Predicted", ">Of all", "Bound by", "What would help")
+    return _table(None, columns, rows)
+
+
 def export_tables(data: Mapping[str, Any]) -> Iterator[Table]:
     """What was exported and how it was checked, and its layers."""
     yield _table(None, ("Exported", ""), export_words(data))
@@ -88,9 +106,9 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         columns = ("Budget", ">Limit", ">Before", ">Achieved", "")
         yield _table(None, columns, [budget_words(budget) for budget in report.budgets])
     if report.passes:
-        costs = [f">{name}" for name in STEP_COSTS]
-        steps = [(one.name, one.detail, score_words(report, one.accuracy), *step_cells(one)) for one in story(report)]
-        yield _table(None, ("Step", "What", f">{report.score_name.capitalize()} after it", *costs), steps)
+        yield steps_table(report)
+    if report.slow:
+        yield slow_table(report, _MOST_LINES)
     if report.export is not None:
         yield from export_tables(report.export)
     yield Text(f"{report.target.title}: {report.target.status}. {report.target.error}")

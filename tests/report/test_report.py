@@ -14,6 +14,15 @@ from fxopt.report import BudgetLine, Report
 from tests.report.samples import layer, metrics, report
 
 
+def test_tables_of_steps_and_of_what_is_slow() -> None:
+    made = Report.from_json((Path(__file__).parent / "story.json").read_text(encoding="utf-8"))
+    steps, slow = table_text(made.steps_table()), table_text(made.slow_table(most=3))
+    assert [name in steps for name in ("original", "fine-tune quantized", "-33.5%")] == [True] * 3
+    assert [one.site in slow for one in made.slow[:4]] == [True, True, True, False]
+    assert slow.count("lower resolution") == 1
+    assert slow.count("as above") == 2
+
+
 def table_text(table: Table) -> str:
     return " ".join(str(cell) for column in table.columns for cell in column.cells)
 
