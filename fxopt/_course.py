@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import fx, nn
 
 from fxopt._applying import Stages
@@ -237,10 +238,11 @@ class Course:
 
         def between(graph: fx.GraphModule) -> None:
             cut = [one.name for one in passes if not isinstance(one, Quantize)]
-            if cut:
-                self.steps.append(job.step(", ".join(cut), _changes_in(job.space, policy), graph, judge))
+            line = job.step(", ".join(cut), _changes_in(job.space, policy), graph, judge) if cut else None
+            if line is not None:
+                self.steps.append(line)
             if Stages.of(policy).in_floats:
-                self._tune(job, graph, policy, judge, on_grids=False)
+                self._tune(job, graph, policy, judge, line, on_grids=False)
             floats.append(graph)
 
         made = apply_policy(
@@ -253,29 +255,56 @@ class Course:
         ).eval()
         found = job.not_slower(made, floats[0], policy, train)
         source = found.graph.meta.get(CALIBRATION_META, {}).get("source")
-        if source is not None and CALIBRATION_META not in job.graph.meta:
-            self.steps.append(job.step("quantize", f"calibrated on: {source}", found.graph, judge))
+        new = source is not None and CALIBRATION_META not in job.graph.meta
+        line = job.step("quantize", f"calibrated on: {source}", found.graph, judge) if new else None
+        if line is not None:
+            self.steps.append(line)
         if Stages.of(found.policy).on_grids:
-            self._tune(job, found.graph, found.policy, judge, on_grids=True)
+            self._tune(job, found.graph, found.policy, judge, line, on_grids=True)
         return found
 
-    def _tune(self, job: Job, graph: fx.GraphModule, policy: Policy, judge: Evaluator, *, on_grids: bool) -> None:
+    def _tune(
+        self,
+        job: Job,
+        graph: fx.GraphModule,
+        policy: Policy,
+        judge: Evaluator,
+        before: PassLine | None,
+        *,
+        on_grids: bool,
+    ) -> None:
+        """Train a graph, and take that back if it ends below its start, where there is something to judge by.
+
+        ``before`` tells of the graph as it is; None if it was not judged yet.
+        """
+        step = "fine-tune quantized" if on_grids else "fine-tune"
         name = f"fine-tune-{'bits-' if on_grids else ''}{job.digest_with(policy)}"
-        place = None if self.folder is None else self.folder / name
-        known = self.judging.by_data
-        kept = {key: value.clone() for key, value in graph.state_dict().items()} if known else {}
-        before = judge.judge(graph) if known and self.tuning.trains else -math.inf
+        kept: dict[str, torch.Tensor] = {}
+        if self.judging.by_data and self.tuning.trains:
+            before = before or job.step(step, "", graph, judge)
+            kept = {key: value.clone() for key, value in graph.state_dict().items()}
         history = self.tuning(
-            graph, job.teacher, on_grids=on_grids, judge=judge.judge, checkpoint=place, show=self.show
+            graph,
+            job.teacher,
+            on_grids=on_grids,
+            judge=judge.judge,
+            checkpoint=None if self.folder is None else self.folder / name,
+            show=self.show,
         )
-        if history is not None:
-            step = "fine-tune quantized" if on_grids else "fine-tune"
-            line = job.step(step, self.tuning.told(history, on_grids=on_grids), graph, judge)
-            if line.accuracy is not None and line.accuracy < before:
-                graph.load_state_dict(kept)
-                found = f"{line.detail}; taken back, it ended at {line.accuracy:.4g}"
-                line = job.step(step, found, graph, judge)
-            self.steps.append(line)
+        if history is None:
+            return
+        line = job.step(step, self.tuning.told(history, on_grids=on_grids), graph, judge)
+        if kept and before is not None and _below(line, before):
+            graph.load_state_dict(kept)
+            found = f"{line.detail}; taken back, it ended at {line.accuracy:.4g}"
+            line = dataclasses.replace(before, name=step, detail=found)
+        self.steps.append(line)
+
+
+def _below(line: PassLine, before: PassLine) -> bool:
+    """Whether a score is no number, or less than it was."""
+    now, then = line.accuracy, before.accuracy
+    return now is not None and then is not None and (math.isnan(now) or now < then)
 
 
 def _completed(search: SearchResult, decided: Policy) -> SearchResult:

@@ -187,7 +187,9 @@ def optimize(
         evaluate: A function of a module, higher is better, in place of ``val``.
         loss: ``loss(output, label)`` for fine-tuning; cross entropy by default.
         epochs: Epochs of fine-tuning after a search: of the network that was cut, in floats; and of the quantized
-            one, through its quantizers, where something has fewer than 8 bits or nothing but bits was decided.
+            one, through its quantizers, where something has fewer than 8 bits or nothing but bits was decided. With
+            ``val`` or ``evaluate``, training that ends below the score it started from is taken back: the weights of
+            before go on, and the report's line says "taken back" and where it ended.
         learning_rate: Its highest learning rate.
         fine_tune: Its optimizer and schedule, what it learns from the model as it was, or from the network of selected
             operators where that is the better one (class scores, feature maps, attention maps), and when it ends early.
@@ -196,7 +198,8 @@ def optimize(
         reconstruct: Whether weights behind cut channels are found anew by least squares on ``train``, without training,
             in every trial and at the end; or how.
         seed: Seed of everything random.
-        workdir: Folder for the journal and checkpoints; the same call with the same folder resumes.
+        workdir: Folder for the journal and checkpoints; the same call with the same folder resumes. With None nothing
+            is kept on disk, and a call that was interrupted starts over.
         executor: Where trials run: any of ``concurrent.futures``; None for here. Other processes trace the model anew,
             so model, data and ``evaluate`` have to be picklable; the result is the same as without.
         parallel: Trials at a time.

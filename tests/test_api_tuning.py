@@ -246,20 +246,51 @@ def test_a_search_with_training_is_another_search(tmp_path: Path) -> None:
         tuned(None, **FEW, workdir=tmp_path, trial_epochs=1)
 
 
-@pytest.mark.parametrize(("passes", "step"), [("prune-channels", "fine-tune"), ("quantize", "fine-tune quantized")])
-def test_training_that_ends_below_its_start_is_taken_back(passes: str, step: str) -> None:
+@pytest.mark.parametrize(
+    ("passes", "step", "scales"),
+    [
+        ("prune-channels", "fine-tune", "lsq"),
+        ("quantize", "fine-tune quantized", "lsq"),
+        ("quantize", "fine-tune quantized", "pact"),
+    ],
+)
+def test_training_that_ends_below_its_start_is_taken_back(passes: str, step: str, scales: Any) -> None:
     def worse(output: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         return -nn.functional.cross_entropy(output, label)
 
-    def sure(module: nn.Module) -> float:
-        return -sum(float(nn.functional.cross_entropy(module(inputs), labels)) for inputs, labels in DATA)
-
     options: dict[str, Any] = {"passes": passes, "budget": {"size": 0.6}, "target": "zynq7020"}
-    options |= {"val": None, "evaluate": sure}
-    ruined = tuned(None, loss=worse, epochs=6, learning_rate=0.3, **options)
+    options |= {"val": None, "evaluate": likelihood}
+    how = FineTuning(distillation=None, scales=scales)
+    ruined = tuned(how, loss=worse, epochs=6, learning_rate=0.3, **options)
     lines = {line.name: line for line in ruined.report.passes}
     assert "taken back" in lines[step].detail
     assert lines[step].accuracy == lines[passes].accuracy == ruined.report.after.accuracy
+    assert lines[step].metrics == lines[passes].metrics
+    assert likelihood(ruined.model.eval()) == ruined.report.after.accuracy
     untrained = tuned(None, epochs=0, **options)
     with torch.no_grad():
         torch.testing.assert_close(ruined.model(EXAMPLE), untrained.model(EXAMPLE))
+
+
+def test_training_behind_which_the_score_is_no_number_is_taken_back() -> None:
+    """The last call judges the trained network: with training there is one more than without."""
+    counted = Stopping()
+    tuned(None, val=None, evaluate=counted)
+    without = Stopping()
+    tuned(None, val=None, evaluate=without, epochs=0)
+    assert counted.calls == without.calls + 1
+
+    class NoNumber(Stopping):
+        def __call__(self, module: nn.Module) -> float:
+            score = super().__call__(module)
+            return float("nan") if self.calls == counted.calls else score
+
+    result = tuned(None, val=None, evaluate=NoNumber())
+    assert detail(result) == "epochs: 1; taken back, it ended at nan"
+    assert outcome(result)[3] == outcome(tuned(None, val=None, evaluate=half_right, epochs=0))[3]
+
+
+def test_without_anything_to_judge_by_training_stays() -> None:
+    result = tuned(None, val=None, epochs=1, learning_rate=0.3)
+    assert "taken back" not in detail(result)
+    assert outcome(result)[3] != outcome(tuned(None, val=None, epochs=0))[3]

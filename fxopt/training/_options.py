@@ -154,6 +154,9 @@ class EarlyStop:
 class FineTuning:
     """How ``fxopt.optimize`` fine-tunes; see :func:`fit`.
 
+    Where there is something to judge by, ``val`` or ``evaluate``, training that ends below the score it started from is
+    taken back, and the report says so.
+
     Attributes:
         optimizer: "sgd" or "adamw".
         schedule: How the learning rate goes.
