@@ -5,8 +5,9 @@ The public names are imported lazily: ``import fxopt`` loads neither torch nor o
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fxopt._named import lazily
 
 if TYPE_CHECKING:
     from fxopt.api import OptimizationResult as OptimizationResult
@@ -43,15 +44,4 @@ _LAZY = {
 
 __all__ = ["__version__", *_LAZY]
 
-
-def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None:
-        raise AttributeError(f"module 'fxopt' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _LAZY, __all__)

@@ -6,11 +6,10 @@ torch.
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from fxopt.errors import PassError, UnknownNameError
+from fxopt._named import Registry, lazily
+from fxopt.errors import PassError
 
 if TYPE_CHECKING:
     from fxopt.passes._importance import BatchNormScale as BatchNormScale
@@ -35,17 +34,22 @@ if TYPE_CHECKING:
     from fxopt.passes.select_operators import SelectOperators as SelectOperators
     from fxopt.passes.sparsify_weights import SparsifyWeights as SparsifyWeights
 
-_PASSES: dict[str, str | type[Pass]] = {
-    "canonicalize": "fxopt.passes.canonicalize:Canonicalize",
-    "equalize-weights": "fxopt.passes.equalize_weights:EqualizeWeights",
-    "fold-batch-norm": "fxopt.passes.fold_batch_norm:FoldBatchNorm",
-    "prune-channels": "fxopt.passes.prune_channels:PruneChannels",
-    "quantize": "fxopt.passes.quantize:Quantize",
-    "sparsify-weights": "fxopt.passes.sparsify_weights:SparsifyWeights",
-    "reconstruct-blocks": "fxopt.passes.reconstruct_blocks:ReconstructBlocks",
-    "round-weights": "fxopt.passes.round_weights:RoundWeights",
-    "select-operators": "fxopt.passes.select_operators:SelectOperators",
-}
+_PASSES: Registry[Pass] = Registry(
+    "pass",
+    "fxopt.passes:Pass",
+    PassError,
+    {
+        "canonicalize": "fxopt.passes.canonicalize:Canonicalize",
+        "equalize-weights": "fxopt.passes.equalize_weights:EqualizeWeights",
+        "fold-batch-norm": "fxopt.passes.fold_batch_norm:FoldBatchNorm",
+        "prune-channels": "fxopt.passes.prune_channels:PruneChannels",
+        "quantize": "fxopt.passes.quantize:Quantize",
+        "sparsify-weights": "fxopt.passes.sparsify_weights:SparsifyWeights",
+        "reconstruct-blocks": "fxopt.passes.reconstruct_blocks:ReconstructBlocks",
+        "round-weights": "fxopt.passes.round_weights:RoundWeights",
+        "select-operators": "fxopt.passes.select_operators:SelectOperators",
+    },
+)
 
 _LAZY = {
     "BatchNormScale": "fxopt.passes._importance",
@@ -100,9 +104,12 @@ __all__ = [
 ]
 
 
+__getattr__, __dir__ = lazily(__name__, _LAZY, __all__)
+
+
 def names() -> list[str]:
     """The names of all passes, sorted."""
-    return sorted(_PASSES)
+    return _PASSES.names()
 
 
 def load(name: str) -> type[Pass]:
@@ -112,21 +119,7 @@ def load(name: str) -> type[Pass]:
         UnknownNameError: If there is none; suggests the nearest name.
         PassError: If a registered path leads to no pass.
     """
-    if name not in _PASSES:
-        raise UnknownNameError("pass", name, _PASSES)
-    entry = _PASSES[name]
-    if not isinstance(entry, str):
-        return entry
-    from fxopt.passes.base import Pass
-
-    module, _, attribute = entry.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as failure:
-        raise PassError(f"Pass {name!r} cannot be loaded from {entry!r}: {failure}.") from failure
-    if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise PassError(f"Pass {name!r}: {entry!r} is no subclass of fxopt.passes.Pass.")
-    return found
+    return _PASSES.load(name)
 
 
 def create(name: str, **options: Any) -> Pass:
@@ -140,12 +133,7 @@ def create(name: str, **options: Any) -> Pass:
         UnknownNameError: If there is no such pass; suggests the nearest name.
         PassError: If an option is unknown or its value does not fit.
     """
-    kind = load(name)
-    known = [field.name for field in dataclasses.fields(kind) if field.init]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise PassError(f"Pass {name!r} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}.")
-    return kind(**options)
+    return _PASSES.load_for(name, options)(**options)
 
 
 def register(name: str, kind: type[Pass] | str) -> None:
@@ -158,21 +146,4 @@ def register(name: str, kind: type[Pass] | str) -> None:
     Raises:
         PassError: If the name is taken or the path has another form.
     """
-    if name in _PASSES:
-        raise PassError(f"There is a pass {name!r} already; choose another name.")
-    if isinstance(kind, str) and not all(kind.partition(":")):
-        raise PassError(f"The path of a pass has the form 'package.module:Class', got {kind!r}.")
-    _PASSES[name] = kind
-
-
-def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None:
-        raise AttributeError(f"module 'fxopt.passes' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    _PASSES.register(name, kind)

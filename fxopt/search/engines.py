@@ -5,33 +5,38 @@ Engines are loaded when they are asked for, so that a name costs nothing to know
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import inspect
 from typing import Any
 
+from fxopt._named import Registry
 from fxopt.decisions import Constraint, SearchSpace
-from fxopt.errors import SearchError, UnknownNameError
+from fxopt.errors import SearchError
 from fxopt.search._engine import Engine
 
 __all__ = ["available", "create", "load", "names", "register"]
 
-_ENGINES: dict[str, str | type[Engine]] = {
-    "evolution": "fxopt.search._evolution:EvolutionEngine",
-    "ddpg": "fxopt.search._ddpg:DDPGEngine",
-    "exact": "fxopt.search._exact:ExactEngine",
-    "greedy": "fxopt.search._greedy:GreedyEngine",
-    "optuna": "fxopt.search._optuna:OptunaEngine",
-    "random": "fxopt.search._random:RandomEngine",
-    "reinforce": "fxopt.search._reinforce:ReinforceEngine",
-    "uniform": "fxopt.search._uniform:UniformEngine",
-}
+_ENGINES: Registry[Engine] = Registry(
+    "search engine",
+    "fxopt.search:Engine",
+    SearchError,
+    {
+        "evolution": "fxopt.search._evolution:EvolutionEngine",
+        "ddpg": "fxopt.search._ddpg:DDPGEngine",
+        "exact": "fxopt.search._exact:ExactEngine",
+        "greedy": "fxopt.search._greedy:GreedyEngine",
+        "optuna": "fxopt.search._optuna:OptunaEngine",
+        "random": "fxopt.search._random:RandomEngine",
+        "reinforce": "fxopt.search._reinforce:ReinforceEngine",
+        "uniform": "fxopt.search._uniform:UniformEngine",
+    },
+    shared=("space", "constraint", "seed"),
+)
 _NEEDS = {"optuna": "optuna"}
 
 
 def names() -> list[str]:
     """The names of all engines, sorted."""
-    return sorted(_ENGINES)
+    return _ENGINES.names()
 
 
 def available(name: str) -> bool:
@@ -40,8 +45,7 @@ def available(name: str) -> bool:
     Raises:
         UnknownNameError: If there is no such engine; suggests the nearest name.
     """
-    if name not in _ENGINES:
-        raise UnknownNameError("search engine", str(name), _ENGINES)
+    _ENGINES.check(name)
     return name not in _NEEDS or importlib.util.find_spec(_NEEDS[name]) is not None
 
 
@@ -52,19 +56,7 @@ def load(name: str) -> type[Engine]:
         UnknownNameError: If there is none; suggests the nearest name.
         SearchError: If a registered path leads to no engine.
     """
-    if name not in _ENGINES:
-        raise UnknownNameError("search engine", str(name), _ENGINES)
-    entry = _ENGINES[name]
-    if not isinstance(entry, str):
-        return entry
-    module, _, attribute = entry.partition(":")
-    try:
-        engine = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as failure:
-        raise SearchError(f"Engine {name!r} cannot be loaded from {entry!r}: {failure}.") from failure
-    if not (isinstance(engine, type) and issubclass(engine, Engine)):
-        raise SearchError(f"Engine {name!r}: {entry!r} is no subclass of fxopt.search.Engine.")
-    return engine
+    return _ENGINES.load(name)
 
 
 def create(
@@ -83,14 +75,7 @@ def create(
         UnknownNameError: If there is no such engine; suggests the nearest name.
         SearchError: If an option is unknown or out of range.
     """
-    engine = load(name)
-    known = [parameter for parameter in inspect.signature(engine).parameters if parameter not in _COMMON]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise SearchError(
-            f"Engine {name!r} has no option {unknown[0]!r}; its options are {', '.join(known) or 'none'}."
-        )
-    return engine(space, constraint, seed, **options)
+    return _ENGINES.load_for(name, options)(space, constraint, seed, **options)
 
 
 def register(name: str, engine: type[Engine] | str) -> None:
@@ -103,11 +88,4 @@ def register(name: str, engine: type[Engine] | str) -> None:
     Raises:
         SearchError: If the name is taken or the path has another form.
     """
-    if name in _ENGINES:
-        raise SearchError(f"There is an engine {name!r} already; choose another name.")
-    if isinstance(engine, str) and not all(engine.partition(":")):
-        raise SearchError(f"The path of an engine has the form 'package.module:Class', got {engine!r}.")
-    _ENGINES[name] = engine
-
-
-_COMMON = {"space", "constraint", "seed"}
+    _ENGINES.register(name, engine)

@@ -6,8 +6,9 @@ lazily, so that the tests of an engine load no torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fxopt._named import lazily
 
 if TYPE_CHECKING:
     from fxopt.testing._engines import EngineConformance as EngineConformance
@@ -26,15 +27,4 @@ _LAZY = {
 
 __all__ = ["EngineConformance", "PassConformance", "TargetConformance", "TunablePassConformance", "assert_equivalent"]
 
-
-def __getattr__(name: str) -> Any:
-    module = _LAZY.get(name)
-    if module is None:
-        raise AttributeError(f"module 'fxopt.testing' has no attribute {name!r}")
-    value = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazily(__name__, _LAZY, __all__)

@@ -349,7 +349,7 @@ def test_a_wrong_name_suggests_the_right_one() -> None:
 
 
 def test_passes_are_registered_by_class_or_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_PASSES", dict(passes._PASSES))
+    monkeypatch.setattr(passes._PASSES, "_entries", dict(passes._PASSES._entries))
     passes.register("scale", Scale)
     assert isinstance(passes.create("scale"), Scale)
     passes.register("again", "fxopt.passes.canonicalize:Canonicalize")

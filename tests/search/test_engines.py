@@ -293,7 +293,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_ENGINES", dict(engines._ENGINES))
+    monkeypatch.setattr(engines._ENGINES, "_entries", dict(engines._ENGINES._entries))
 
 
 def test_the_built_in_engines_are_known_by_name() -> None:
