@@ -8,18 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
 
 import fxopt
 from fxopt import api, targets
 from fxopt._cli.loading import call, load_function, load_model, parse_input
 from fxopt._cli.optimizing import tell
 from fxopt._cli.output import only_json
-from fxopt._cli.recipe import Options, options_of, read_recipe
-from fxopt.cli import app, main
+from fxopt._cli.recipe import Options, options_of
+from fxopt.cli import main
 from fxopt.errors import BudgetError, FxoptError, ParityError, UnknownNameError
 from fxopt.export import ExportReport
 from fxopt.report import Report
+from tests.commands import run, work_in
 from tests.report.samples import report
 
 ROOT = Path(fxopt.__file__).resolve().parent.parent
@@ -71,18 +71,8 @@ NUMBER = 3
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the user's own file in it."""
-    (tmp_path / "my_models.py").write_text(MODELS, encoding="utf-8")
-    (tmp_path / "syntax.py").write_text("def small(:\n", encoding="utf-8")
-    (tmp_path / "lacking.py").write_text("import not_installed_anywhere\n", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("my_models", "syntax", "lacking"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return tmp_path
-
-
-def run(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words), env={"COLUMNS": "200", "NO_COLOR": "1"})
+    lacking = "import not_installed_anywhere\n"
+    return work_in(tmp_path, monkeypatch, my_models=MODELS, syntax="def small(:\n", lacking=lacking)
 
 
 @pytest.fixture
@@ -266,31 +256,6 @@ def test_a_recipe_gives_the_same_options_and_the_command_line_wins(calls: list[d
     assert call_["budget"] == {"size": "2MB", "latency": 0.6}
     assert call_["evaluate"](None) == 0.5
     assert tuple(call_["example_inputs"].shape) == (2, 3, 9, 9)
-
-
-@pytest.mark.parametrize(
-    ("text", "line", "reason"),
-    [
-        ('target = "pixel1"\n\ntrails = 3\n', 3, "Did you mean 'trials'"),
-        ('target = "pixel1"\ntrials = "three"\n', 2, "whole number of at least 1"),
-        ("\n\nepochs = -1\n", 3, "at least 0"),
-        ('learning_rate = "fast"\n', 1, "a number above zero"),
-        ("learning_rate = 0\n", 1, "a number above zero"),
-        ("seed = true\n", 1, "whole number"),
-        ("target = 3\n", 1, "text in quotes"),
-        ("passes = [1]\n", 1, "list of texts"),
-        ('seed = 1\nbudget = "60%"\n', 2, "table"),
-        ("seed = 1\n[budget]\nlatency = [1]\n", 3, "budget.latency = [1]"),
-        ("seed = 1\n[bugdet]\nlatency = 0.5\n", 2, "Did you mean 'budget'"),
-        ("seed = 1\ntarget = \n", 2, "no TOML"),
-    ],
-)
-def test_an_error_in_a_recipe_names_the_line(text: str, line: int, reason: str, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.toml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(FxoptError, match=rf"line {line}\b") as caught:
-        read_recipe(path)
-    assert reason in str(caught.value)
 
 
 def test_options_that_are_not_given_keep_their_value() -> None:

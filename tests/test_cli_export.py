@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import onnx
 import pytest
-from typer.testing import CliRunner, Result
 
-from fxopt.cli import app
+from tests.commands import run, work_in
 
 MODELS = """
 import torch
@@ -35,19 +33,11 @@ def loader():
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "nets.py").write_text(MODELS, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    return tmp_path
-
-
-def run(*words: str) -> Result:
-    return CliRunner().invoke(app, ["export", *words], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return work_in(tmp_path, monkeypatch, nets=MODELS)
 
 
 def test_layers_kernels_and_time_are_told(folder: Path) -> None:
-    result = run("nets:small", "--bits", "8,8", "--train", "nets:loader", "--out", "made/net.onnx")
+    result = run("export", "nets:small", "--bits", "8,8", "--train", "nets:loader", "--out", "made/net.onnx")
     assert result.exit_code == 0, result.stderr
     for wanted in ("net.onnx", "8/8", "QLinearConv", "QGemm", "integers", "latency measured on this machine"):
         assert wanted in result.stdout, wanted
@@ -55,7 +45,7 @@ def test_layers_kernels_and_time_are_told(folder: Path) -> None:
 
 
 def test_json_has_everything_and_nothing_else(folder: Path) -> None:
-    result = run("nets:small", "--bits", "4, 32", "--format", "qdq-native", "--opset", "22", "--json")
+    result = run("export", "nets:small", "--bits", "4, 32", "--format", "qdq-native", "--opset", "22", "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["file_bytes"] == (folder / found["path"]).stat().st_size
@@ -70,8 +60,8 @@ def test_json_has_everything_and_nothing_else(folder: Path) -> None:
 
 def test_what_optimize_saved_is_exported(folder: Path) -> None:
     words = ("--target", "pixel1", "--trials", "1", "--epochs", "0", "--passes", "quantize", "--out", "done")
-    assert CliRunner().invoke(app, ["optimize", "nets:small", *words]).exit_code == 0
-    result = run("nets:small", "--saved", "done", "--format", "qonnx", "--out", "done/net.onnx", "--json")
+    assert run("optimize", "nets:small", *words).exit_code == 0
+    result = run("export", "nets:small", "--saved", "done", "--format", "qonnx", "--out", "done/net.onnx", "--json")
     assert result.exit_code == 0, result.stderr
     saved = json.loads((folder / "done" / "report.json").read_text())["export"]["layers"]
     found = json.loads(result.stdout)["layers"]
@@ -91,7 +81,7 @@ def test_what_optimize_saved_is_exported(folder: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_refused_and_leaves_nothing(folder: Path, words: tuple[str, ...], reason: str) -> None:
-    result = run(*words)
+    result = run("export", *words)
     assert result.exit_code == 1
     assert reason in result.stderr
     assert not list(folder.rglob("*.onnx"))
@@ -99,7 +89,7 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(folder: Path, words: tuple
 
 def test_a_folder_that_cannot_be_written_is_told(folder: Path) -> None:
     (folder / "file").write_text("here")
-    result = run("nets:small", "--out", "file/net.onnx")
+    result = run("export", "nets:small", "--out", "file/net.onnx")
     assert result.exit_code == 1
     assert "Cannot write" in result.stderr
     assert (folder / "file").read_text() == "here"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
 from fxopt._cli import output
 from fxopt._cli.loading import load_model
@@ -19,6 +19,7 @@ from fxopt.cli import app
 from fxopt.errors import FxoptError, TraceError
 from fxopt.graph import load_program, save_program, trace
 from fxopt.progress import LineProgress, RichProgress, Silent, watched
+from tests.commands import run, work_in
 from tests.report.samples import report
 
 MODELS = """
@@ -73,15 +74,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "found.py").write_text(MODELS, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "found", raising=False)
-    return tmp_path
-
-
-def run(*words: str) -> Result:
-    return CliRunner().invoke(app, list(words), env={"COLUMNS": "200", "NO_COLOR": "1"})
+    return work_in(tmp_path, monkeypatch, found=MODELS)
 
 
 def test_trace_tells_what_the_graph_holds_and_that_it_is_right() -> None:

@@ -54,6 +54,18 @@ ONLY_ON_THE_COMMAND_LINE = {"recipe", "as_json", "quiet"}
         ("[seed]\nvalue = 1\n", 1, "whole number"),
         ("seed = 1\n[[budget]]\nlatency = 0.5\n", 2, "table"),
         ("seed = 1\nthis is no TOML\n", 2, "no TOML"),
+        ('target = "pixel1"\n\ntrails = 3\n', 3, "Did you mean 'trials'"),
+        ('target = "pixel1"\ntrials = "three"\n', 2, "whole number of at least 1"),
+        ("\n\nepochs = -1\n", 3, "at least 0"),
+        ('learning_rate = "fast"\n', 1, "a number above zero"),
+        ("learning_rate = 0\n", 1, "a number above zero"),
+        ("seed = true\n", 1, "whole number"),
+        ("target = 3\n", 1, "text in quotes"),
+        ("passes = [1]\n", 1, "list of texts"),
+        ('seed = 1\nbudget = "60%"\n', 2, "table"),
+        ("seed = 1\n[budget]\nlatency = [1]\n", 3, "budget.latency = [1]"),
+        ("seed = 1\n[bugdet]\nlatency = 0.5\n", 2, "Did you mean 'budget'"),
+        ("seed = 1\ntarget = \n", 2, "no TOML"),
     ],
 )
 def test_every_mistake_is_told_with_its_line(text: str, line: int, reason: str, tmp_path: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from common.networks import IMAGE, LARGE, SMALL, Network, declare_torchvision_operators
+from common.networks import IMAGE, LARGE, SMALL, Network, OfTransformers, of_timm, of_torchvision, of_transformers
 
 HALF = (3, 128, 128)
 POSE = (3, 256, 192)
@@ -156,6 +155,8 @@ TORCHVISION = {
     "regnet_y_400mf": HALF,
     "squeezenet1_0": HALF,
 }
+# GoogLeNet of torchvision has outputs for training besides, which are left out.
+OPTIONS: dict[str, dict[str, Any]] = {"googlenet": {"aux_logits": False, "init_weights": False}}
 
 _TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 _WORDS = {**_TEXT, "vocab_size": 500}
@@ -165,7 +166,7 @@ _WAVE = {**_WORDS, "conv_dim": (32, 32, 32), "conv_stride": (5, 2, 2), "conv_ker
 _WAVE |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
 
 # Of transformers: model class, its options, shape of one sample, vocabulary (0: the input is an image or a sound).
-TRANSFORMERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
+TRANSFORMERS: dict[str, OfTransformers] = {
     "bart_encoder": (
         "BartEncoder",
         {"vocab_size": 500, "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128},
@@ -375,46 +376,12 @@ def pytorchcv(name: str, module: str, shape: tuple[int, ...]) -> Network:
     return Network(make, shape)
 
 
-def timm(name: str, shape: tuple[int, ...]) -> Network:
-    def make() -> nn.Module:
-        declare_torchvision_operators()
-        network: nn.Module = importlib.import_module("timm").create_model(name, pretrained=False)
-        return network
-
-    return Network(make, shape)
-
-
-def torchvision(name: str, shape: tuple[int, ...]) -> Network:
-    def make() -> nn.Module:
-        declare_torchvision_operators()
-        options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-        network: nn.Module = importlib.import_module("torchvision.models").get_model(name, weights=None, **options)
-        return network
-
-    return Network(make, shape)
-
-
-def transformers(name: str) -> Network:
-    kind, options, shape, vocabulary = TRANSFORMERS[name]
-
-    def make() -> nn.Module:
-        declare_torchvision_operators()
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        package = importlib.import_module("transformers")
-        if kind.endswith("Encoder"):
-            family = kind.removesuffix("Encoder")
-            held = importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
-            return MainOutput(getattr(held, kind)(getattr(package, f"{family}Config")(**options)))
-        model = getattr(package, kind)
-        return MainOutput(model(model.config_class(**options)))
-
-    return Network(make, shape, vocabulary)
-
-
 FURTHER_NETWORKS: dict[str, Network] = {
     **{f"pytorchcv:{name}": pytorchcv(name, *found) for name, found in PYTORCHCV.items()},
-    **{f"timm:{name}": timm(name, shape) for name, shape in TIMM.items()},
-    **{f"torchvision:{name}": torchvision(name, shape) for name, shape in TORCHVISION.items()},
-    **{f"transformers:{name}": transformers(name) for name in TRANSFORMERS},
+    **{f"timm:{name}": of_timm(name, shape) for name, shape in TIMM.items()},
+    **{
+        f"torchvision:{name}": of_torchvision(name, shape, **OPTIONS.get(name, {}))
+        for name, shape in TORCHVISION.items()
+    },
+    **{f"transformers:{name}": of_transformers(found, MainOutput) for name, found in TRANSFORMERS.items()},
 }

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import nn
 
-from common.networks import IMAGE, LARGE, SMALL, Network, declare_torchvision_operators, of_pytorchcv, of_timm
+from common.networks import (
+    IMAGE,
+    LARGE,
+    SMALL,
+    Network,
+    OfTransformers,
+    of_pytorchcv,
+    of_timm,
+    of_torchvision,
+    of_transformers,
+)
 
 PYTORCHCV = {
     "airnet50_1x64d_r2": ("airnet", IMAGE),
@@ -86,7 +93,7 @@ _SMALL_TEXT = {
     "vocab_size": 500,
 }
 _GROUPED = {**_SMALL_TEXT, "num_key_value_heads": 2, "use_cache": False}
-TRANSFORMERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
+TRANSFORMERS: dict[str, OfTransformers] = {
     "albert": ("AlbertForSequenceClassification", {**_SMALL_TEXT, "embedding_size": 32}, (32,), 500),
     "deit": ("DeiTForImageClassification", {**_SMALL_TEXT, "num_labels": 50}, IMAGE, 0),
     "electra": ("ElectraForSequenceClassification", {**_SMALL_TEXT, "embedding_size": 32}, (32,), 500),
@@ -111,14 +118,6 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
 }
 
 
-def of_torchvision(name: str, shape: tuple[int, ...]) -> Network:
-    def make() -> nn.Module:
-        declare_torchvision_operators()
-        return importlib.import_module("torchvision.models").get_model(name, weights=None)
-
-    return Network(make, shape)
-
-
 class Scores(nn.Module):
     """A network of transformers that gives its scores only."""
 
@@ -131,22 +130,9 @@ class Scores(nn.Module):
         return self.network(x).logits
 
 
-def of_transformers(name: str) -> Network:
-    kind, options, shape, vocabulary = TRANSFORMERS[name]
-
-    def make() -> nn.Module:
-        declare_torchvision_operators()
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        model = getattr(importlib.import_module("transformers"), kind)
-        return Scores(model(model.config_class(**options)))
-
-    return Network(make, shape, vocabulary)
-
-
 MORE_NETWORKS: dict[str, Network] = {
     **{f"pytorchcv:{name}": of_pytorchcv(name, *found) for name, found in PYTORCHCV.items()},
     **{f"timm:{name}": of_timm(name, shape) for name, shape in TIMM.items()},
     **{f"torchvision:{name}": of_torchvision(name, shape) for name, shape in TORCHVISION.items()},
-    **{f"transformers:{name}": of_transformers(name) for name in TRANSFORMERS},
+    **{f"transformers:{name}": of_transformers(found, Scores) for name, found in TRANSFORMERS.items()},
 }

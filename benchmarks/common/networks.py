@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import library, nn
@@ -78,7 +78,8 @@ TIMM = {
 TORCHVISION = {"mobilenet_v3_small": IMAGE, "vit_b_16": IMAGE}
 
 # Of transformers: model class, its options, input shape of one sample, vocabulary (0: the input is an image).
-TRANSFORMERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int]] = {
+OfTransformers: TypeAlias = tuple[str, dict[str, Any], tuple[int, ...], int]
+TRANSFORMERS: dict[str, OfTransformers] = {
     "bert": (
         "BertForSequenceClassification",
         {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
@@ -177,23 +178,29 @@ def of_timm(name: str, shape: tuple[int, ...]) -> Network:
     return Network(make, shape)
 
 
-def of_torchvision(name: str, shape: tuple[int, ...]) -> Network:
+def of_torchvision(name: str, shape: tuple[int, ...], **options: Any) -> Network:
     def make() -> nn.Module:
         declare_torchvision_operators()
-        return importlib.import_module("torchvision.models").get_model(name, weights=None)
+        return importlib.import_module("torchvision.models").get_model(name, weights=None, **options)
 
     return Network(make, shape)
 
 
-def of_transformers(name: str) -> Network:
-    kind, options, shape, vocabulary = TRANSFORMERS[name]
+def of_transformers(found: OfTransformers, output: Callable[[nn.Module], nn.Module]) -> Network:
+    """A network of transformers, or the encoder of one, of which ``output`` gives a part only."""
+    kind, options, shape, vocabulary = found
 
     def make() -> nn.Module:
         declare_torchvision_operators()
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        model = getattr(importlib.import_module("transformers"), kind)
-        return FirstOutput(model(model.config_class(**options)))
+        package = importlib.import_module("transformers")
+        if kind.endswith("Encoder"):
+            family = kind.removesuffix("Encoder")
+            held = importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
+            return output(getattr(held, kind)(getattr(package, f"{family}Config")(**options)))
+        model = getattr(package, kind)
+        return output(model(model.config_class(**options)))
 
     return Network(make, shape, vocabulary)
 
@@ -220,5 +227,5 @@ NETWORKS: dict[str, Network] = {
     **{f"pytorchcv:{name}": of_pytorchcv(name, *found) for name, found in PYTORCHCV_SHAPES.items()},
     **{f"timm:{name}": of_timm(name, shape) for name, shape in TIMM.items()},
     **{f"torchvision:{name}": of_torchvision(name, shape) for name, shape in TORCHVISION.items()},
-    **{f"transformers:{name}": of_transformers(name) for name in TRANSFORMERS},
+    **{f"transformers:{name}": of_transformers(found, FirstOutput) for name, found in TRANSFORMERS.items()},
 }
