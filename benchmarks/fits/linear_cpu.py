@@ -21,8 +21,19 @@ if __name__ == "__main__":
 
 from fits.networks import blocks_of, measured, operator, rescaled, tables, workload
 from fxopt.targets.models import family
-from fxopt.targets.models.linear_cpu import group_names
-from fxopt.targets.rows import Floats, OpKind, Rows, Workload, compute_bits, in_elements, macs, out_elements, weights
+from fxopt.targets.models.linear_cpu import GROUP_NAMES
+from fxopt.targets.rows import (
+    Activation,
+    Floats,
+    OpKind,
+    Rows,
+    Workload,
+    compute_bits,
+    in_elements,
+    macs,
+    out_elements,
+    weights,
+)
 
 __all__ = ["FORMS", "IN_FLOAT", "Form", "Points", "int8_points", "left_out", "pixel1_points", "predict", "xeon_points"]
 
@@ -104,7 +115,7 @@ def left_out(form: Form, points: Points, always: Sequence[str] = ()) -> dict[str
 def _total(points: Points, term: Term, given: Mapping[str, float]) -> Floats:
     """What the coefficients of a term are multiplied by, for each measurement."""
     rows = points.rows
-    groups = np.array([name or "" for name in group_names(rows)])
+    groups = groups_of(rows)
     classes = np.where(compute_bits(rows) <= 8, "int8", "float")
     read = in_elements(rows)
     tile = given.get("channel_tile", 1.0)
@@ -123,6 +134,17 @@ def _total(points: Points, term: Term, given: Mapping[str, float]) -> Floats:
             amounts += quantities[parts[2]] * ((classes == parts[0]) & (groups == parts[1]) & (rows["fused"] == 0))
     total: Floats = np.bincount(points.point, weights=amounts, minlength=len(points.names))
     return total
+
+
+def groups_of(rows: Rows) -> NDArray[np.str_]:
+    """The group of coefficients of each row, as the model has them; "" for kinds that have none."""
+    kinds = rows["kind"]
+    pointwise, *others, curve = GROUP_NAMES
+    names = np.array([*others, ""])[kinds]
+    single = (rows["groups"] == 1) & (rows["kernel_d"] * rows["kernel_h"] * rows["kernel_w"] == 1)
+    curved = (kinds == OpKind.ELEMENTWISE) & (rows["activation"] == Activation.CURVE)
+    found: NDArray[np.str_] = np.where((kinds == OpKind.CONV) & single, pointwise, np.where(curved, curve, names))
+    return found
 
 
 def _padded_macs(rows: Rows, groups: NDArray[np.str_], tile: float) -> Floats:

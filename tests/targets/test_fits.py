@@ -1,0 +1,45 @@
+"""The scripts that fit presets and compare them with measurements go with the package as it is."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fxopt.targets import Activation, OpKind, make_row
+from fxopt.targets.models.linear_cpu import GROUP_NAMES
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+MODULES = [
+    f"{folder}.{path.stem}" for folder in ("fits", "accuracy") for path in (BENCHMARKS / folder).glob("[!_]*.py")
+]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_script_can_be_imported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    assert importlib.import_module(name).__doc__
+
+
+def test_the_fit_of_a_core_puts_rows_in_the_groups_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    fits = importlib.import_module("fits.linear_cpu")
+    sizes = {"c": 8, "k": 8, "in_h": 8, "in_w": 8, "out_h": 8, "out_w": 8}
+    windows = {"kernel_h": 3, "kernel_w": 1}
+    rows = [make_row(OpKind.CONV, **sizes), make_row(OpKind.CONV, **sizes, **windows)]
+    rows += [
+        make_row(OpKind.CONV, **sizes, groups=2),
+        make_row(OpKind.ELEMENTWISE, **sizes, activation=Activation.CURVE),
+    ]
+    rows += [make_row(kind, **sizes | ({"groups": 8} if kind == OpKind.DEPTHWISE else {})) for kind in OpKind]
+    table = np.concatenate(rows)
+    found = fits.groups_of(table)
+    assert set(found) == {*GROUP_NAMES, ""}
+    points = fits.Points(table, np.arange(len(table)), ("",) * len(table), np.ones(len(table)), ())
+    for group in GROUP_NAMES:
+        seconds = np.nan_to_num(fits.predict({f"float.{group}.const": 1.0}, points))
+        # Without figures of its own an activation with a curve costs what other elementwise operators do.
+        likewise = (found == "curve") & (group == "elementwise")
+        assert seconds.tolist() == ((found == group) | likewise).tolist(), group
