@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,12 @@ _aten = torch.ops.aten
 _MOST_NODES = 10
 _TOLERANCE = 2e-6
 """Spellings differ from each other by their rounded constants, such as 0.70710678 for the root of a half."""
+_NOISE = 1e-15
+"""Far out and next to zero they differ by the rounding of doubles alone. Whoever adds or clamps at 1e-12 there does so
+because a logarithm or a quotient follows."""
+_NOTHING = 1e-100
+"""What counts as zero where a function is zero: less than anybody adds, and more than ``erfc`` leaves of GELU."""
+_SPECIAL = (1e-7, 1e-4, 30.0, 100.0, 1e3, 1e4, 1e6, 1e30, 3e38)
 
 _KNOWN: Mapping[str, tuple[Any, Callable[[torch.Tensor], torch.Tensor]]] = {
     "relu": (_aten.relu.default, nn.functional.relu),
@@ -36,7 +43,8 @@ def join_activations(gm: fx.GraphModule) -> bool:
 
     Nodes are gathered backwards from a pointwise operator until all of them depend on a single value; what they make
     of a grid of numbers is compared with the functions that fxopt knows. So ``x * relu6(x + 3) / 6`` becomes
-    ``hardswish(x)``, however it is written. What something else reads in between stays.
+    ``hardswish(x)``, however it is written. What something else reads in between stays, and so does what differs next
+    to zero, far out or at NaN: ``x.clamp(min=1e-12)``, ``x.clamp(0, 65504)`` and ``relu(x) + 1e-6`` are no ReLU.
     """
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     found = False
@@ -98,16 +106,17 @@ def _name_of(gm: fx.GraphModule, region: tuple[fx.Node, ...], source: fx.Node, e
     """The known function that the nodes of a region compute of ``source``."""
     if source in region or _shape(source) != _shape(end) or _type(source) != _type(end):
         return None
-    x = _grid()
-    values: dict[fx.Node, Any] = {source: x.clone()}
+    values: dict[fx.Node, Any] = {source: _grid().clone()}
     try:
         for node in reversed(_in_order(region)):
             values[node] = _computed(gm, node, values)
-    except (RuntimeError, TypeError, ValueError):
+    except (IndexError, RuntimeError, TypeError, ValueError):
         return None
     got = values[end]
-    for name, wanted in _values().items():
-        if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=_TOLERANCE, atol=_TOLERANCE):
+    if got.shape != _grid().shape or got.dtype != _grid().dtype:
+        return None
+    for name, (wanted, allowed) in _values().items():
+        if bool(torch.where(wanted.isnan(), got.isnan(), (got - wanted).abs() <= allowed).all()):
             return name
     return None
 
@@ -132,13 +141,22 @@ def _computed(gm: fx.GraphModule, node: fx.Node, values: Mapping[fx.Node, Any]) 
 
 @functools.cache
 def _grid() -> torch.Tensor:
-    far = torch.tensor([-1000.0, -100.0, -30.0, 30.0, 100.0, 1000.0], dtype=torch.float64)
-    return torch.cat([torch.linspace(-12.0, 12.0, 481, dtype=torch.float64), far])
+    special = torch.tensor([*_SPECIAL, *(-one for one in _SPECIAL), math.nan], dtype=torch.float64)
+    return torch.cat([torch.linspace(-12.0, 12.0, 481, dtype=torch.float64), special])
 
 
 @functools.cache
-def _values() -> dict[str, torch.Tensor]:
-    return {name: function(_grid()) for name, (_, function) in _KNOWN.items()}
+def _values() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What the known functions make of the grid, and how far from it a spelling may be."""
+    return {name: (wanted := function(_grid()), _allowed(wanted)) for name, (_, function) in _KNOWN.items()}
+
+
+def _allowed(wanted: torch.Tensor) -> torch.Tensor:
+    """The rounding of constants; at special numbers only relative to the value."""
+    x = _grid()
+    special = torch.arange(len(x)) >= len(x) - 2 * len(_SPECIAL) - 1
+    noise = torch.where(wanted == 0.0, _NOTHING, _NOISE * x.abs().clamp(min=1.0))
+    return _TOLERANCE * wanted.abs() + torch.where(special, noise, _TOLERANCE)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:

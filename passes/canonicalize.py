@@ -44,7 +44,7 @@ class Canonicalize(Pass):
     7. Constants that are read twice, or folded to equal values, become one.
     8. With ``join``, activation functions that are spelled out become one operator: ReLU, ReLU6, SiLU, hard-swish,
        hard-sigmoid, sigmoid, GELU (of erf) and Mish, however they are written (``x * relu6(x + 3) / 6``). They are
-       told by what they compute of numbers from -1000 to 1000.
+       told by what they compute of numbers from 1e-7 to 3e38 of both signs, and of NaN.
     9. Dead code.
 
     What makes a copy of its input is kept where the graph writes in place, and where the copy is what the graph gives

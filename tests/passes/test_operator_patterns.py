@@ -145,8 +145,10 @@ def graph_of(make: Make) -> fx.GraphModule:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
-            module.running_mean.normal_()  # type: ignore[union-attr, operator]
-            module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr, operator]
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
     return Canonicalize()(trace(net.eval(), torch.randn(2, 3, 16, 16))).graph_module
 
 
