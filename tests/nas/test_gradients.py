@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -108,15 +109,28 @@ def pair_chances(shares: Any) -> dict[tuple[int, int], float]:
     return {(i, j): shares[i] * shares[j] * (1 / (1 - shares[i]) + 1 / (1 - shares[j])) for i, j in pairs}
 
 
+@dataclass
 class _Told(BinaryGates):
-    """Binary gates that are told what they draw."""
+    """Binary gates that are told what they draw: a pair for every block, of which the first is computed."""
 
-    def step(self, supernet: Supernet, cost: Cost, loss: Any, drawn: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """The gradient where each block computes the first of its pair."""
-        pairs, active = iter(drawn), iter(drawn)
-        self._drawn = lambda *_: list(next(pairs))  # type: ignore[method-assign]
-        self._active = lambda *_: next(active)[0]  # type: ignore[method-assign]
-        return self(supernet, cost, loss, BATCH, np.random.default_rng(0)).gradient.double()
+    pairs: Sequence[tuple[int, int]] = ()
+
+    def __post_init__(self) -> None:
+        self.left, self.first = iter(self.pairs), iter(self.pairs)
+
+    def _drawn(self, *_: object) -> list[int]:
+        return list(next(self.left))
+
+    def _active(self, *_: object) -> int:
+        return next(self.first)[0]
+
+
+def told_gradient(supernet: Supernet, cost: Cost, loss: Any, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The gradient where each block computes the first of its pair."""
+    method = _Told(pairs=pairs)
+    found = method(supernet, cost, loss, BATCH, np.random.default_rng(0)).gradient.double()
+    assert not [*method.left, *method.first], "pairs that were not asked for"
+    return found
 
 
 @pytest.mark.parametrize("form", ["multiplicative", "additive", "budget"])
@@ -132,7 +146,7 @@ def test_every_pair_of_both_blocks_has_the_gradient_of_its_own_loss(form: Any) -
     alpha, (prices, fixed) = supernet.alpha.detach().double(), costs.of("latency")
     ordered = list(itertools.permutations(range(3), 2))
     for drawn in itertools.product(ordered, ordered):
-        found = _Told().step(supernet, cost, loss, drawn)
+        found = told_gradient(supernet, cost, loss, drawn)
         gates = supernet.open_gates([pair[0] for pair in drawn], [pair[1:] for pair in drawn])
         value = loss(BATCH)
         torch.autograd.backward(value, inputs=gates)
@@ -161,7 +175,7 @@ def test_the_mean_over_all_draws_weighs_pairs_by_their_chance() -> None:
         both = shares[list(pair)].sum()
         for i, j in (pair, pair[::-1]):
             wanted[i] += chance * shares[i] * shares[j] / both**2 * (losses[i] - losses[j])
-            found += chance * shares[i] / both * _Told().step(supernet, Cost(table(supernet), []), loss, [(i, j)])
+            found += chance * shares[i] / both * told_gradient(supernet, Cost(table(supernet), []), loss, [(i, j)])
     assert np.allclose(found.numpy()[0], wanted, atol=1e-7)
     # The exact gradient is the same sum without the chances: each pair pushes the same way.
     exact = shares * (np.array(losses) - shares @ np.array(losses))
