@@ -117,6 +117,7 @@ class Tuning:
             schedule=how.schedule,
             momentum=how.momentum,
             weight_decay=how.weight_decay,
+            clip=how.quantized_clip if on_grids else None,
             evaluate=judge if how.early_stop is not None else None,
             early_stop=how.early_stop,
             checkpoint=checkpoint,

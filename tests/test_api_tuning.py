@@ -97,6 +97,7 @@ def test_an_interrupted_fine_tuning_goes_on(tmp_path: Path) -> None:
         (lambda: FineTuning(schedule="cosinus"), UnknownNameError, "schedule 'cosinus'"),  # type: ignore[arg-type]
         (lambda: FineTuning(scales="learned"), UnknownNameError, "way with scales"),  # type: ignore[arg-type]
         (lambda: FineTuning(quantized_rate=0.0), FxoptError, "quantized_rate has to be above zero"),
+        (lambda: FineTuning(quantized_clip=0.0), FxoptError, "clip has to be above zero"),
         (lambda: FineTuning(momentum=1.0), FxoptError, r"momentum lies in \[0, 1\)"),
         (lambda: FineTuning(weight_decay=-1.0), FxoptError, "weight_decay has to be finite and not below zero"),
         (lambda: "adamw", FxoptError, "fine_tune is a str"),

@@ -20,7 +20,7 @@ from fxopt.training._options import History
 
 __all__ = ["Checkpoint", "read_tensors", "write_tensors"]
 
-_TOLD = ("loss", "learning_rate", "score", "best_epoch")
+_TOLD = ("loss", "learning_rate", "gradient_norm", "score", "best_epoch")
 _MODEL, _OPTIMIZER, _BEST = "model.", "optimizer.", "best."
 
 

@@ -20,13 +20,14 @@ from fxopt.graph import eval_mode
 from fxopt.training._checkpoint import Checkpoint
 from fxopt.training._distilling import Distiller
 from fxopt.training._losses import Loss, cross_entropy
-from fxopt.training._optimizers import keep_zeros, make_optimizer
+from fxopt.training._optimizers import GradientLimit, keep_zeros, make_optimizer
 from fxopt.training._options import (
     Distillation,
     EarlyStop,
     History,
     OptimizerName,
     ScheduleName,
+    check_clip,
     check_names,
     check_training,
     check_types,
@@ -57,6 +58,7 @@ class _Settings:
     judged: bool = False
     seed: int = 0
     schedule: str = "cosine"
+    clip: float | None = None
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step."""
@@ -74,6 +76,7 @@ def fit(
     schedule: ScheduleName = "cosine",
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
+    clip: float | None = None,
     teacher: nn.Module | None = None,
     distillation: Distillation = _PLAIN,
     evaluate: Judge | None = None,
@@ -98,6 +101,8 @@ def fit(
             "one-cycle", up over the first three tenths and down to zero.
         momentum: Momentum of SGD, and the first beta of AdamW.
         weight_decay: Decay of parameters with more than one dimension.
+        clip: The largest norm of a step's gradients, as a multiple of the median of the steps before it; larger ones
+            are scaled down (as AutoClip, Seetharaman et al. 2020). None for no limit.
         teacher: A model to learn from, or None. It is not changed, and no gradient reaches it.
         distillation: What is learnt from it: by default its class scores, with weight one half. Feature and attention
             maps need graphs from :func:`fxopt.trace` for both.
@@ -121,6 +126,7 @@ def fit(
     """
     check_names(optimizer, schedule)
     check_training(epochs, learning_rate)
+    check_clip(clip)
     check_types({**_kinds(model, teacher, distillation), "early_stop": (early_stop, EarlyStop)})
     if early_stop is not None and evaluate is None:
         raise FxoptError("early_stop goes by a score; give evaluate, a function of a module, higher is better.")
@@ -143,6 +149,7 @@ def fit(
             judged=evaluate is not None,
             seed=seed,
             schedule=schedule,
+            clip=clip,
         )
         training = _Training(model, train, settings, loss, teacher)
         saved = None if checkpoint is None else Checkpoint(Path(checkpoint), asdict(settings))
@@ -212,7 +219,9 @@ class _Course:
         for epoch in range(len(history.loss), epochs):
             if self._stop is not None and self._stop.is_over(history.score):
                 break
+            self._training.limit.start(history.gradient_norm[-1] if history.gradient_norm else 0.0)
             history.loss.append(self._training.run_epoch(epoch))
+            history.gradient_norm.append(self._training.limit.median)
             history.learning_rate.append(self._training.optimizer.param_groups[0]["lr"])
             self._judge(history)
             if self._checkpoint is not None:
@@ -260,6 +269,7 @@ class _Training:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
+        self.limit = GradientLimit(settings.clip, model)
         self._train = train
         self._loss = loss if loss is not None else cross_entropy
         how = settings.distillation
@@ -317,6 +327,7 @@ class _Training:
         value = self.loss(batch)
         if bool(torch.isfinite(value.detach()).all()):
             torch.autograd.backward(value)
+            self.limit()
             self.optimizer.step()
         return float(value.detach())
 

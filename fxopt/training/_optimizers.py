@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 from fxopt.errors import DataError
 from fxopt.graph.sparsity import sparse_sites
 
-__all__ = ["keep_zeros", "make_optimizer"]
+__all__ = ["GradientLimit", "keep_zeros", "make_optimizer"]
 
 
 @contextlib.contextmanager
@@ -64,3 +66,39 @@ def make_optimizer(
     if optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999))
     return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0.0)
+
+
+class GradientLimit:
+    """Keeps the norm of a step's gradients within a multiple of the median of those before it.
+
+    As AutoClip (Seetharaman et al., MLSP 2020), which takes a percentile of all norms: no scale of loss or network has
+    to be known. Quantized networks have their norms folded into the weights, and one large step can throw them off for
+    good.
+
+    Args:
+        multiple: The multiple; None for no limit.
+        model: The model.
+    """
+
+    def __init__(self, multiple: float | None, model: nn.Module) -> None:
+        self._multiple = multiple
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._norms: list[float] = []
+
+    @property
+    def median(self) -> float:
+        """The median of the norms so far, each as it was before it was limited; 0 if there is none."""
+        return self._norms[len(self._norms) // 2] if self._norms else 0.0
+
+    def start(self, median: float) -> None:
+        """Begin an epoch with the median of the one before it, 0 if there is none."""
+        self._norms = [median] if median else []
+
+    def __call__(self) -> None:
+        """Limit the gradients that the parameters have."""
+        if self._multiple is None:
+            return
+        most = self._multiple * self.median if self._norms else math.inf
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, most))
+        if 0.0 < norm < math.inf:
+            bisect.insort(self._norms, norm)

@@ -169,6 +169,8 @@ class FineTuning:
             "fixed" leaves those of activations, and those of weights follow the weights. Scales that are powers of two
             are never learned.
         quantized_rate: Its highest learning rate, relative to that in floats: it has only to make up for rounding.
+        quantized_clip: Its largest norm of gradients, as a multiple of the median of the steps before: with batch norm
+            folded into the weights, one large step can throw a network off for good. None for no limit.
 
     Raises:
         UnknownNameError: If there is no such optimizer, schedule or way with scales.
@@ -183,6 +185,7 @@ class FineTuning:
     early_stop: EarlyStop | None = None
     scales: ScalesName = "lsq"
     quantized_rate: float = 0.25
+    quantized_clip: float | None = 2.0
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -190,6 +193,7 @@ class FineTuning:
         if self.scales not in _SCALES:
             raise UnknownNameError("way with scales", self.scales, _SCALES)
         _check_positive(quantized_rate=self.quantized_rate)
+        check_clip(self.quantized_clip)
         if not 0.0 <= self.momentum < 1.0:
             raise FxoptError(f"momentum lies in [0, 1), got {self.momentum!r}.")
         _check_not_negative(weight_decay=self.weight_decay)
@@ -202,6 +206,7 @@ class History:
     Attributes:
         loss: Mean training loss of every epoch.
         learning_rate: Learning rate at the end of every epoch.
+        gradient_norm: Median norm of the gradients of every epoch, before they were scaled down; 0 without ``clip``.
         score: Score of the model after every epoch, if it was judged.
         best_epoch: The epoch, from 1, whose weights the model has, if an early stop was asked for; else 0.
         features: Places where feature maps were compared with a teacher's.
@@ -211,6 +216,7 @@ class History:
 
     loss: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
+    gradient_norm: list[float] = field(default_factory=list)
     score: list[float] = field(default_factory=list)
     best_epoch: int = 0
     features: list[str] = field(default_factory=list)
@@ -228,6 +234,16 @@ def check_names(optimizer: str, schedule: str) -> None:
         raise UnknownNameError("optimizer", optimizer, _OPTIMIZERS)
     if schedule not in SCHEDULES:
         raise UnknownNameError("schedule", schedule, SCHEDULES)
+
+
+def check_clip(clip: float | None) -> None:
+    """A limit of gradients is a positive number, or none.
+
+    Raises:
+        FxoptError: If not.
+    """
+    if clip is not None:
+        _check_positive(clip=clip)
 
 
 def check_training(epochs: int, learning_rate: float) -> None:
