@@ -312,7 +312,8 @@ class ParametricWorkload:
         kept, bits = np.repeat(one.kept, count, axis=1), one.bits
         if any(decision.kind == "bits" for decision in space):
             bits = np.repeat(one.bits, count, axis=2)
-        sparsity = np.full((len(self.bit_sites), count), -1, np.int32)
+        sparse = any(decision.kind == "sparsity" for decision in space)
+        sparsity = np.full((len(self.bit_sites), count if sparse else 0), -1, np.int32)
         patterns: dict[Pattern, int] = {}
         for decision, column in zip(space, indices.T, strict=True):
             if column.size and not 0 <= column.min() <= column.max() < len(decision.choices):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -130,3 +131,17 @@ def test_what_cannot_be_costed_is_refused() -> None:
     elsewhere = SearchSpace([Decision("channels", "layer9", (1, 2), 2)])
     with pytest.raises(PolicyError, match="layer9"):
         lower(gm).index_costs(load("pixel1"), elsewhere, ("macs",))([elsewhere.default()])
+
+
+def test_choices_of_channels_hold_widths_alone() -> None:
+    space = PruneChannels().search_space(chain(), load("pixel1").capabilities)
+    workload, count = lower(chain()), 50_000
+    indices = np.zeros((count, len(space)), np.uint8)
+    widths = 4 * count * len(workload.channel_sites)
+    tracemalloc.start()
+    try:
+        workload.choices(space, indices)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * widths
