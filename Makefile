@@ -53,8 +53,44 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Each benchmark prints JSON into benchmarks/out; one that is there and newer than its script is not run again. One that
+# fails does not stop the others. Last, the table of figures in RESULTS.md is brought up to date with what is there.
+# make bench BENCH="scoring lowering" runs some alone. Never in parallel: they measure time.
+OUT     := benchmarks/out
+SCRIPTS := $(filter-out calibrate_%,$(notdir $(basename $(wildcard benchmarks/*.py))))
+BENCH   ?= $(SCRIPTS) mixed_precision-tuned prune_accuracy-v1 prune_accuracy-pixel1 prune_latency-pixel1 qat_step-memory
+
 bench: $(STAMP)
-	@set -e; for script in $(filter-out benchmarks/calibrate_%,$(wildcard benchmarks/*.py)); do echo "$$script" >&2; $(BIN)/python $$script; done
+	@mkdir -p $(OUT) && rm -f $(OUT)/failed
+	@$(MAKE) --no-print-directory -j1 -k $(BENCH:%=$(OUT)/%.json) || touch $(OUT)/failed
+	@PYTHONPATH=benchmarks $(BIN)/python -m figures
+	@[ ! -e $(OUT)/failed ]
+
+# Options of benchmarks that have to be given some, and of those that are run again with others, under a second name.
+# Those that go on where they were stopped keep what they have until they end.
+PARTS     = $(@:.json=.parts)
+ALL_PARTS = --parts $(PARTS)/all.jsonl
+$(OUT)/mixed_precision.json:       ARGUMENTS = --trials 1 $(ALL_PARTS)
+$(OUT)/mixed_precision-tuned.json: ARGUMENTS = --trials 1 --bits 4 --costs zynq7020:latency,vu9p:latency --tune 0.5 \
+                                               --rate 0.005 $(ALL_PARTS)
+$(OUT)/nas_search.json:            ARGUMENTS = $(ALL_PARTS)
+$(OUT)/prune_accuracy.json:        ARGUMENTS = --engines ddpg --trials 40 $(ALL_PARTS)
+$(OUT)/prune_accuracy-v1.json:     ARGUMENTS = --network mobilenet_v1 --recovery batch-norm $(ALL_PARTS)
+$(OUT)/prune_accuracy-pixel1.json: ARGUMENTS = --metric latency --round-to 1 --seeds 0 --engines ddpg --trials 40 \
+                                               --tune-epochs 0 --speed $(ALL_PARTS)
+$(OUT)/prune_latency-pixel1.json:  ARGUMENTS = --target pixel1
+$(OUT)/qat_step-memory.json:       ARGUMENTS = --keep-memory
+$(OUT)/sparsify_accuracy.json:     ARGUMENTS = --seeds 3
+$(OUT)/specialization.json:        ARGUMENTS = --bits 4 $(ALL_PARTS)
+$(OUT)/three_passes.json:          ARGUMENTS = --work $(PARTS)/work $(ALL_PARTS)
+$(OUT)/transfer.json:              ARGUMENTS = --bits 4 --judged 256 --episodes 150 --folder $(PARTS)
+
+.SECONDEXPANSION:
+$(OUT)/%.json: benchmarks/$$(firstword $$(subst -, ,$$*)).py | $(STAMP)
+	@echo "$*" >&2
+	@[ ! $< -nt $(PARTS) ] || rm -rf $(PARTS)
+	@mkdir -p $(PARTS)
+	@$(BIN)/python $< $(ARGUMENTS) > $@.part && mv $@.part $@ && rm -rf $(PARTS)
 
 docs: $(STAMP)
 	$(PIP) install -c constraints.txt mkdocs mkdocs-material 'mkdocstrings[python]'

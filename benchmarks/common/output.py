@@ -10,13 +10,16 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
+
+from fxopt.export._runtime import cpu_name
 
 PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "pytorchcv", "timm", "torchvision", "transformers")
 
 
 def environment() -> dict[str, Any]:
-    """Versions and cores that the figures depend on; no package is imported for it."""
+    """Versions, cores and processor that the figures depend on, and the time (UTC); no package is imported for it."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -25,7 +28,13 @@ def environment() -> dict[str, Any]:
             continue
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    return {"cores": cores, "machine": platform.machine(), "versions": versions}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "processor": cpu_name(),
+        "cores": cores,
+        "machine": platform.machine(),
+        "versions": versions,
+    }
 
 
 def keep_memory() -> None:

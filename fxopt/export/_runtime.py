@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CARRIERS",
+    "cpu_name",
     "exact_integers",
     "has_integer_instructions",
     "host_fingerprint",
@@ -145,7 +146,7 @@ def host_fingerprint(threads: int = 1) -> str:
 
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parts = (
-        _cpu_name(),
+        cpu_name(),
         f"{available} cores",
         " ".join(cpu_flags()) or "no 8-bit instructions known",
         f"{platform.system()} {platform.machine()}",
@@ -155,7 +156,8 @@ def host_fingerprint(threads: int = 1) -> str:
     return ", ".join(parts)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
