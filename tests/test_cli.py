@@ -99,6 +99,21 @@ def test_the_command_starts_without_anything_heavy() -> None:
     assert {"torch", "onnx", "onnxruntime", "numpy", "jinja2"}.isdisjoint(done.stdout.split())
 
 
+@pytest.mark.parametrize("words", ["--engine evolutoin", "--budget latancy=50%", "--budget latency=50"])
+def test_a_mistake_in_a_word_is_told_before_torch_is_loaded(words: str, tmp_path: Path) -> None:
+    start = ["optimize", "my_models.py:small", "--target", "pixel1", "--out", str(tmp_path)]
+    lines = (
+        "import sys",
+        "from fxopt.cli import app",
+        f"try: app({[*start, *words.split()]!r})",
+        "finally: print('torch' in sys.modules)",
+    )
+    code = "\n".join(lines)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (1, "False\n")
+    assert "Error: " in done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -382,6 +397,11 @@ def test_people_are_told_the_figures_their_trust_and_the_proof(capsys: pytest.Ca
     shown = capsys.readouterr().out
     for wanted in (
         *("97.50%", "The budget is met", "pixel1 is calibrated: Mean error 2.1%.", "At 8 bits.", "No training data"),
-        *("made/model.onnx (12 KB, opset 21)", "largest difference 0.012", "same class for 99.5%", "made/report.html"),
+        *(
+            "made/model.onnx (12.3 KB, opset 21)",
+            "largest difference 0.012",
+            "same class for 99.5%",
+            "made/report.html",
+        ),
     ):
         assert wanted in shown, wanted

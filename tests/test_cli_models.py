@@ -186,6 +186,7 @@ def test_the_prediction_for_a_saved_result_is_its_reports(saved: Path, folder: P
     ("words", "reason"),
     [
         (["gone.onnx"], "gone.onnx"),
+        (["gone"], "There is no folder gone; give one that `fxopt optimize` wrote"),
         (["."], "model.onnx"),
         (["found:smal"], "small"),
         (["found:small", "--target", "pixl1"], "pixel1"),

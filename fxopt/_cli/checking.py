@@ -87,10 +87,11 @@ def _fine_tuning(options: Options) -> None:
 
 
 _CHECKS: Mapping[str, Callable[[Options], None]] = {
+    # What needs no torch comes first: loading a pass takes seconds.
     "target": _target,
-    "passes": _passes,
     "engine": _engine,
     "budget": _budget,
+    "passes": _passes,
     "shares": _shares,
     "objective": _objective,
     "reconstruct": _reconstruct,

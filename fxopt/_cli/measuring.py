@@ -102,6 +102,11 @@ def _found(name: str, inputs: Sequence[str]) -> tuple[Path | nn.Module, Any]:
         return _existing(Path(name)), None
     if Path(name).is_dir():
         return _existing(Path(name, _SAVED)), None
+    if ":" not in name and not name.endswith(".pt2"):
+        raise FxoptError(
+            f"There is no folder {name}; give one that `fxopt optimize` wrote, an .onnx or .pt2 file, or "
+            "MODULE:FUNCTION."
+        )
     model, example = load_model(name, inputs)
     return trace(model.eval(), example), example
 

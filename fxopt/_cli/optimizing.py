@@ -12,7 +12,6 @@ from fxopt._cli.choosing import fine_tuning_of, objective_of, reconstruction_of
 from fxopt._cli.loading import call, load_function, load_model
 from fxopt._cli.output import emit_json, show
 from fxopt._files import write_text
-from fxopt.decisions import format_quantity
 from fxopt.errors import FxoptError
 from fxopt.progress import Progress
 
@@ -91,20 +90,7 @@ def tell(result: OptimizationResult, export: ExportReport, out: Path, *, as_json
     show(report.table(), report.steps_table(), report.slow_table(), report.verdict, "")
     trust = f"{report.target.name} is {report.target.status}: {report.target.error}"
     show(trust, *report.target.caveats, *report.notes, *export.notes)
-    show(_proof(export), f"Report: {out / 'report.html'}")
-
-
-def _proof(export: ExportReport) -> str:
-    parts = [f"ONNX: {export.path} ({export.file_bytes / 1000:.0f} KB, opset {export.opset})"]
-    if export.max_abs_diff is not None:
-        parts.append(f"ran in onnxruntime, largest difference {export.max_abs_diff:.2g}")
-    if export.top1_agreement is not None:
-        parts.append(f"same class for {export.top1_agreement:.1%} of the compared outputs")
-    if export.integer_nodes is not None and export.kernels:
-        parts.append(f"{export.integer_nodes} of {len(export.kernels)} nodes compute on integers")
-    if export.latency_s is not None:
-        parts.append(f"{format_quantity('latency', export.latency_s)} at a batch of one on this machine")
-    return "; ".join(parts) + "."
+    show(f"ONNX: {export}.", f"Report: {out / 'report.html'}")
 
 
 def _made(reference: str | None) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from fxopt._files import replacing
+from fxopt.decisions import format_quantity
 from fxopt.errors import ExportError
 from fxopt.export._clock import interleave, runner
 from fxopt.export._forms import IR_VERSIONS, Form, Format, check_opset, form_of, opset_for, prepared
@@ -83,6 +84,21 @@ class ExportReport:
     layers: tuple[ExportedLayer, ...] = ()
     latency_s: float | None = None
     notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The file and its proof in a line; the attributes have every layer and kernel."""
+        parts = [f"{self.path} ({format_quantity('size', self.file_bytes)}, opset {self.opset})"]
+        if self.max_abs_diff is None:
+            parts.append("not compared with the graph")
+        else:
+            parts.append(f"ran in onnxruntime, largest difference {self.max_abs_diff:.2g}")
+        if self.top1_agreement is not None:
+            parts.append(f"same class for {self.top1_agreement:.1%} of the compared outputs")
+        if self.integer_nodes is not None and self.kernels:
+            parts.append(f"{self.integer_nodes} of {len(self.kernels)} nodes compute on integers")
+        if self.latency_s is not None:
+            parts.append(f"{format_quantity('latency', self.latency_s)} at a batch of one on this machine")
+        return "; ".join(parts)
 
 
 def export_onnx(

@@ -30,6 +30,7 @@ __all__ = ["data_dependent", "export_program", "export_training", "location", "n
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_GRAPHS_OWN = {*dir(fx.GraphModule), "meta", "shape_env", "range_constraints"} - set(dir(nn.Module))
 _UNKNOWN_TYPE = "not a known type"
 _VALUES = (
     "the control flow depends on the values of a tensor",
@@ -110,7 +111,10 @@ def unlift(program: ExportedProgram) -> CanonicalGraph:
     """The program as a GraphModule of ATen calls whose state is attributes, without torch.export's checks and hooks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        unlifted = program.module(check_guards=False)
+        try:
+            unlifted = program.module(check_guards=False)
+        except Exception as failure:
+            raise TraceError(_unlift_message(program, failure)) from failure
     if not isinstance(unlifted, fx.GraphModule):
         raise TraceError("torch.export gave no GraphModule; the installed torch is not supported, use torch >= 2.9.")
     gm = CanonicalGraph(nn.Module(), fx.Graph())
@@ -121,6 +125,18 @@ def unlift(program: ExportedProgram) -> CanonicalGraph:
             setattr(gm, str(node.target), unlifted.__dict__[str(node.target)])
     gm.graph = unlifted.graph
     return gm
+
+
+def _unlift_message(program: ExportedProgram, failure: Exception) -> str:
+    names = {key.partition(".")[0] for key in (*program.state_dict, *program.constants)}
+    taken = sorted(names & _GRAPHS_OWN)
+    if taken:
+        return (
+            f"The model has an attribute {taken[0]!r}, and so has every torch.fx.GraphModule: rename it, or trace a "
+            "module that holds the model as an attribute of its own and calls it, such as nn.Sequential(model)."
+        )
+    first = (str(failure).splitlines() or [""])[0]
+    return f"torch.export made a program that is no GraphModule: {type(failure).__name__}: {first}"
 
 
 def location(model: nn.Module, node: fx.Node) -> str:

@@ -28,6 +28,9 @@ _LITTLE_WORK = 8.0
 _LAYOUT = (OpKind.COPY, OpKind.RESIZE, OpKind.EMBEDDING, OpKind.UNKNOWN)
 _FIXED = "every run"
 
+_ALIKE = ("weight_bits", "activation_bits", "output_bits", "kernel_d", "kernel_h", "kernel_w")
+"""Besides its kind, what the smallest operator has in common with one: targets cost kernels of one position apart."""
+
 _REMEDIES: Mapping[Bound, str] = {
     "compute": "Fewer channels or bits shorten it; far below the peak, a dense operator uses the device better.",
     "memory": "Fewer bits of weights and activations, or a lower resolution; fewer MACs alone do not help.",
@@ -53,11 +56,11 @@ class BoundOf:
 def bounds(target: Target, workload: Workload) -> tuple[BoundOf, ...]:
     """What the time of every operator goes to.
 
-    An operator is bound by *launch* if one of its kind with a single multiply-accumulate would take at least half as
-    long; else by *layout* if it computes nothing; by *memory* if it has no multiply-accumulates or if its bytes take
-    at least half of its time at the target's bandwidth (the slope of its roofline: Williams et al., CACM 52(4), 2009);
-    and else by *compute*, however little of the peak it reaches. Where the target has no bandwidth, an operator waits
-    for memory that reaches less than half of the peak at fewer than 8 multiply-accumulates for each byte.
+    An operator is bound by *launch* if one of its kind and kernel with one channel and one output would take at least
+    half as long; else by *layout* if it computes nothing; by *memory* if it has no multiply-accumulates or if its bytes
+    take at least half of its time at the target's bandwidth (the slope of its roofline: Williams et al., CACM 52(4),
+    2009); and else by *compute*, however little of the peak it reaches. Where the target has no bandwidth, an operator
+    waits for memory that reaches less than half of the peak at fewer than 8 multiply-accumulates for each byte.
 
     Args:
         target: The target.
@@ -131,13 +134,11 @@ def _least(target: Target, workload: Workload, costs: RowCosts) -> list[float]:
         return [float(taken.min()) if taken.size > 1 else 0.0] * len(times)
 
     @functools.cache
-    def smallest(kind: int, *bits: int) -> float:
-        widths = dict(zip(("weight_bits", "activation_bits", "output_bits"), bits, strict=True))
-        row = make_row(OpKind.CONV if kind == OpKind.DEPTHWISE else OpKind(kind), **widths)
+    def smallest(kind: int, *values: int) -> float:
+        row = make_row(OpKind(kind), **dict(zip(_ALIKE, values, strict=True)))
         return float(target.estimate(Workload(row, ["smallest"])).rows.latency_s[0, 0])
 
-    fields = ("kind", "weight_bits", "activation_bits", "output_bits")
-    return [smallest(*(int(row[name]) for name in fields)) for row in workload.rows[0]]
+    return [smallest(*(int(row[name]) for name in ("kind", *_ALIKE))) for row in workload.rows[0]]
 
 
 def _bound(target: Target, workload: Workload, costs: RowCosts, index: int, least: float) -> BoundOf:

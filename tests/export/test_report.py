@@ -105,6 +105,15 @@ def test_what_onnxruntime_does_not_run_itself_has_no_kernels_and_no_time(tmp_pat
     assert {line.kernel for line in report.layers} == {""}
 
 
+def test_a_report_prints_as_one_line_with_its_proof(tmp_path: Path) -> None:
+    report = exported(tmp_path, ((8, 8), (4, 4), (8, 8)))
+    for words in (str(report.path), f"opset {report.opset}", "ran in onnxruntime", f"{report.integer_nodes} of"):
+        assert words in str(report)
+    assert "\n" not in str(report)
+    assert len(str(report)) < 300 + len(str(report.path))
+    assert "not compared" in str(exported(tmp_path, ((8, 8), (4, 4), (8, 8)), check=False))
+
+
 def test_an_unchecked_file_still_tells_bits_and_bytes(tmp_path: Path) -> None:
     report = exported(tmp_path, ((8, 8), (4, 4), (8, 8)), check=False)
     assert [line.weight_bits for line in report.layers] == [8, 4, 8]

@@ -187,3 +187,15 @@ def test_tracing_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
     trace(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), rows(1))
     trace(Calls(lambda self, x: torch.stack([row * 2 for row in x])), rows(2))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["meta", "graph", "code"])
+def test_a_module_named_as_something_that_every_graph_has_is_told(name: str) -> None:
+    model = nn.Module()
+    setattr(model, name, nn.Linear(4, 4))
+    model.forward = lambda x: getattr(model, name)(x)  # type: ignore[method-assign]
+    with pytest.raises(TraceError, match=f"attribute '{name}'.*rename it"):
+        trace(model, rows(2))
+    holder = nn.Sequential(model)
+    x = rows(3)
+    torch.testing.assert_close(trace(holder, x)(x), holder(x))

@@ -33,6 +33,14 @@ def test_what_is_tiny_is_bound_by_its_launch() -> None:
     assert "smallest operator of its kind" in found.why
 
 
+def test_a_constant_of_one_kind_of_kernel_is_its_launch_and_of_no_other() -> None:
+    """pixel1 charges more than a millisecond for every convolution of more than one position, depthwise apart."""
+    phone = load("pixel1")
+    assert bound_of(phone, conv(1, 16, 14, 3)) == "launch"
+    assert bound_of(phone, conv(64, 64, 14, 1)) == "compute"
+    assert bound_of(phone, conv(64, 64, 14, 3, groups=64)) != "launch"
+
+
 def test_moving_values_is_layout() -> None:
     row = make_row(OpKind.COPY, c=512, k=512, in_h=224, in_w=224, out_h=224, out_w=224, transposed=1)
     assert bound_of(load("v100"), row) == "layout"
