@@ -84,7 +84,8 @@ def _steps(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, boun
     steps = torch.div(x, scale).round_()
     if zero is None:
         return steps.clamp_(*bounds)
-    if type(zero) is torch.Tensor and zero.dim() == 0 and zero.device.type == "cpu":
+    alone = type(zero) is torch.Tensor and zero.dim() == 0 and zero.device.type == "cpu"
+    if alone and not torch.compiler.is_compiling():
         # The bounds move instead of the values: two passes less over the tensor. As numbers, that is: bounds that are
         # tensors take ten times as long. Not while the graph is traced, and not where it would wait for a GPU.
         shift = int(zero)
@@ -111,7 +112,7 @@ def _passed(
 ) -> torch.Tensor:
     """The gradient where nothing is clipped, and zero elsewhere; by torch's operators."""
     low, high = bounds[0] - 0.5, bounds[1] + 0.5
-    if axis is None:
+    if axis is None and not torch.compiler.is_compiling():
         size, shift = float(scale.detach()), 0.0 if zero is None else float(zero)
         within = torch.ops.aten.hardtanh_backward.default
         return within(gradient, x, (low - shift) * size, (high - shift) * size)  # type: ignore[no-any-return]

@@ -161,3 +161,28 @@ def test_gradients_have_gradients_of_their_own() -> None:
     # The slope is what is held, plus x where nothing is clipped; of which the slope is one, twice, there.
     (curve,) = torch.autograd.grad(slope.sum(), x)
     assert curve.tolist() == [0.0, 2.0, 0.0]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("zero", [None, 3])
+@pytest.mark.parametrize("learned", [False, True])
+def test_it_is_compiled_in_one_piece_with_the_same_values_and_gradients(zero: int | None, learned: bool) -> None:
+    shift = None if zero is None else torch.tensor(zero, dtype=torch.int32)
+    scale = torch.tensor(0.1)
+
+    def held(x: torch.Tensor) -> torch.Tensor:
+        bounds = (0, 15) if zero is not None else (-8, 7)
+        return hold_learned(x, scale, shift, bounds, rounding=True) if learned else hold(x, scale, shift, bounds)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(held, backend="eager", fullgraph=True)
+    found = []
+    for function in (held, compiled):
+        x = torch.linspace(-2.0, 2.0, 83, requires_grad=True)
+        y = function(x)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad))
+    for one, other in zip(*found, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
