@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 from fxopt.data import Loader, batch_for, call_model, read, split_batch
 from fxopt.decisions import Policy
 from fxopt.errors import DataError
+from fxopt.graph.edit import fork
 from fxopt.graph.grids import MAX_BITS
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, TunablePass
-from fxopt.passes._fork import fork
 from fxopt.passes._reconstruction import Reconstruction, Reconstructor
 from fxopt.passes.base import PassResult
 from fxopt.passes.prune_channels import CutResult

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -15,12 +14,10 @@ from fxopt import passes as pass_registry
 from fxopt import targets
 from fxopt.data import Loader, first_batch
 from fxopt.decisions import PLAIN_PLACEMENT, Budget, Shares
-from fxopt.errors import BudgetError, DataError, PassError, SearchError, TargetError
-from fxopt.export import host_fingerprint, onnxruntime_profiler
+from fxopt.errors import BudgetError, DataError, PassError, SearchError
 from fxopt.graph.grids import MAX_BITS
 from fxopt.objectives import BestScore, Objective
 from fxopt.passes import PruneChannels, Quantize, SelectOperators, SparsifyWeights, TunablePass
-from fxopt.progress import Progress
 
 __all__ = [
     "PassLike",
@@ -29,7 +26,6 @@ __all__ = [
     "check_executor",
     "check_weights",
     "check_whole",
-    "load_target",
     "resolve_passes",
     "terms_of",
     "wanted_objective",
@@ -114,22 +110,6 @@ def terms_of(**options: object) -> dict[str, str]:
         name: repr(value) if dataclasses.is_dataclass(value) or isinstance(value, (bool, int)) else type(value).__name__
         for name, value in options.items()
     }
-
-
-def load_target(target: str | os.PathLike[str] | targets.Target, show: Progress) -> targets.Target:
-    if not isinstance(target, (str, os.PathLike, targets.Target)):
-        raise TargetError(f"target is a {type(target).__name__}; give a name, the path of a TOML file, or a target.")
-    if str(target) != targets.HOST:
-        return targets.load(target)
-
-    def measured(done: int, total: int, what: str) -> None:
-        if done == 1:
-            show.start("measuring this machine", total)
-        show.advance("measuring this machine", 1, what)
-        if done == total:
-            show.finish("measuring this machine")
-
-    return targets.load(targets.HOST, profiler=onnxruntime_profiler, fingerprint=host_fingerprint(), progress=measured)
 
 
 def check_whole(least: int, **options: object) -> None:

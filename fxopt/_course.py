@@ -13,15 +13,16 @@ import torch
 from torch import fx, nn
 
 from fxopt._applying import Stages
+from fxopt._files import JOURNAL
 from fxopt._job import Job
 from fxopt._precision import Quickest
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Constraint, Policy, SearchSpace
 from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
+from fxopt.graph.edit import own_copy
 from fxopt.objectives import Objective
 from fxopt.passes import Quantize, SelectOperators, TunablePass
-from fxopt.passes._fork import own_copy
 from fxopt.passes.quantize import CALIBRATION_META
 from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
@@ -229,7 +230,7 @@ class Course:
         if self.folder is None:
             return None
         # Which network a later search is about depends on what an earlier one found.
-        return self.folder / (f"journal-{group[0].name}-{job.digest}.jsonl" if number else "journal.jsonl")
+        return self.folder / (f"journal-{group[0].name}-{job.digest}.jsonl" if number else JOURNAL)
 
     def _built(self, job: Job, passes: tuple[TunablePass, ...], policy: Policy, judge: Evaluator) -> Quickest:
         """The graph that a policy makes, fine-tuned and quantized."""

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and what the files of a run are called."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pathlib import Path
 
 from fxopt.errors import FxoptError
 
-__all__ = ["replacing", "write_bytes", "write_text"]
+__all__ = ["JOURNAL", "MODEL", "PAGE", "REPORT", "replacing", "write_bytes", "write_text"]
+
+JOURNAL, MODEL, PAGE, REPORT = "journal.jsonl", "model.onnx", "report.html", "report.json"
+"""Files in the folder of a run: of its first search, what was exported, and its report for people and as data."""
 
 
 @contextlib.contextmanager

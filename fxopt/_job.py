@@ -18,12 +18,13 @@ from fxopt._precision import Quickest, not_slower, without_slow_integers
 from fxopt._selecting import Selection, Selector
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace, Shares
+from fxopt.decisions._budget import within
 from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import Evaluator
+from fxopt.graph.edit import own_copy
 from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, WeightQuantizer
 from fxopt.lowering import IndexCosts, ParametricWorkload, lower
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, TunablePass
-from fxopt.passes._fork import own_copy
 from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
 from fxopt.sensitivity import sensitivities
@@ -246,7 +247,7 @@ class Job:
     def _check_nothing_to_decide(self, graph: fx.GraphModule) -> None:
         for budget, limit, cost in zip(self.budgets, self.limits, self.achieved(graph), strict=True):
             least = float(cost)
-            if least > limit * (1 + 1e-9):
+            if not within(least, limit):
                 raise InfeasibleError(
                     f"The passes find nothing to decide in this model, and its {budget.metric} is over the budget "
                     f"{budget}. Add passes, or see fxopt.trace and the report's barriers.",
@@ -336,7 +337,7 @@ class Job:
         )
 
     def _within(self, graph: fx.GraphModule) -> bool:
-        return bool((self.achieved(graph) <= self.limits * (1 + 1e-9)).all())
+        return all(map(within, self.achieved(graph), self.limits))
 
     def check_budget(self, final: fx.GraphModule) -> None:
         """The graph that was built is within the budget, not only the policy that was searched.
@@ -345,7 +346,7 @@ class Job:
             PassError: If it is not; a pass then does something else than its decisions say.
         """
         for budget, limit, cost in zip(self.budgets, self.limits, self.achieved(final), strict=True):
-            if cost > limit * (1 + 1e-9):
+            if not within(cost, limit):
                 raise PassError(
                     f"The rewritten graph costs {cost:g} in {budget.metric}, over the limit of {limit:g} that its "
                     "policy keeps; report this with the model and the policy."

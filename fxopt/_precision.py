@@ -16,6 +16,7 @@ from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import FxoptError, PolicyError
 from fxopt.evaluate import apply_policy
 from fxopt.export import fastest_bits, measure
+from fxopt.export._fastest import INTEGER
 from fxopt.graph.fake_quantize import QuantizedLayer
 from fxopt.passes import Quantize, TunablePass
 from fxopt.passes.quantize import FLOAT
@@ -25,7 +26,6 @@ __all__ = ["Quickest", "not_slower", "without_slow_integers"]
 
 _STEP = "measuring layers in 8 bits"
 _LAST_STEP = "measuring the result against floats"
-_INTEGER = (8, 8)
 _RUNS = 25
 _CHOSEN, _FASTEST, _FLOATS = "chosen", "fastest", "floats"
 
@@ -127,7 +127,7 @@ def not_slower(
     kinds = {kind for one in passes[first:] for kind in one.kinds}
     policies = {_CHOSEN: policy} | {
         name: policy.merged(Policy({d.key: bits for d in space if d.kind == "bits" and bits in d.choices}))
-        for name, bits in ((_FASTEST, _INTEGER), (_FLOATS, FLOAT))
+        for name, bits in ((_FASTEST, INTEGER), (_FLOATS, FLOAT))
     }
     graphs = {_CHOSEN: final}
 

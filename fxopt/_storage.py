@@ -23,10 +23,10 @@ from fxopt.decisions import Policy
 from fxopt.errors import FxoptError, PolicyError
 from fxopt.evaluate import apply_policy
 from fxopt.graph import as_args, eval_mode, trace
+from fxopt.graph.edit import own_copy
 from fxopt.graph.packing import Packed, pack, unpack
 from fxopt.graph.sparsity import pattern_of, sparse_sites
 from fxopt.passes import Canonicalize, TunablePass
-from fxopt.passes._fork import own_copy
 from fxopt.passes.quantize import CALIBRATION_META
 
 __all__ = ["digest", "digest_of", "explain_other_weights", "load", "save", "shapes_of", "traced"]

@@ -20,13 +20,14 @@ from fxopt._arguments import (
     check_data,
     check_executor,
     check_whole,
-    load_target,
     resolve_passes,
     terms_of,
     wanted_objective,
     wanted_shares,
 )
 from fxopt._course import Course, Judging, Searching
+from fxopt._files import PAGE, REPORT
+from fxopt._host import load_target
 from fxopt._job import Job
 from fxopt._reporting import build_report, export_data
 from fxopt._selecting import Selector, parted
@@ -55,6 +56,9 @@ class OptimizationResult:
         report: Metrics before and after, budgets, passes, layers.
         search: The search's trials, those of the last search if each pass had its own; None if there was nothing to
             search.
+        passes: The passes that were searched, as they were resolved and before any policy.
+        example_inputs: What the model was traced with.
+        original_state: The shapes of the original's state, by state-dict key; :func:`load` holds a model against them.
     """
 
     model: fx.GraphModule
@@ -102,7 +106,7 @@ class OptimizationResult:
         Raises:
             FxoptError: If a file cannot be written.
         """
-        for name in ("report.json", "report.html"):
+        for name in (REPORT, PAGE):
             self.report.save(Path(folder) / name)
 
 

@@ -16,6 +16,7 @@ import typer
 import fxopt
 from fxopt._cli import looking, words
 from fxopt._cli.output import INTERRUPTED, emit_json, guarded, session, show
+from fxopt._files import MODEL, PAGE
 
 __all__ = ["app", "main"]
 
@@ -198,7 +199,7 @@ def report(
         from fxopt.report import load
 
         found = load(folder)
-        written = found.save(out if out is not None else folder / "report.html")
+        written = found.save(out if out is not None else folder / PAGE)
     if as_json:
         emit_json({"report": found.to_data(), "out": str(written)})
         return
@@ -209,7 +210,7 @@ def report(
 @guarded()
 def export(
     model: words.Model,
-    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.onnx"),
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path(MODEL),
     form: Annotated[str, typer.Option("--format", help="qdq, qdq-native, qonnx or float.")] = "qdq",
     opset: Annotated[
         Optional[int],  # noqa: UP045 (read at run time, by typer)

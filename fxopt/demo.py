@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from fxopt._files import MODEL
 from fxopt.api import OptimizationResult, optimize
 from fxopt.data import digits
 from fxopt.decisions import Capabilities, SearchSpace
@@ -115,9 +116,9 @@ def _run(out: Path, effort: _Effort, seed: int, show: Progress) -> DemoOutcome:
     )
     # Saved first: a refused export loses no result.
     result.save(out)
-    export = result.export(out / "model.onnx")
+    export = result.export(out / MODEL)
     result.save_report(out)
-    return DemoOutcome(result, export, accuracy(OnnxModule(out / "model.onnx"), val), out)
+    return DemoOutcome(result, export, accuracy(OnnxModule(out / MODEL), val), out)
 
 
 @contextlib.contextmanager

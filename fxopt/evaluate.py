@@ -28,10 +28,10 @@ from fxopt.data import (
 from fxopt.decisions import Policy
 from fxopt.errors import DataError, SearchError
 from fxopt.graph import eval_mode, trace
+from fxopt.graph.edit import own_copy
 from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, RoundWeights, TunablePass
 from fxopt.passes._calibrate import feed, synthetic_batch
 from fxopt.passes._findings import Findings
-from fxopt.passes._fork import own_copy
 from fxopt.passes._reconstruction import Reconstruction, Reconstructor
 
 __all__ = [

@@ -23,13 +23,13 @@ from fxopt._files import write_text
 from fxopt.decisions import FLOAT_BITS, Decision, SearchSpace
 from fxopt.errors import DataError, PassError
 from fxopt.graph import edit, eval_mode
+from fxopt.graph.edit import fork
 from fxopt.graph.fake_quantize import ActivationQuantizer
 from fxopt.graph.grids import MAX_BITS, ActivationScheme, WeightScheme
 from fxopt.graph.matrix_products import matrix_products, quantize_product
 from fxopt.passes import RoundWeights
 from fxopt.passes._calibrate import feed
 from fxopt.passes._findings import Findings
-from fxopt.passes._fork import fork
 
 __all__ = ["sensitivities"]
 

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxopt.errors import PassError
 from fxopt.graph import eval_mode
+from fxopt.graph.edit import fork
 from fxopt.passes._cutting import laid_out_like
-from fxopt.passes._fork import fork
 from fxopt.passes._layer_walk import Values, draw_positions, read_inputs, walk
 from fxopt.passes._least_squares import Moments, groups_of, input_rows, is_linear, output_rows, positions_of
 

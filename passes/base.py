@@ -28,8 +28,8 @@ from torch.fx.passes.infra.pass_manager import PassManager, pass_result_wrapper
 from fxopt.decisions import Capabilities, Choice, Key, Policy, SearchSpace
 from fxopt.errors import FxoptError, PassError, VerifyError
 from fxopt.graph import edit, verify
+from fxopt.graph.edit import fork
 from fxopt.graph.shapes import TRACE_META
-from fxopt.passes._fork import fork
 
 if TYPE_CHECKING:
     from typing_extensions import Self

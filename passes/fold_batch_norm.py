@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fxopt.graph import edit, ops
+from fxopt.graph.edit import fork
 from fxopt.passes._calibrate import OUTPUT_MOMENTS
-from fxopt.passes._fork import fork
 from fxopt.passes._scaling import (
     Layer,
     along_inputs,

@@ -14,12 +14,12 @@ from fxopt.decisions import Capabilities, Decision, Policy, SearchSpace
 from fxopt.errors import PassError
 from fxopt.graph import verify
 from fxopt.graph.channels import ChannelGraph, analyze
+from fxopt.graph.edit import fork
 from fxopt.passes._calibrate import refuse_quantized, refuse_sparse
 from fxopt.passes._channel_sites import allowed, as_bounds, checked, choices, matched, operator_at
 from fxopt.passes._cutting import Units, choose_removed, cut, kept_indices, mask, parameter_share, saved_elements
 from fxopt.passes._explain import COLUMNS, ChannelCut, Explanation
 from fxopt.passes._features import LayerFeatures
-from fxopt.passes._fork import fork
 from fxopt.passes._importance import as_importance, checked_scores
 from fxopt.passes.base import PassResult, TunablePass
 

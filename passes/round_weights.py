@@ -11,10 +11,10 @@ from torch import fx, nn
 
 from fxopt.errors import PassError
 from fxopt.graph import edit, eval_mode
+from fxopt.graph.edit import fork
 from fxopt.graph.fake_quantize import MAX_BITS, ActivationQuantizer, QuantizedLayer
 from fxopt.graph.sparsity import sparse_sites
 from fxopt.passes._calibrate import synthetic_batch
-from fxopt.passes._fork import fork
 from fxopt.passes._layer_walk import Leaves, Values, draw_positions, read_inputs, walk
 from fxopt.passes._least_squares import Moments, input_rows, output_rows, positions_of
 from fxopt.passes._reconstruction import Reconstruction

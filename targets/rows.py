@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fxopt.decisions import FLOAT_BITS
 from fxopt.errors import FxoptError, TargetError
 from fxopt.targets._soundness import first_fault, row_layout
 
@@ -41,8 +42,6 @@ __all__ = [
 
 Rows: TypeAlias = NDArray[np.void]
 Floats: TypeAlias = NDArray[np.float64]
-
-FLOAT_BITS = 32
 
 
 class OpKind(enum.IntEnum):

@@ -19,7 +19,10 @@ from fxopt.targets._gather import gather
 from fxopt.targets.base import Target
 from fxopt.targets.rows import Floats, Rows, Workload
 
-__all__ = ["Codes", "CostTable"]
+__all__ = ["SUMS", "Codes", "CostTable"]
+
+SUMS = ("latency", "energy", "size", "macs")
+"""The metrics that are sums over operators."""
 
 Codes: TypeAlias = NDArray[np.unsignedinteger[Any]]
 """uint8, or uint16 where an operator has more than 256 forms."""
@@ -147,8 +150,8 @@ class CostTable:
     def _table(self, metric: str) -> Floats:
         if metric == "memory":
             raise UnsupportedError("The peak of memory is no sum over operators; use Target.estimate for it.")
-        if metric not in ("latency", "energy", "size", "macs"):
-            raise UnknownNameError("metric", metric, ("latency", "energy", "size", "macs"))
+        if metric not in SUMS:
+            raise UnknownNameError("metric", metric, SUMS)
         if metric not in self._tables:
             raise UnsupportedError(f"Target {self._target!r} cannot estimate {metric}: {self._energy_reason}")
         return self._tables[metric]

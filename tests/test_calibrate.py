@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 import fxopt
 from fxopt import targets
-from fxopt._cli.calibrating import told
+from fxopt._host import measuring
 from fxopt.cli import app
 from fxopt.targets import rows as r
 from fxopt.targets._sweep import calibration_sweep
@@ -162,7 +162,7 @@ def test_progress_begins_once_and_ends() -> None:
         def finish(self, task: str) -> None:
             heard.append("finish")
 
-    tell = told(Listening())
+    tell = measuring(Listening())
     for done in (1, 2):
         tell(done, 2, f"step {done}")
     assert heard == ["start 2", "step 1", "step 2", "finish"]

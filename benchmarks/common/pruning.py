@@ -16,7 +16,7 @@ import fxopt
 from common import fashion
 from common.output import keep_memory, progress
 from fxopt import targets
-from fxopt._arguments import load_target
+from fxopt._host import load_target
 from fxopt.data import TensorLoader
 from fxopt.decisions import Constraint, Policy
 from fxopt.evaluate import Evaluator, Reconstruction, accuracy, apply_policy

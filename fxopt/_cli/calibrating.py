@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fxopt._host import measuring
 from fxopt.progress import Progress
 
 if TYPE_CHECKING:
     from fxopt.targets import Target
 
-__all__ = ["calibrate", "told"]
-
-_TASK = "measuring this machine"
-
-
-def told(show: Progress) -> Callable[[int, int, str], None]:
-    """What the host target tells how far measuring is, passed on to ``show``."""
-    started = False
-
-    def measured(done: int, total: int, what: str) -> None:
-        nonlocal started
-        if not started:
-            show.start(_TASK, total)
-            started = True
-        show.advance(_TASK, 1, what)
-        if done == total:
-            show.finish(_TASK)
-            started = False
-
-    return measured
+__all__ = ["calibrate"]
 
 
 def calibrate(out: Path, show: Progress, *, name: str | None, threads: int, runs: int, quick: bool) -> Target:
@@ -57,6 +38,6 @@ def calibrate(out: Path, show: Progress, *, name: str | None, threads: int, runs
 
     check_board(out, name)
     profiler = functools.partial(onnxruntime_profiler, threads=threads, runs=runs)
-    host = HostTarget(profiler, host_fingerprint(threads), told(show))
+    host = HostTarget(profiler, host_fingerprint(threads), measuring(show))
     host.calibrate(quick=quick)
     return targets.load(host.save(out, name))

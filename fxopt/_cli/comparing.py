@@ -32,8 +32,9 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         raise FxoptError("There is no model to search; give MODULE:FUNCTION, or model = ... in the recipe.")
     check_names(options)
     from fxopt import search
-    from fxopt._arguments import careful, check_data, load_target, resolve_passes, terms_of, wanted_objective
+    from fxopt._arguments import careful, check_data, resolve_passes, terms_of, wanted_objective
     from fxopt._course import Judging
+    from fxopt._host import load_target
     from fxopt._job import Job
     from fxopt._selecting import Selector, parted
     from fxopt._tuning import Tuning

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxopt import targets
-from fxopt._cli.calibrating import told
 from fxopt._cli.output import table
+from fxopt._host import load_target
 from fxopt.decisions import format_quantity
 from fxopt.progress import Progress, reporter
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fxopt.lowering import ParametricWorkload
     from fxopt.report import Roofline
 
-__all__ = ["Profile", "list_targets", "load_target", "profile", "targets_table"]
+__all__ = ["Profile", "list_targets", "profile", "targets_table"]
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,6 @@ class Profile:
             *("peak activations", "MACs without a model", "status"),
         )
         return layers, table(f"{self.model} in all", heads, lines)
-
-
-def load_target(name: str, show: Progress) -> targets.Target:
-    """A target by name; "host" comes with the means to measure."""
-    if name != targets.HOST:
-        return targets.load(name)
-    from fxopt.export import host_fingerprint, onnxruntime_profiler
-
-    return targets.load(name, profiler=onnxruntime_profiler, fingerprint=host_fingerprint(), progress=told(show))
 
 
 def profile(reference: str, names: Sequence[str], inputs: Sequence[str], show: Progress | None = None) -> Profile:

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
 
-__all__ = ["call", "is_program", "load_function", "load_model", "load_source", "parse_input"]
+__all__ = ["PROGRAM", "call", "is_program", "load_function", "load_model", "load_source", "parse_input"]
 
 _FORM = "'package.module:function' or 'path/file.py:function'"
-_PROGRAM = ".pt2"
+PROGRAM = ".pt2"
+"""The suffix of an exported program."""
 _INPUT = re.compile(r"(?P<shape>\d+(?:,\d+)*)(?::(?P<dtype>\w+))?")
 _DTYPES = ("float32", "float64", "float16", "int64", "int32", "bool")
 
@@ -121,7 +122,7 @@ def load_model(reference: str, inputs: Sequence[str] = ()) -> tuple[nn.Module, A
 
 def is_program(reference: str) -> bool:
     """Whether a reference is a saved program rather than a function."""
-    return reference.endswith(_PROGRAM)
+    return reference.endswith(PROGRAM)
 
 
 def _program(path: str) -> ExportedProgram:

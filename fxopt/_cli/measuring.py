@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxopt._cli.output import table
+from fxopt._files import MODEL, REPORT
 from fxopt.decisions import format_quantity
 from fxopt.errors import FxoptError
 from fxopt.progress import Progress
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["measure", "told"]
 
 _ONNX = ".onnx"
-_SAVED, _REPORT = "model.onnx", "report.json"
 
 
 def measure(
@@ -51,8 +51,8 @@ def measure(
         FxoptError: If something cannot be found, loaded or run; the message says which.
     """
     from fxopt import export
-    from fxopt._cli.costs import load_target
     from fxopt._cli.loading import parse_input
+    from fxopt._host import load_target
 
     chosen = [load_target(name, show) for name in targets]
     found = [_found(name, inputs) for name in names]
@@ -95,14 +95,14 @@ def _row(one: dict[str, Any], names: Sequence[str]) -> list[str]:
 
 def _found(name: str, inputs: Sequence[str]) -> tuple[Path | nn.Module, Any]:
     """A file, or a model as a graph with its example inputs."""
-    from fxopt._cli.loading import load_model
+    from fxopt._cli.loading import PROGRAM, load_model
     from fxopt.graph import trace
 
     if name.endswith(_ONNX):
         return _existing(Path(name)), None
     if Path(name).is_dir():
-        return _existing(Path(name, _SAVED)), None
-    if ":" not in name and not name.endswith(".pt2"):
+        return _existing(Path(name, MODEL)), None
+    if ":" not in name and not name.endswith(PROGRAM):
         raise FxoptError(
             f"There is no folder {name}; give one that `fxopt optimize` wrote, an .onnx or .pt2 file, or "
             "MODULE:FUNCTION."
@@ -136,7 +136,7 @@ def _reported(thing: Path | nn.Module, target: Target, batch: int) -> float | No
     """What the report of a saved result says of it."""
     from fxopt import report
 
-    if not isinstance(thing, Path) or thing.name != _SAVED or not thing.with_name(_REPORT).is_file():
+    if not isinstance(thing, Path) or thing.name != MODEL or not thing.with_name(REPORT).is_file():
         return None
     if batch != target.capabilities.batch:
         return None

@@ -11,7 +11,7 @@ from fxopt._cli.checking import check_names
 from fxopt._cli.choosing import fine_tuning_of, objective_of, reconstruction_of
 from fxopt._cli.loading import call, load_function, load_model
 from fxopt._cli.output import emit_json, show
-from fxopt._files import write_text
+from fxopt._files import MODEL, PAGE, write_text
 from fxopt.errors import FxoptError
 from fxopt.progress import Progress
 
@@ -68,7 +68,7 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         progress=progress,
     )
     result.save(out)
-    export = result.export(out / "model.onnx")
+    export = result.export(out / MODEL)
     result.save_report(out)
     return result, export
 
@@ -90,7 +90,7 @@ def tell(result: OptimizationResult, export: ExportReport, out: Path, *, as_json
     show(report.table(), report.steps_table(), report.slow_table(), report.verdict, "")
     trust = f"{report.target.name} is {report.target.status}: {report.target.error}"
     show(trust, *report.target.caveats, *report.notes, *export.notes)
-    show(f"ONNX: {export}.", f"Report: {out / 'report.html'}")
+    show(f"ONNX: {export}.", f"Report: {out / PAGE}")
 
 
 def _made(reference: str | None) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxopt._cli.loading import PROGRAM
 from fxopt._cli.output import table
 from fxopt.decisions import format_quantity
 from fxopt.errors import FxoptError
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["told", "trace"]
 
 _CODE = (".py", ".txt")
-_PROGRAM = ".pt2"
 _ROUNDING = 1e-6
 
 
@@ -30,9 +30,9 @@ def trace(reference: str, inputs: Sequence[str], out: Path | None) -> dict[str, 
     Raises:
         FxoptError: If the model cannot be loaded or traced, or the file cannot be written.
     """
-    if out is not None and out.suffix not in (_PROGRAM, *_CODE):
+    if out is not None and out.suffix not in (PROGRAM, *_CODE):
         raise FxoptError(
-            f"--out is {out}; give a file that ends in {_PROGRAM} for the graph with its weights, or in "
+            f"--out is {out}; give a file that ends in {PROGRAM} for the graph with its weights, or in "
             f"{' or '.join(_CODE)} for its code."
         )
     from torch import nn
@@ -151,7 +151,7 @@ def _write(graph: fx.GraphModule, out: Path, example: object) -> None:
     from fxopt._files import write_text
     from fxopt.graph import save_program
 
-    if out.suffix == _PROGRAM:
+    if out.suffix == PROGRAM:
         save_program(graph, out, example)
     else:
         write_text(out, graph.code)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fxopt._lowering.bits import BitTable
 from fxopt.decisions import AdditiveCosts, Choice, Decision, Key, SearchSpace
 from fxopt.targets import Target
+from fxopt.targets.tables import SUMS
 
 if TYPE_CHECKING:
     from fxopt.lowering import ParametricWorkload
@@ -20,7 +21,6 @@ __all__ = ["IndexCosts", "is_additive"]
 Floats = npt.NDArray[np.float64]
 _ByIndex = Callable[[npt.NDArray[np.intp]], Floats]
 
-_SUMS = ("latency", "energy", "size", "macs")
 """Metrics that are sums over operators; the peak of memory is none."""
 
 
@@ -47,10 +47,10 @@ class IndexCosts:
         self._workload, self._target, self._space, self._metrics = workload, target, space, tuple(metrics)
         self.way = "estimate"
         self._costs: _ByIndex = self._estimated
-        if set(metrics) <= set(_SUMS) and is_additive(workload, space):
+        if set(metrics) <= set(SUMS) and is_additive(workload, space):
             row = space.encode(space.default())
             self.way, self._costs = "sum", AdditiveCosts.around(space, self._estimated, row).at
-        elif set(metrics) <= set(_SUMS) and all(decision.kind == "bits" for decision in space):
+        elif set(metrics) <= set(SUMS) and all(decision.kind == "bits" for decision in space):
             self._table: BitTable = workload.bit_table(target, space)
             self.way, self._costs = "table", self._looked_up
 

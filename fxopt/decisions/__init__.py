@@ -8,9 +8,10 @@ policy within it.
 from __future__ import annotations
 
 from fxopt.decisions._additive import AdditiveCosts
+from fxopt.decisions._bits import FLOAT_BITS
 from fxopt.decisions._budget import METRICS, Budget, format_quantity
 from fxopt.decisions._constraint import Constraint
-from fxopt.decisions._decision import FLOAT_BITS, Capabilities, Choice, Decision, Key
+from fxopt.decisions._decision import Capabilities, Choice, Decision, Key
 from fxopt.decisions._placement import PLAIN_PLACEMENT, Placement, operator_key
 from fxopt.decisions._policy import POLICY_SCHEMA, Policy
 from fxopt.decisions._shares import Shares

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from fxopt.errors import BudgetError
 
-__all__ = ["METRICS", "Budget", "format_quantity"]
+__all__ = ["METRICS", "Budget", "format_quantity", "within"]
 
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
 _JOULES = {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "µJ": 1e-6, "μJ": 1e-6, "nJ": 1e-9, "pJ": 1e-12}
@@ -41,6 +41,7 @@ _SHOWN_UNITS = {
     "macs": ("T", "G", "M", "k"),
     "memory": ("GB", "MB", "KB", "B"),
 }
+_ROUNDING = 1e-9
 _QUANTITY = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([^\s\d]*)\s*")
 
 
@@ -53,6 +54,11 @@ def format_quantity(metric: str, value: float) -> str:
     if not units or metric == "macs":
         return f"{value:.4g}"
     return f"{value / METRICS[metric][units[-1]]:.4g} {units[-1]}"
+
+
+def within(cost: float, limit: float) -> bool:
+    """Whether a cost keeps a limit, both in SI units, but for what sums in another order differ by."""
+    return bool(cost <= limit * (1.0 + _ROUNDING))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from fxopt.decisions._policy import Policy
 from fxopt.decisions._space import SearchSpace
 from fxopt.errors import BudgetError, InfeasibleError, PolicyError, SearchError
 
-__all__ = ["Constraint", "Enforce"]
+__all__ = ["Constraint", "Enforce", "check_enforce"]
 
 Enforce: TypeAlias = Literal["mask", "decrease"]
 """How a policy is brought within the limits."""
@@ -35,6 +35,17 @@ _Indices: TypeAlias = npt.NDArray[np.intp]
 _FIRST_STRIDE = 8
 _ENUMERABLE = 4096
 _POWERS = (1, 2, 4, 8, 16, 32)
+
+
+def check_enforce(enforce: str) -> None:
+    """Refuse another way of keeping a budget.
+
+    Raises:
+        SearchError: If ``enforce`` is none of :data:`Enforce`.
+    """
+    known = get_args(Enforce)
+    if enforce not in known:
+        raise SearchError(f"A budget is enforced by {' or by '.join(map(repr, known))}, not by {enforce!r}.")
 
 
 class Constraint:
@@ -226,8 +237,7 @@ class Constraint:
             PolicyError: If a policy does not fit the space, or an order is no permutation.
             SearchError: If ``enforce`` is neither of the two.
         """
-        if enforce not in ("mask", "decrease"):
-            raise SearchError(f"A budget is enforced by 'mask' or by 'decrease', not by {enforce!r}.")
+        check_enforce(enforce)
         if not policies:
             return []
         orders = self._checked_orders(order, len(policies))

@@ -9,19 +9,17 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from fxopt.decisions._bits import FLOAT_BITS
 from fxopt.decisions._placement import PLAIN_PLACEMENT, Placement
 from fxopt.errors import SearchError, TargetError
 
-__all__ = ["FLOAT_BITS", "Capabilities", "Choice", "Decision", "Key", "as_choice"]
+__all__ = ["Capabilities", "Choice", "Decision", "Key", "as_choice"]
 
 Choice: TypeAlias = int | float | str | tuple[int, ...]
 """A kept channel count, a fraction, an operator's name, or ``(weight_bits, activation_bits)``."""
 
 Key: TypeAlias = tuple[str, str]
 """``(kind, site)``: what is decided, and at which module path."""
-
-FLOAT_BITS = 32
-"""The bit-width that stands for "left in floating point"."""
 
 
 def as_choice(value: object) -> Choice:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fxopt.decisions._bits import FLOAT_BITS, MAX_BITS
 from fxopt.errors import TargetError
 
 __all__ = ["PLAIN_PLACEMENT", "Placement", "operator_key"]
 
 _SHARED = ("add", "cat")
-_WIDEST, _FLOAT = 8, 32
 
 
 def operator_key(name: str) -> str:
@@ -65,10 +65,10 @@ def _as_names(option: str, given: Any) -> tuple[str, ...]:
 
 def _as_ends(given: Any) -> tuple[int, int]:
     pair = tuple(given) if isinstance(given, (tuple, list)) else ()
-    widths = (*range(1, _WIDEST + 1), _FLOAT)
+    widths = (*range(1, MAX_BITS + 1), FLOAT_BITS)
     fine = len(pair) == 2 and all(type(bits) is int and bits in widths for bits in pair)
-    if not fine or (pair[0] == _FLOAT and pair[1] != _FLOAT):
-        wanted = f"bits of weights and activations, 1 to {_WIDEST} each, or {_FLOAT} for floating point"
+    if not fine or (pair[0] == FLOAT_BITS and pair[1] != FLOAT_BITS):
+        wanted = f"bits of weights and activations, 1 to {MAX_BITS} each, or {FLOAT_BITS} for floating point"
         raise TargetError(f"ends is {given!r}; give {wanted}.")
     return (pair[0], pair[1])
 

@@ -27,6 +27,7 @@ from fxopt.export._torch_onnx import export_marked, with_parameters
 from fxopt.graph import ExampleInputs, normalize, trace
 from fxopt.graph.fake_quantize import QuantizedLayer
 from fxopt.graph.shapes import TRACE_META
+from fxopt.passes.quantize import CALIBRATION_META
 
 if TYPE_CHECKING:
     import onnx
@@ -36,7 +37,6 @@ __all__ = ["ExportReport", "export_onnx"]
 _MAX_BYTES = 2**31 - 2**20
 """A single ONNX file ends at 2 GiB."""
 
-_CALIBRATION_META = "fxopt_calibration"
 _OTHER_BATCH = 3
 _RUNS = 15
 
@@ -242,7 +242,7 @@ def _notes(gm: fx.GraphModule, form: Form, quantized: bool) -> tuple[str, ...]:
     notes = []
     if quantized and form.native:
         notes.append("onnxruntime runs this file in floats, with the session setting session.disable_quant_qdq=1.")
-    source = gm.meta.get(_CALIBRATION_META, {}).get("source", "")
+    source = gm.meta.get(CALIBRATION_META, {}).get("source", "")
     if quantized and source.startswith("synthetic"):
         notes.append(f"Calibrated on synthetic data ({source}): judge speed and size by this file, not accuracy.")
     if quantized and not (form.native or form.baked) and not has_integer_instructions():

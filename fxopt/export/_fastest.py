@@ -30,9 +30,10 @@ from fxopt.graph.matrix_products import matrix_products
 from fxopt.passes import FoldBatchNorm, Quantize
 from fxopt.passes.quantize import FLOAT
 
-__all__ = ["FastestBits", "fastest_bits"]
+__all__ = ["INTEGER", "FastestBits", "fastest_bits"]
 
 INTEGER = (8, 8)
+"""Bits of weights and activations that onnxruntime has integer kernels for."""
 _CHANGES = ("QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput")
 _WEIGHTS_OF_CHANGES = (0.5, 2.0)
 """What a change costs is known least: it may hide in a kernel. Several weights give several assignments to measure."""

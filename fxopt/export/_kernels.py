@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from fxopt.export._runtime import CARRIERS, is_integer, make_session
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Kernel", "KernelTime", "kernel_times", "kernels_of", "names_of", "stem"]
+__all__ = ["Kernel", "KernelTime", "kernel_times", "kernels_of", "lower_mean", "names_of", "stem"]
 
 _GIVE_WEIGHTS = ("DequantizeLinear", "Cast", "Mul", "Gather")
 """Operators that make a layer's weight of what is stored."""
@@ -88,7 +88,7 @@ def kernel_times(
             name = event["name"].removesuffix("_kernel_time")
             entry = seen.setdefault(name, (event["args"]["op_name"], _elements(event["args"]), []))
             entry[2].append(max(event["dur"] * 1e-6, _SHORTEST_S))
-    return [KernelTime(name, kind, _lower_mean(times[_WARM_UP:]), size) for name, (kind, size, times) in seen.items()]
+    return [KernelTime(name, kind, lower_mean(times[_WARM_UP:]), size) for name, (kind, size, times) in seen.items()]
 
 
 def _elements(arguments: Mapping[str, Any]) -> int:
@@ -96,7 +96,8 @@ def _elements(arguments: Mapping[str, Any]) -> int:
     return int(np.prod(next(iter(shapes[0].values()), [0])))
 
 
-def _lower_mean(times: list[float]) -> float:
+def lower_mean(times: Sequence[float] | NDArray[np.float64]) -> float:
+    """The mean of the faster half of some times: what other work on the machine adds is left out."""
     ordered = np.sort(times)
     return float(ordered[: (len(ordered) + 1) // 2].mean())
 

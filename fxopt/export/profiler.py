@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fxopt.errors import ExportError
+from fxopt.export._kernels import lower_mean
 from fxopt.export._micro import Micro, build
 from fxopt.export._runtime import host_fingerprint, make_session
 from fxopt.targets.rows import ROW_DTYPE, Rows
@@ -109,7 +110,7 @@ def kernel_seconds(events: Sequence[dict[str, Any]], micro: Micro, shares: Seque
     total = 0.0
     for times in durations.values():
         known = np.array(shares) if len(shares) == len(times) else np.ones(len(times))
-        total += _lower_mean(_undisturbed(np.array(times)[_WARM_UP:], known[_WARM_UP:]))
+        total += lower_mean(_undisturbed(np.array(times)[_WARM_UP:], known[_WARM_UP:]))
     return max(total, _SHORTEST_S)
 
 
@@ -119,8 +120,3 @@ def _undisturbed(times: NDArray[np.float64], shares: NDArray[np.float64]) -> NDA
     least = np.sort(shares)[::-1][(len(shares) - 1) // 4]
     kept: NDArray[np.float64] = times[shares >= min(least, _UNDISTURBED)]
     return kept
-
-
-def _lower_mean(times: NDArray[np.float64]) -> float:
-    ordered = np.sort(times)
-    return float(ordered[: (len(ordered) + 1) // 2].mean())

@@ -21,10 +21,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
+from fxopt.decisions._bits import MAX_BITS
 from fxopt.errors import PassError
 
 __all__ = [
@@ -42,14 +43,11 @@ __all__ = [
     "weight_scales",
 ]
 
-MAX_BITS = 8
-"""Most bits of a grid; wider values stay in floating point."""
-
 MIN_SCALE = 2.0**-60
 """Smallest scale. The product of two is still a normal float32, as the scale of a bias has to be."""
 
 Method: TypeAlias = Literal["max", "percentile", "mse", "kl"]
-_METHODS = ("max", "percentile", "mse", "kl")
+_METHODS = get_args(Method)
 _WEIGHT_METHODS = (*_METHODS, "kmeans")
 
 _BINS = 4096

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxopt.decisions import FLOAT_BITS
 from fxopt.graph import edit, ops
 from fxopt.graph._quantizers import ActivationQuantizer
 from fxopt.graph.grids import checked_bits
@@ -24,7 +25,6 @@ from fxopt.graph.shapes import shape
 
 __all__ = ["AttentionWeights", "MatrixProduct", "QuantMatMul", "matrix_products", "quantize_product"]
 
-_FLOAT_BITS = 32
 _PRODUCTS = ("matmul", "bmm", "mm")
 _REARRANGING = ("transpose", "permute", "contiguous", "clone")
 _PARTS = ("qk", "weights", "av")
@@ -110,7 +110,7 @@ class MatrixProduct:
     node: fx.Node
     operands: tuple[fx.Node, ...]
     mask: fx.Node | None = None
-    bits: int = _FLOAT_BITS
+    bits: int = FLOAT_BITS
     inner: tuple[fx.Node, ...] = ()
 
 

@@ -15,7 +15,7 @@ from fxopt.nas._architecture import Reinforce
 from fxopt.training import read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from fxopt.nas._train import _Run
+    from fxopt.nas._train import Run
 
 __all__ = ["restore", "store"]
 
@@ -23,7 +23,7 @@ _NET, _ALPHA = "net.", "alpha"
 _OPTIMIZERS = {"weights.": "optimizer", "architecture.": "alpha_optimizer"}
 
 
-def store(run: _Run, stem: Path, step: int) -> None:
+def store(run: Run, stem: Path, step: int) -> None:
     """Write everything that decides what the training does next, whole or not at all."""
     tensors = {f"{_NET}{name}": tensor for name, tensor in run.supernet.net.state_dict().items()}
     tensors[_ALPHA] = run.supernet.alpha
@@ -42,7 +42,7 @@ def store(run: _Run, stem: Path, step: int) -> None:
     write_tensors(stem, tensors, {"supernet": json.dumps(told)})
 
 
-def restore(run: _Run, stem: Path | None) -> int:
+def restore(run: Run, stem: Path | None) -> int:
     """Put a training at the state that was written, if there is one; the number of steps that were done.
 
     Raises:
@@ -97,7 +97,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict
     optimizer.load_state_dict(state)
 
 
-def _identity(run: _Run) -> dict[str, Any]:
+def _identity(run: Run) -> dict[str, Any]:
     """What has to be the same for training to be resumed, as JSON gives it back."""
     found = {
         **{name.replace("_", " "): value for name, value in asdict(run.settings).items()},

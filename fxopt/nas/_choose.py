@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.data import Loader, first_batch, read
 from fxopt.decisions import Policy, format_quantity
+from fxopt.decisions._budget import within
 from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import accuracy, recalibrate_batch_norm
 from fxopt.lowering import OperatorTable, lower
@@ -183,7 +184,7 @@ def check_budget(graph: fx.GraphModule, table: OperatorTable, limits: Mapping[st
     estimate = table.target.estimate(lower(graph, batch).bind())
     for metric, limit in limits.items():
         cost = float(estimate.metric(metric)[0])
-        if cost > limit * (1 + 1e-9):
+        if not within(cost, limit):
             raise PassError(
                 f"The derived network costs {cost:g} in {metric}, over the limit of {limit:g} that its policy keeps; "
                 "report this with the model and the policy."

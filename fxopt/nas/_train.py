@@ -195,7 +195,7 @@ def train_supernet(
         torch.manual_seed(chosen.seed)
         stem = Path(checkpoint) if checkpoint is not None else None
         with Workers(supernet.net) as workers:
-            run = _Run(supernet, train, val, Cost(table, terms), chosen, workers)
+            run = Run(supernet, train, val, Cost(table, terms), chosen, workers)
             start = run.begin(stem)
             run.go(start, stem, checkpoint_steps, progress or Silent(), stop_after)
     supernet.choose_policy(supernet.most_likely())
@@ -215,7 +215,7 @@ def _check(supernet: Supernet, table: OperatorTable, checkpoint_steps: int) -> N
         )
 
 
-class _Run:
+class Run:
     """A supernet in training: all that a checkpoint holds."""
 
     def __init__(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from fxopt._files import write_text
+from fxopt.decisions._budget import within
 from fxopt.errors import FxoptError
 from fxopt.report._roofline import Roofline
 
@@ -84,7 +85,7 @@ class BudgetLine:
     @property
     def met(self) -> bool:
         """Whether the result is within the limit (up to the last bits of a float)."""
-        return self.achieved <= self.limit * (1.0 + 1e-9)
+        return within(self.achieved, self.limit)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fxopt.decisions import format_quantity
+from fxopt.decisions import FLOAT_BITS, format_quantity
 from fxopt.report._data import LayerLine, OperatorLine, Report, TimeLine
 from fxopt.report._plot import draw_roofline
 from fxopt.report._roofline import Roofline
@@ -23,7 +23,6 @@ _MOST_BARS = 24
 _MOST_LAYERS = 200
 _MOST_POINTS = 400
 _NAMED = 40
-_FLOAT_BITS = 32
 _ROW = 0.2
 """Inches of a bar in a list."""
 _LETTER = 0.06
@@ -87,7 +86,7 @@ def _channels(layers: Sequence[LayerLine]) -> Chart | None:
 def _bits(layers: Sequence[LayerLine]) -> Chart | None:
     layers = [layer for layer in layers if not layer.gone]
     shown = layers[:_MOST_LAYERS]
-    if all(layer.weight_bits == layer.activation_bits == _FLOAT_BITS for layer in shown):
+    if all(layer.weight_bits == layer.activation_bits == FLOAT_BITS for layer in shown):
         return None
     weights, activations = [one.weight_bits for one in shown], [one.activation_bits for one in shown]
     words = [f"{one.site}: weights {_width(one.weight_bits)}, inputs {_width(one.activation_bits)}" for one in shown]
@@ -120,7 +119,7 @@ def _beneath(lines: Sequence[LayerLine] | Sequence[OperatorLine]) -> float:
 
 
 def _width(bits: int) -> str:
-    return "float" if bits == _FLOAT_BITS else str(bits)
+    return "float" if bits == FLOAT_BITS else str(bits)
 
 
 def _cut_off(layers: Sequence[LayerLine], words: str) -> str:

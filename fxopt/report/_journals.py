@@ -6,14 +6,13 @@ import dataclasses
 import os
 from pathlib import Path
 
+from fxopt._files import JOURNAL, REPORT
 from fxopt.errors import FxoptError, JournalError
 from fxopt.report._data import CurveLine, Report
 from fxopt.search import best_so_far, read_journal
 
 __all__ = ["curves_beside", "load"]
 
-_JOURNAL = "journal.jsonl"
-_REPORT = "report.json"
 _SAME = ("space", "constraint", "context")
 """What two searches have to share for their scores to be compared."""
 
@@ -30,7 +29,7 @@ def load(folder: str | os.PathLike[str]) -> Report:
     Raises:
         FxoptError: If there is no report, or none that this release can read.
     """
-    path = Path(folder) / _REPORT
+    path = Path(folder) / REPORT
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as failure:
@@ -50,12 +49,12 @@ def curves_beside(folder: str | os.PathLike[str]) -> tuple[CurveLine, ...]:
     """
     place = Path(folder)
     try:
-        own, _ = read_journal(place / _JOURNAL)
+        own, _ = read_journal(place / JOURNAL)
     except JournalError:
         return ()
     found = []
     for path in sorted(place.glob("*.jsonl")):
-        if path.name == _JOURNAL:
+        if path.name == JOURNAL:
             continue
         try:
             header, trials = read_journal(path)

@@ -16,7 +16,7 @@ from scipy.special import ndtr, ndtri
 
 from fxopt._files import write_text
 from fxopt.decisions import Constraint, Policy, SearchSpace
-from fxopt.decisions._constraint import Enforce
+from fxopt.decisions._constraint import Enforce, check_enforce
 from fxopt.errors import SearchError
 from fxopt.search._engine import FAILED, Engine
 from fxopt.search._networks import Adam, Perceptron, decode_array, encode_array
@@ -25,7 +25,6 @@ from fxopt.search._uniform import uniform_policies
 
 __all__ = ["AgentEngine"]
 
-_UNIFORM_STEPS = 20
 _LEAST_NOISE = 0.01
 _REDRAWS = 4
 _WIDER = 2.0
@@ -82,8 +81,7 @@ class AgentEngine(Engine):
             )
         if not hidden or min(hidden) < 1:
             raise SearchError(f"An agent needs hidden layers of at least one unit, got hidden={list(hidden)}.")
-        if enforce not in ("mask", "decrease"):
-            raise SearchError(f"A budget is enforced by 'mask' or by 'decrease', not by {enforce!r}.")
+        check_enforce(enforce)
         self.warmup = int(warmup)
         self.noise = float(noise)
         self.decay = float(decay)
@@ -226,7 +224,7 @@ class AgentEngine(Engine):
 
     @cached_property
     def _uniform(self) -> list[Policy]:
-        return uniform_policies(self.space, self.constraint, _UNIFORM_STEPS)[: max(1, self.warmup // 4)]
+        return uniform_policies(self.space, self.constraint)[: max(1, self.warmup // 4)]
 
     def _explored_decisions(self) -> npt.NDArray[np.bool_]:
         """Which decisions an episode takes otherwise than the actor would: some, at least one."""

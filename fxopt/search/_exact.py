@@ -21,7 +21,6 @@ __all__ = ["ExactEngine"]
 _Floats = npt.NDArray[np.float64]
 _Indices = npt.NDArray[np.intp]
 
-_UNIFORM_STEPS = 20
 _DRAWS = 4
 _ENOUGH = 10
 
@@ -128,7 +127,7 @@ class ExactEngine(Engine):
 
     def _plan(self) -> list[tuple[int, int]]:
         """The base, and the single changes of it in random order."""
-        base = self.project(uniform_policies(self.space, self.constraint, _UNIFORM_STEPS)[:1])[0]
+        base = self.project(uniform_policies(self.space, self.constraint)[:1])[0]
         self._base = self.space.encode(base).tolist()
         if self.losses is not None:
             return []

@@ -15,7 +15,6 @@ from fxopt.search._uniform import uniform_policies
 
 __all__ = ["GreedyEngine"]
 
-_UNIFORM_STEPS = 20
 _RESTART_DRAWS = 32
 _RESTART_ROUNDS = 8
 
@@ -120,7 +119,7 @@ class GreedyEngine(Engine):
 
     def _new_base(self) -> Policy | None:
         if self._base is None:
-            return self.project(uniform_policies(self.space, self.constraint, _UNIFORM_STEPS)[:1])[0]
+            return self.project(uniform_policies(self.space, self.constraint)[:1])[0]
         for _ in range(_RESTART_ROUNDS):
             drawn = [self.space.sample(self.rng) for _ in range(_RESTART_DRAWS)]
             bases = self.project(drawn, self.rng.permutation(len(self.space)))

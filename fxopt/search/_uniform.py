@@ -17,7 +17,7 @@ _STEPS = 20
 _FINER = 32
 
 
-def uniform_policies(space: SearchSpace, constraint: Constraint | None, steps: int) -> list[Policy]:
+def uniform_policies(space: SearchSpace, constraint: Constraint | None, steps: int = _STEPS) -> list[Policy]:
     """Uniform policies, the most promising first; they are not projected.
 
     For each pair of bits that some site offers, the fractions ``1, 1 - 1/steps, ...`` of the channels: the
@@ -48,7 +48,7 @@ def founders(space: SearchSpace, constraint: Constraint | None, count: int) -> l
     """
     if count < 1:
         return []
-    walk = uniform_policies(space, constraint, _STEPS)
+    walk = uniform_policies(space, constraint)
     kinds = {decision.kind for decision in space}
     if constraint is None or kinds != {"channels"}:
         return walk[:count]

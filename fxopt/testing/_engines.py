@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fxopt.decisions import Constraint, Decision, Policy, SearchSpace
 from fxopt.errors import SearchError
 from fxopt.search import FAILED, Engine, engines
+from fxopt.testing._expect import expect
 
 __all__ = ["EngineConformance"]
 
@@ -61,7 +62,7 @@ class EngineConformance:
         toy = _Toy()
         for policy in _run(self.make(toy.space, None, 0), toy.score, trials=40):
             toy.space.validate(policy)
-            _expect(set(policy) == set(toy.space.by_key), "an asked policy leaves decisions open")
+            expect(set(policy) == set(toy.space.by_key), "an asked policy leaves decisions open")
 
     def test_every_policy_is_within_the_budget(self) -> None:
         """Under budgets from barely feasible to generous, no policy is over."""
@@ -69,29 +70,29 @@ class EngineConformance:
         for tightness in (0.02, 0.3, 0.8):
             constraint = toy.constraint(tightness)
             asked = _run(self.make(toy.space, constraint, 1), toy.score, trials=40)
-            _expect(bool(asked), "nothing was asked")
-            _expect(bool((toy.cost(asked) <= constraint.limits[0]).all()), "an asked policy is over the budget")
+            expect(bool(asked), "nothing was asked")
+            expect(bool((toy.cost(asked) <= constraint.limits[0]).all()), "an asked policy is over the budget")
 
     def test_two_budgets_hold_at_once(self) -> None:
         """With two metrics, no policy is over either."""
         toy = _Toy()
         limits = toy.two_costs([toy.space.default()])[0] * 0.5
         asked = _run(self.make(toy.space, Constraint(toy.space, toy.two_costs, limits), 2), toy.score, trials=40)
-        _expect(bool((toy.two_costs(asked) <= limits).all()), "an asked policy is over a budget")
+        expect(bool((toy.two_costs(asked) <= limits).all()), "an asked policy is over a budget")
 
     def test_batches_are_no_larger_than_asked(self) -> None:
         """An engine gives at most what it is asked for, and something at first."""
         toy = _Toy()
         engine = self.make(toy.space, toy.constraint(0.5), 0)
         for n in (1, 7, 3):
-            _expect(len(engine.ask(n)) <= n, "more was proposed than asked")
-        _expect(engine.asked > 0, "a fresh engine proposed nothing")
+            expect(len(engine.ask(n)) <= n, "more was proposed than asked")
+        expect(engine.asked > 0, "a fresh engine proposed nothing")
 
     def test_a_space_of_one_policy_does_no_harm(self) -> None:
         """Where there is nothing to decide, the one policy is asked or nothing."""
         for space in (SearchSpace(), SearchSpace([Decision("channels", "only", (8,), 8)])):
             asked = _run(self.make(space, None, 0), lambda _: 0.0, trials=5)
-            _expect(set(asked) <= {space.default()}, "a policy was asked that the space has not")
+            expect(set(asked) <= {space.default()}, "a policy was asked that the space has not")
 
     # What is told.
 
@@ -124,7 +125,7 @@ class EngineConformance:
         toy = _Toy()
         scores = iter([FAILED] * 15)
         asked = _run(self.make(toy.space, toy.constraint(0.5), 0), lambda p: next(scores, toy.score(p)), trials=40)
-        _expect(len(asked) > 15, "the search ended with the failed trials")
+        expect(len(asked) > 15, "the search ended with the failed trials")
         _run(self.make(toy.space, None, 0), lambda _: FAILED, trials=40)
 
     def test_scores_may_come_in_any_order(self) -> None:
@@ -134,7 +135,7 @@ class EngineConformance:
         for _ in range(5):
             for policy in reversed(engine.ask(6)):
                 engine.tell(policy, toy.score(policy))
-        _expect(not engine.pending, "told policies are still pending")
+        expect(not engine.pending, "told policies are still pending")
 
     # Repeating and resuming.
 
@@ -144,7 +145,7 @@ class EngineConformance:
         first, second = (
             _run(self.make(toy.space, toy.constraint(0.5), 7), toy.score, trials=60, batch=4) for _ in range(2)
         )
-        _expect(first == second, "two runs under one seed differ")
+        expect(first == second, "two runs under one seed differ")
 
     def test_the_global_generator_is_left_alone(self) -> None:
         """What others draw from numpy's global generator does not change the trials, nor the other way round."""
@@ -155,8 +156,8 @@ class EngineConformance:
             before = str(np.random.get_state())  # noqa: NPY002
             runs.append(_run(self.make(toy.space, None, 7), toy.score, trials=30))
             after = str(np.random.get_state())  # noqa: NPY002
-            _expect(before == after, "the engine draws from numpy's global generator")
-        _expect(runs[0] == runs[1], "the trials depend on numpy's global generator")
+            expect(before == after, "the engine draws from numpy's global generator")
+        expect(runs[0] == runs[1], "the trials depend on numpy's global generator")
 
     def test_a_saved_state_goes_on_as_if_uninterrupted(self) -> None:
         """A state taken anywhere, through JSON, leads to the same trials, also with trials on their way."""
@@ -169,12 +170,12 @@ class EngineConformance:
             state = json.loads(json.dumps(engine.state_dict()))
             resumed = self.make(toy.space, constraint, 99)
             resumed.load_state_dict(state)
-            _expect(resumed.pending == engine.pending, "the pending policies are lost")
+            expect(resumed.pending == engine.pending, "the pending policies are lost")
             for one in (engine, resumed):
                 for policy in waiting:
                     one.tell(policy, toy.score(policy))
             tails = [_run(one, toy.score, trials=30) for one in (engine, resumed)]
-            _expect(tails[0] == tails[1], f"a state taken after {told} trials goes on otherwise")
+            expect(tails[0] == tails[1], f"a state taken after {told} trials goes on otherwise")
 
     def test_a_state_is_a_copy(self) -> None:
         """Going on does not change a state that was taken, and loading one does not share it."""
@@ -187,7 +188,7 @@ class EngineConformance:
         other.load_state_dict(state)
         for one in (engine, other):
             _run(one, toy.score, trials=10)
-        _expect(json.dumps(state) == text, "the engine and its state share data")
+        expect(json.dumps(state) == text, "the engine and its state share data")
 
     def test_the_state_of_another_engine_is_refused(self) -> None:
         """A state names its engine and its space."""
@@ -207,9 +208,9 @@ class EngineConformance:
         engine = self.make(toy.space, toy.constraint(0.5), 5)
         options = json.loads(json.dumps(engine.options))
         again = type(engine)(toy.space, toy.constraint(0.5), 5, **options)
-        _expect(again.options == engine.options, "the options are not those of the constructor")
+        expect(again.options == engine.options, "the options are not those of the constructor")
         tails = [_run(one, toy.score, trials=30) for one in (engine, again)]
-        _expect(tails[0] == tails[1], "an engine made from the options asks otherwise")
+        expect(tails[0] == tails[1], "an engine made from the options asks otherwise")
 
     # How good it is.
 
@@ -221,7 +222,7 @@ class EngineConformance:
         for constraint in (None, toy.constraint_of_the_best()):
             runs = [_run(self.make(toy.space, constraint, seed), toy.score, self.trials) for seed in range(3)]
             mean = float(np.mean([max(map(toy.score, run)) for run in runs]))
-            _expect(mean >= -self.tolerance, f"the best score is {-mean:.3f} of the range below the optimum")
+            expect(mean >= -self.tolerance, f"the best score is {-mean:.3f} of the range below the optimum")
 
     def test_it_beats_random_at_equal_budget(self) -> None:
         """In the mean over seeds it ends no worse than random search with as many trials."""
@@ -235,7 +236,7 @@ class EngineConformance:
             random = engines.create("random", toy.space, constraint, seed)
             ends["random"].append(max(map(toy.score, _run(random, toy.score, trials))))
             ends["engine"].append(max(map(toy.score, _run(self.make(toy.space, constraint, seed), toy.score, trials))))
-        _expect(float(np.mean(ends["engine"])) >= float(np.mean(ends["random"])), f"random is better: {ends}")
+        expect(float(np.mean(ends["engine"])) >= float(np.mean(ends["random"])), f"random is better: {ends}")
 
 
 class _Toy:
@@ -295,11 +296,6 @@ def _run(engine: Engine, score: Callable[[Policy], float], trials: int, batch: i
             engine.tell(policy, score(policy))
         asked.extend(policies)
     return asked
-
-
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
 
 
 def _expect_refused(engine: Engine, policy: Policy, score: float) -> None:

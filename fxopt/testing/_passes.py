@@ -19,10 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxopt.decisions import Capabilities, Policy
 from fxopt.errors import FxoptError, PolicyError
 from fxopt.graph import trace, verify
+from fxopt.graph.edit import fork
 from fxopt.graph.shapes import TRACE_META
-from fxopt.passes._fork import fork
 from fxopt.passes.base import Pass, Pipeline, TunablePass
 from fxopt.testing._equivalence import assert_equivalent
+from fxopt.testing._expect import expect
 
 __all__ = ["NETWORKS", "PassConformance", "TunablePassConformance", "expect", "traced"]
 
@@ -387,11 +388,6 @@ NETWORKS: dict[str, _Network] = {
     "perceptron": lambda: (_perceptron(), torch.randn(2, 6)),
     "transformer": lambda: (_Transformer(), torch.randint(0, 11, (2, 7))),
 }
-
-
-def expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise AssertionError(message)
 
 
 def _expect_refused(step: Pass, gm: fx.GraphModule, message: str) -> None:

@@ -17,7 +17,8 @@ from fxopt.lowering import ParametricWorkload, lower
 from fxopt.passes import PruneChannels, Quantize
 from fxopt.targets import Estimate, OpKind, Target, Workload, load
 from fxopt.targets.rows import FLOAT_BITS
-from fxopt.testing._passes import NETWORKS, expect, traced
+from fxopt.testing._expect import expect
+from fxopt.testing._passes import NETWORKS, traced
 
 __all__ = ["TargetConformance"]
 

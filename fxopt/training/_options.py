@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from fxopt._schedules import SCHEDULES
 from fxopt.errors import FxoptError, UnknownNameError
@@ -18,8 +18,7 @@ ScheduleName: TypeAlias = Literal["cosine", "step", "one-cycle", "constant"]
 
 ScalesName: TypeAlias = Literal["lsq", "pact", "fixed"]
 
-_OPTIMIZERS = ("sgd", "adamw")
-_SCALES = ("lsq", "pact", "fixed")
+_OPTIMIZERS, _SCALES = get_args(OptimizerName), get_args(ScalesName)
 
 
 def _check_positive(**values: float) -> None:

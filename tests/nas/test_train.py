@@ -17,7 +17,7 @@ from fxopt.decisions import Policy
 from fxopt.errors import DataError, FxoptError, UnknownNameError
 from fxopt.lowering import lower_operators
 from fxopt.nas import Cost, CostTerm, Supernet, SupernetResult, SupernetSettings, split, train_supernet
-from fxopt.nas._train import _Run
+from fxopt.nas._train import Run
 from fxopt.progress import Silent
 from tests.nas.toys import between, loader, mobile, mobile_table, table, toy
 
@@ -274,7 +274,7 @@ def test_settings_out_of_range(options: dict[str, Any]) -> None:
 
 def test_the_architecture_moves_as_far_in_a_short_search_as_in_a_long_one() -> None:
     def rate(**options: Any) -> float:
-        run = _Run(toy(), loader(), loader(16, seed=1), Cost(table(toy()), []), SupernetSettings(**options))
+        run = Run(toy(), loader(), loader(16, seed=1), Cost(table(toy()), []), SupernetSettings(**options))
         return float(run.alpha_optimizer.param_groups[0]["lr"])
 
     candidates = float(toy().space.sizes.mean())

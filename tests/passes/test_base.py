@@ -17,8 +17,8 @@ from fxopt import passes
 from fxopt.decisions import Policy
 from fxopt.errors import PassError, PolicyError, UnknownNameError, VerifyError
 from fxopt.graph import edit, trace, verify
+from fxopt.graph.edit import fork
 from fxopt.passes import Canonicalize, FoldBatchNorm, Pass, PassResult, Pipeline, PruneChannels, TunablePass
-from fxopt.passes._fork import fork
 from fxopt.testing import assert_equivalent
 
 
