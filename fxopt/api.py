@@ -1,4 +1,4 @@
-"""The one call, and what comes of it. The only place that wires everything together."""
+"""The one call, and what comes of it: here everything is wired together."""
 
 from __future__ import annotations
 

@@ -95,14 +95,14 @@ def _row(one: dict[str, Any], names: Sequence[str]) -> list[str]:
 
 def _found(name: str, inputs: Sequence[str]) -> tuple[Path | nn.Module, Any]:
     """A file, or a model as a graph with its example inputs."""
-    from fxopt._cli.loading import PROGRAM, load_model
+    from fxopt._cli.loading import is_program, load_model
     from fxopt.graph import trace
 
     if name.endswith(_ONNX):
         return _existing(Path(name)), None
     if Path(name).is_dir():
         return _existing(Path(name, MODEL)), None
-    if ":" not in name and not name.endswith(PROGRAM):
+    if ":" not in name and not is_program(name):
         raise FxoptError(
             f"There is no folder {name}; give one that `fxopt optimize` wrote, an .onnx or .pt2 file, or "
             "MODULE:FUNCTION."
