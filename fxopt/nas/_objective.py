@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from fxopt.lowering import OperatorTable
 
 __all__ = ["Cost", "CostTerm", "ExpectedCost"]
 
-_FORMS = ("multiplicative", "additive", "budget")
+_Form: TypeAlias = Literal["multiplicative", "additive", "budget"]
+_FORMS = get_args(_Form)
 _TIGHTENING = 0.5
 """The part of a search in which the limits of budgets come down."""
 
@@ -50,7 +51,7 @@ class CostTerm:
 
     metric: str
     reference: float
-    form: Literal["multiplicative", "additive", "budget"] = "budget"
+    form: _Form = "budget"
     weight: float = 0.1
 
     def __post_init__(self) -> None:

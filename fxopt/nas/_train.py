@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -38,7 +38,8 @@ from fxopt.training import make_optimizer, rising_cosine
 
 __all__ = ["Epoch", "SupernetResult", "SupernetSettings", "train_supernet"]
 
-_METHODS = ("binary", "binary-all", "relaxed", "reinforce", "uniform")
+_Method: TypeAlias = Literal["binary", "binary-all", "relaxed", "reinforce", "uniform"]
+_METHODS = get_args(_Method)
 _COLLAPSED = 0.8
 _FASTEST = 0.1
 _TRAVEL = 6.0
@@ -69,7 +70,7 @@ class SupernetSettings:
         UnknownNameError: If there is no such method.
     """
 
-    method: Literal["binary", "binary-all", "relaxed", "reinforce", "uniform"] = "binary"
+    method: _Method = "binary"
     warm_up: int = 2
     epochs: int = 8
     weight_steps: int = 1
