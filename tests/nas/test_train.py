@@ -17,6 +17,7 @@ from fxopt.decisions import Policy
 from fxopt.errors import DataError, FxoptError, UnknownNameError
 from fxopt.lowering import lower_operators
 from fxopt.nas import Cost, CostTerm, Supernet, SupernetResult, SupernetSettings, split, train_supernet
+from fxopt.nas._parallel import Workers
 from fxopt.nas._train import Run
 from fxopt.progress import Silent
 from tests.nas.toys import between, loader, mobile, mobile_table, table, toy
@@ -57,9 +58,10 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, method: Any) -> None:
 
 @pytest.mark.parametrize("method", ["binary", "binary-all", "relaxed", "reinforce", "uniform"])
 def test_every_method_trains(method: Any) -> None:
+    costs = mobile_table()  # The first call makes a model, which draws its weights.
     torch.manual_seed(0)
     outside = torch.get_rng_state()
-    result = trained(settings=dataclasses.replace(SETTINGS, method=method))
+    result = trained(settings=dataclasses.replace(SETTINGS, method=method), table=costs)
     assert torch.equal(outside, torch.get_rng_state())
     assert len(result.history) == 3
     assert all(0.0 <= epoch.entropy <= 1.0 + 1e-9 for epoch in result.history)
@@ -274,7 +276,9 @@ def test_settings_out_of_range(options: dict[str, Any]) -> None:
 
 def test_the_architecture_moves_as_far_in_a_short_search_as_in_a_long_one() -> None:
     def rate(**options: Any) -> float:
-        run = Run(toy(), loader(), loader(16, seed=1), Cost(table(toy()), []), SupernetSettings(**options))
+        net = toy()
+        costs, settings = Cost(table(net), []), SupernetSettings(**options)
+        run = Run(net, loader(), loader(16, seed=1), costs, settings, Workers(net.net))
         return float(run.alpha_optimizer.param_groups[0]["lr"])
 
     candidates = float(toy().space.sizes.mean())
