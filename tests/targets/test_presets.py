@@ -207,10 +207,10 @@ def test_figures_that_a_family_requires(tmp_path: Path) -> None:
 
 
 def test_energy_is_told_once(tmp_path: Path) -> None:
-    from tests.targets.test_estimate import ENERGETIC
+    from tests.targets.oracle import BOARD
 
     path = tmp_path / "board.toml"
-    path.write_text(ENERGETIC + '\n[energy]\nunavailable = "none"\n')
+    path.write_text(BOARD + '\n[energy]\nunavailable = "none"\n')
     with pytest.raises(TargetError, match="says that energy is unavailable, but there are energy figures"):
         load(path)
 
