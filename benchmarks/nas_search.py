@@ -229,7 +229,7 @@ def first(loader: TensorLoader, count: int) -> TensorLoader:
 def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
     for seed in options.seeds:
         course = Course(options, seed)
-        for device in DEVICES:
+        for device in options.devices:
             key = {"what": "network", "seed": seed, "device": device, "method": "baseline"}
             parts.add(key, course.baseline, device)
             for method in options.methods:
@@ -246,6 +246,7 @@ if __name__ == "__main__":
     parser.add_argument("--start", type=int, default=4, help="epochs of the network that supernets start from")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of search, behind two of warm-up")
     parser.add_argument("--training", type=int, default=8, help="epochs of training of what is found")
+    parser.add_argument("--devices", nargs="+", choices=DEVICES, default=tuple(DEVICES))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--trials", type=int, default=24, help="networks that evolution and random search judge")
     parser.add_argument("--batch", type=int, default=64)

@@ -23,6 +23,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 STORY = Path(__file__).with_name("story.json")
 """The report of an optimization of operators, channels and bits: scikit-learn's digits on bitfusion."""
+ENGINES = Path(__file__).with_name("engines.json")
+"""The report of ``examples/digits.toml``, behind ``fxopt compare-engines`` in the same folder."""
 LARGEST = 150_000
 """Bytes of a picture."""
 TALLEST = 900
@@ -41,9 +43,13 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
+def page(data: Path, folder: Path) -> Path:
+    return Report.from_json(data.read_text(encoding="utf-8")).save(folder / "report.html")
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Report.from_json(STORY.read_text(encoding="utf-8")).save(tmp_path_factory.mktemp("pages") / "report.html")
+    return page(STORY, tmp_path_factory.mktemp("pages"))
 
 
 class Visit:
@@ -182,13 +188,16 @@ def test_pictures_for_the_documentation(scheme: str, browser: Any, file: Path, t
     visit = Visit(browser, file, scheme)
     dark = visit.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"
     assert dark is (scheme == "dark")
-    parts = {"first-screen": "body", "slow": "section:has(#h-slow)", "search": "section:has(#h-search)"}
+    parts = {"first-screen": "body", "slow": "section:has(#h-slow)"}
     for name, selector in parts.items():
         keep(visit, selector, folder / f"report-{name}-{scheme}.png")
     roofline = "figure[aria-labelledby=c-roofline]"
     visit.page.locator(roofline).scroll_into_view_if_needed()
     visit.page.locator(f"{roofline} .mark").last.hover(force=True)
     keep(visit, roofline, folder / f"report-roofline-{scheme}.png")
+    searched = Visit(browser, page(ENGINES, tmp_path), scheme)
+    keep(searched, "section:has(#h-search)", folder / f"report-search-{scheme}.png")
+    searched.context.close()
     made = sorted(folder.glob(f"report-*-{scheme}.png"))
     assert len(made) == 4
     assert all(5_000 < path.stat().st_size < LARGEST for path in made), [path.stat().st_size for path in made]
