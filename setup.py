@@ -55,5 +55,5 @@ setup(
         quiet=True,
     ),
     # The two kinds of build share the names of their results, which dates alone do not tell apart.
-    options={"build_ext": {"force": True}},
+    options={"build_ext": {"force": True, "parallel": os.cpu_count() or 1}},
 )

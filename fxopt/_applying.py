@@ -25,6 +25,8 @@ from fxopt.passes.quantize import FLOAT
 __all__ = ["SETTLING_BATCHES", "InputsOnly", "Stages", "apply_policy", "recalibrate_batch_norm"]
 
 _BITS = "bits"
+_THINNING = frozenset(("channels", "sparsity"))
+"""Decisions that take something away, after which batch norm is estimated anew."""
 
 SETTLING_BATCHES = 4
 """Batches that batch norms are estimated anew from, and quantizers calibrated on."""
@@ -67,8 +69,8 @@ def apply_policy(
         gm: A canonical graph.
         passes: The passes in order.
         policy: Decisions for all of them.
-        calibration: Batches of (input, label) that quantizers are calibrated on and, where the policy decides channels,
-            batch norm is estimated anew from; the first few are read.
+        calibration: Batches of (input, label) that quantizers are calibrated on and, where channels or weights were
+            taken away, batch norm is estimated anew from; the first few are read.
         reconstruct: Whether, where channels were cut, the weights behind them are found anew by least squares on the
             calibration data; or how; or a reconstructor of ``gm``, which saves reading the data again.
         between: Called with the rewritten graph before the first Quantize, or at the end if there is none, after batch
@@ -78,11 +80,11 @@ def apply_policy(
         The new graph.
     """
     gm = given = fork(gm)
-    settled = False
+    settled = thinned = False
     for one in passes:
         if isinstance(one, Quantize):
             if not settled:
-                _settle(gm, policy, calibration, between)
+                _settle(gm, calibration if thinned else None, between)
             settled = True
             if not _quantizes(one, policy):
                 continue
@@ -93,9 +95,10 @@ def apply_policy(
         result = one.with_policy(policy)(gm)
         if result.modified and isinstance(one, PruneChannels):
             result = _reconstructed(gm, result, one.with_policy(policy), calibration, reconstruct, first=gm is given)
+        thinned = thinned or (result.modified and not _THINNING.isdisjoint(one.kinds))
         gm = result.graph_module
     if not settled:
-        _settle(gm, policy, calibration, between)
+        _settle(gm, calibration if thinned else None, between)
     return gm
 
 
@@ -173,13 +176,8 @@ class InputsOnly:
             yield (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else inputs
 
 
-def _settle(
-    gm: fx.GraphModule,
-    policy: Policy,
-    data: Loader | None,
-    between: Callable[[fx.GraphModule], object] | None,
-) -> None:
-    if data is not None and any(kind in ("channels", "sparsity") for kind, _ in policy):
+def _settle(gm: fx.GraphModule, data: Loader | None, between: Callable[[fx.GraphModule], object] | None) -> None:
+    if data is not None:
         recalibrate_batch_norm(gm, data, SETTLING_BATCHES)
     if between is not None:
         between(gm)

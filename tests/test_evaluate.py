@@ -137,9 +137,10 @@ def test_between_is_called_once_whatever_the_passes(graph: fx.GraphModule, passe
 
 def test_batch_norm_is_estimated_anew_where_channels_are_cut(graph: fx.GraphModule) -> None:
     data, seen = make_data(), []
-    for policy in (Policy({}), CUT):
+    for policy in (Policy({}), PruneChannels().search_space(graph).default(), CUT):
         apply_policy(graph, (PruneChannels(),), policy, calibration=data, between=seen.append)
-    uncut, cut = seen
+    undecided, uncut, cut = seen
+    assert is_unchanged(undecided, snapshot(graph))
     assert is_unchanged(uncut, snapshot(graph))
     expected = apply_policy(graph, (PruneChannels(),), CUT)
     assert float(expected.norm.running_mean.abs().max()) == 0.0

@@ -227,6 +227,8 @@ def test_infeasible_says_by_how_much_and_what_is_possible() -> None:
     ) as one:
         Constraint(SPACE, total, 20.0, ["latency"])
     assert (one.value.metric, one.value.limit, one.value.least) == ("latency", 20.0, 24.0)
+    with pytest.raises(InfeasibleError, match=r"over the budget of 1 s 24 times\."):
+        Constraint(SPACE, total, 1.0, ["latency"])
 
 
 def test_the_advice_of_an_infeasible_budget_is_enough() -> None:
