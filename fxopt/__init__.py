@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fxopt.graph import trace as trace
     from fxopt.lowering import lower as lower
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _LAZY = {
     "Budget": "fxopt.decisions",
