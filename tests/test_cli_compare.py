@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from fxopt._selecting import Selector
 from fxopt.cli import app
+from fxopt.decisions import Policy
+from fxopt.lowering import lower
 
 MODEL = """
 import torch
@@ -74,3 +78,40 @@ def test_engines_are_in_the_report_of_the_same_folder(words: list[str], tmp_path
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "uniform" in page
     assert "were not run" not in page
+
+
+BLOCKS = """
+import torch
+from fxopt import models
+
+def net():
+    torch.manual_seed(0)
+    blocks = (models.Block(8, 3, 3), models.Block(8, 3, 3))
+    return models.MobileNetwork(models.Plan(8, blocks, 16, 1), 4, 3).eval(), torch.randn(2, 3, 8, 8)
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 3, 8, 8, generator=generator), torch.arange(8) % 4) for _ in range(3)]
+"""
+
+
+def test_behind_operators_engines_have_what_their_share_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "blocks.py").write_text(BLOCKS, encoding="utf-8")
+    (tmp_path / "recipe.toml").write_text("epochs = 1\n[shares]\nselect-operators = 0.3\n", encoding="utf-8")
+    blocks, given = str(tmp_path / "blocks.py"), []
+    select = Selector.select
+
+    def spied(self: Selector, graph: Any, target: Any, limits: Any, completed: Any) -> Any:
+        given.append((float(lower(graph).estimate(target, [Policy({})]).macs[0]), limits["macs"]))
+        return select(self, graph, target, limits, completed)
+
+    monkeypatch.setattr(Selector, "select", spied)
+    options = ["--target", "pixel1", "--budget", "macs=60%", "--passes", "select-operators,prune-channels"]
+    words = ["compare-engines", f"{blocks}:net", *options, "--train", f"{blocks}:data", "--trials", "3"]
+    out = ["--engine", "uniform", "--recipe", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*words, *out, "--json"])
+    assert result.exit_code == 0, result.output
+    ((whole, limit),) = given
+    assert limit == pytest.approx(0.6**0.3 * whole)
+    trials = [json.loads(line) for line in (tmp_path / "out" / "uniform-0.jsonl").read_text().splitlines()[1:]]
+    assert {one["kind"] for trial in trials for one in trial["policy"]["decisions"]} == {"channels"}

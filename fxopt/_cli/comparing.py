@@ -32,7 +32,7 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
         raise FxoptError("There is no model to search; give MODULE:FUNCTION, or model = ... in the recipe.")
     check_names(options)
     from fxopt import search
-    from fxopt._arguments import careful, check_data, resolve_passes, terms_of, wanted_objective
+    from fxopt._arguments import careful, check_data, resolve_passes, terms_of, wanted_objective, wanted_shares
     from fxopt._course import Judging
     from fxopt._host import load_target
     from fxopt._job import Job
@@ -52,7 +52,9 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     tuning = Tuning(train, options.epochs, loss, options.learning_rate, options.seed, fine_tuning_of(options))
     selecting, passes = parted(everything)
     selector = None if selecting is None else Selector(selecting, tuning, not passes, folder, progress)
-    job = Job(model, example, target, passes, Budget.parse_all(options.budget), folder, progress, selector)
+    budgets = Budget.parse_all(options.budget)
+    shares = wanted_shares(options.shares or None, everything, budgets)
+    job = Job(model, example, target, passes, budgets, folder, progress, selector, shares)
     if not len(job.space):
         raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
     wanted = wanted_objective(objective_of(options.objective))
