@@ -385,14 +385,17 @@ class Constraint:
         m = int((reached / self.limits).argmax())
         metric, limit, value = self.metrics[m], float(self.limits[m]), float(reached[m])
         shown, bound = format_quantity(metric, value), format_quantity(metric, limit)
-        over = f"by {value / limit - 1:.1%}" if value < 10 * limit else f"{value / limit:,.0f} times"
+        if value < 10 * limit:
+            over = f"over the budget of {bound} by {value / limit - 1:.1%}"
+        else:
+            over = f"{value / limit:,.0f} times the budget of {bound}"
         if alone:
-            message = f"The least possible {metric} is {shown}, over the budget of {bound} {over}."
+            message = f"The least possible {metric} is {shown}, {over}."
         else:
             names = ", ".join(self.metrics)
             message = (
                 f"No policy was found that meets the budgets of {names} together, though each can be met alone: "
-                f"the nearest has a {metric} of {shown}, over the budget of {bound} {over}."
+                f"the nearest has a {metric} of {shown}, {over}."
             )
         enough = format_quantity(metric, _rounded_up(value))
         advice = f"Raise the {metric} budget to {enough}, or offer more choices."
