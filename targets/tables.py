@@ -22,7 +22,7 @@ from fxopt.targets.rows import Floats, Rows, Workload
 __all__ = ["SUMS", "Codes", "CostTable"]
 
 SUMS = ("latency", "energy", "size", "macs")
-"""The metrics that are sums over operators."""
+"""The metrics that are sums over operators; the peak of memory is none."""
 
 Codes: TypeAlias = NDArray[np.unsignedinteger[Any]]
 """uint8, or uint16 where an operator has more than 256 forms."""

@@ -21,8 +21,6 @@ __all__ = ["IndexCosts", "is_additive"]
 Floats = npt.NDArray[np.float64]
 _ByIndex = Callable[[npt.NDArray[np.intp]], Floats]
 
-"""Metrics that are sums over operators; the peak of memory is none."""
-
 
 class IndexCosts:
     """Costs of policies on a target, by choice indices or by policies; the same in both ways.
