@@ -81,7 +81,7 @@ def slow_table(report: Report, most: int) -> Table:
     """The result's costliest operators, and what would help."""
     rows: list[tuple[str, ...]] = []
     for one in report.slow[:most]:
-        told = any(one.remedy in row for row in rows)
+        told = one.remedy and any(one.remedy in row for row in rows)
         latency, share = format_quantity("latency", one.latency_s), f"{one.share:.0%}"
         rows.append((one.site, latency, share, one.bound, "as above" if told else one.remedy))
     columns = ("Costliest operator", ">Predicted", ">Of all", "Bound by", "What would help")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -21,6 +22,8 @@ def test_tables_of_steps_and_of_what_is_slow() -> None:
     assert [one.site in slow for one in made.slow[:4]] == [True, True, True, False]
     assert slow.count("lower resolution") == 1
     assert slow.count("as above") == 2
+    unknown = tuple(dataclasses.replace(one, bound="", remedy="") for one in made.slow)
+    assert "as above" not in table_text(dataclasses.replace(made, slow=unknown).slow_table())
 
 
 def table_text(table: Table) -> str:
