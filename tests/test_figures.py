@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -471,7 +470,6 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_make_goes_on_behind_a_benchmark_that_fails_and_runs_none_again(clone: Path) -> None:
     def bench(*words: str) -> tuple[int, list[str]]:
         (clone / "count").write_text("", encoding="utf-8")

@@ -191,9 +191,8 @@ def test_tracing_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", ["meta", "graph", "code"])
 def test_a_module_named_as_something_that_every_graph_has_is_told(name: str) -> None:
-    model = nn.Module()
-    setattr(model, name, nn.Linear(4, 4))
-    model.forward = lambda x: getattr(model, name)(x)  # type: ignore[method-assign]
+    model = Calls(lambda self, x: getattr(self, name)(x))
+    model.add_module(name, nn.Linear(4, 4))
     with pytest.raises(TraceError, match=f"attribute '{name}'.*rename it"):
         trace(model, rows(2))
     holder = nn.Sequential(model)
