@@ -15,6 +15,7 @@ cdef class CostModel:
     cdef readonly bint shares_memory
     cdef readonly bint computes_curves
     cdef readonly bint stores_otherwise
+    cdef readonly bint stores_zeros
     cdef Cost cost(self, const Row* row) noexcept nogil
     cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil
     cdef double dram_bytes(self, const Row* row) noexcept nogil

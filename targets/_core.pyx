@@ -14,7 +14,7 @@ from libc.string cimport memset
 
 from fxopt.targets._blocks cimport BLOCK, Block, Columns, Values, fill, load, put, take
 from fxopt.targets._rows cimport (
-    CURVE, ELEMENTWISE, INTEGERS, Row, dense_bytes, larger, macs, stored_bytes, traffic_bytes,
+    CURVE, DEPTHWISE, ELEMENTWISE, INTEGERS, Row, dense_bytes, larger, macs, stored_bytes, traffic_bytes,
 )
 
 
@@ -75,6 +75,8 @@ cdef inline Sums sums_at(const Sums* sums, Py_ssize_t first) noexcept nogil:
 
 
 cdef inline double size_of(CostModel model, const Row* row) noexcept nogil:
+    if model.stores_zeros:
+        return dense_bytes(row)
     return model.size_bytes(row) if model.stores_otherwise else stored_bytes(row)
 
 
@@ -99,7 +101,7 @@ cdef void add_other_sizes(CostModel model, const Block* block, const Sums* sums)
 
 
 cdef inline void add_sizes(const Block* block, bint in_one_group, const Sums* sums) noexcept nogil:
-    # Of a dense row: what the policies of a block share has no zeros.
+    # Of dense rows, and of any whose zeros are stored like other weights.
     cdef Row row = block.row
     cdef double[BLOCK] stored
     cdef double[BLOCK] work
@@ -118,7 +120,8 @@ cdef inline void add_sizes(const Block* block, bint in_one_group, const Sums* su
 cdef inline void add_peaks(CostModel model, const Block* block, const Sums* sums) noexcept nogil:
     cdef Row row = block.row
     cdef Py_ssize_t p
-    if not model.shares_memory:
+    # Only where each element is read once, by what is written in its place, can an operator write over its input.
+    if not model.shares_memory or not (row.kind == DEPTHWISE or row.kind == ELEMENTWISE):
         for p in range(block.count):
             sums.peak_bytes[p] = larger(block.live_bytes[p], sums.peak_bytes[p])
         return
@@ -142,7 +145,7 @@ cdef void add_block(CostModel model, const Block* block, const Sums* sums, unsig
             sums.energy_j[p] += energy_j[p] if is_costed else 0.0
         uncosted[0] |= 1 - are_costed
     add_peaks(model, block, sums)
-    if model.stores_otherwise or block.row.position_bytes != 0.0:
+    if model.stores_otherwise or (block.row.position_bytes != 0.0 and not model.stores_zeros):
         add_other_sizes(model, block, sums)
     elif block.in_one_group:
         add_sizes(block, True, sums)
@@ -288,8 +291,10 @@ cdef class CostModel:
             subclasses.
         computes_curves: Whether activations with a curve (h-swish, SiLU) cost something even where they are marked as
             fused; set by subclasses.
-        shares_memory: Whether ``peak_bytes`` is overridden; set by subclasses.
+        shares_memory: Whether ``peak_bytes`` is overridden, for operators that compute each output channel or element
+            from the input in its place (depthwise, elementwise); set by subclasses.
         stores_otherwise: Whether ``size_bytes`` is overridden; set by subclasses.
+        stores_zeros: Whether zeros among weights are stored like any weight; set by subclasses.
     """
 
     def __init__(self, bint fuses):
@@ -300,6 +305,7 @@ cdef class CostModel:
         self.shares_memory = False
         self.computes_curves = False
         self.stores_otherwise = False
+        self.stores_zeros = False
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
         """Cost of one row by itself; NaN where the model has no figures.

@@ -24,7 +24,7 @@ Source: Han et al., "EIE: efficient inference engine on compressed deep neural n
 """
 
 from cython cimport final
-from libc.math cimport NAN, pow
+from libc.math cimport NAN
 
 from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
@@ -72,7 +72,7 @@ cdef class Model(CostModel):
         return formula(self, row)
 
     cdef double size_bytes(self, const Row* row) noexcept nogil:
-        cdef double rows, columns, entries, left, share
+        cdef double rows, columns, entries, left, share, only_zeros
         if row.reused or not is_among(row, WITH_BIAS):
             return dense_bytes(row)
         rows = <double>row.k / row.groups / self.elements
@@ -80,9 +80,13 @@ cdef class Model(CostModel):
         entries = 0.0
         left = rows
         share = row.weight_density
+        only_zeros = (1.0 - row.weight_density) * (1.0 - row.weight_density)
+        only_zeros *= only_zeros
+        only_zeros *= only_zeros
+        only_zeros *= only_zeros    # 16 of them, a RUN
         while left > 0.0 and share > 0.0:
             entries += share * left
-            share *= pow(1.0 - row.weight_density, RUN)
+            share *= only_zeros
             left -= RUN
         entries *= ENTRY_BYTES
         return self.elements * columns * (entries + POINTER_BYTES) + 4.0 * (bias_elements(row) + row.held)

@@ -25,7 +25,7 @@ from libc.math cimport NAN
 from fxopt.targets._blocks cimport Block
 from fxopt.targets._core cimport Cost, CostModel
 from fxopt.targets._rows cimport (
-    DEPTHWISE, ELEMENTWISE, MAX_BITS, UNKNOWN, WITH_MACS, Row, compute_bits, dense_bytes, in_elements, in_volume,
+    DEPTHWISE, ELEMENTWISE, MAX_BITS, UNKNOWN, WITH_MACS, Row, compute_bits, in_elements, in_volume,
     is_among, larger, macs, out_elements, out_volume,
 )
 
@@ -69,16 +69,13 @@ cdef class Model(CostModel):
         self.item_s = 1.0 / (values["clock"] * values["item_per_cycle"])
         self.in_place = values["in_place"] != 0.0
         self.shares_memory = self.in_place
-        self.stores_otherwise = True
+        self.stores_zeros = True
 
     cdef void costs(self, const Block* block, double* latency_s, double* energy_j) noexcept nogil:
         cost_block(self, block, latency_s, energy_j)
 
     cdef Cost cost(self, const Row* row) noexcept nogil:
         return formula(self, row)
-
-    cdef double size_bytes(self, const Row* row) noexcept nogil:
-        return dense_bytes(row)
 
     cdef double peak_bytes(self, const Row* row) noexcept nogil:
         cdef double read, written, shared
