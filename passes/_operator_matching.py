@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,21 @@ def find_blocks(gm: fx.GraphModule, patterns: Sequence[Pattern]) -> tuple[list[B
     return blocks, list(scene.refusals(patterns))
 
 
+@dataclass(frozen=True)
+class _Padding:
+    """How a convolution's input is padded.
+
+    Attributes:
+        node: What pads it, or None where the convolution does so itself.
+        shift: By how much less it is padded above and at the left than below and at the right.
+        reason: Why candidates could not pad it so; empty if they can.
+    """
+
+    node: fx.Node | None = None
+    shift: int = 0
+    reason: str = ""
+
+
 class _Scene:
     """A graph, its units, and what is taken."""
 
@@ -42,6 +58,7 @@ class _Scene:
         self._paths = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
         self._shared = _shared_parameters(gm)
         self.units = {one.conv: one for one in self._units()}
+        self._by_start = {one.start: one for one in self.units.values()}
 
     def refusals(self, patterns: Sequence[Pattern]) -> Iterator[Refusal]:
         """The convolutions that are in no block."""
@@ -58,7 +75,7 @@ class _Scene:
         kind = next((role for role in _ALONE if one.has_role(role)), "")
         what = _ALONE.get(kind, "a 1 x 1 convolution in groups")
         readers = [ops.semantics(self.gm, user).name for user in one.exit.users]
-        known = all(user in self.units for user in one.exit.users)
+        known = all(user in self._by_start for user in one.exit.users)
         told = "the output" if not readers else "the output" if readers == ["output"] else ", ".join(readers)
         where = "" if known else f" and read by {told}"
         return (
@@ -84,6 +101,7 @@ class _Scene:
         span = self._span(units[0].entry, body, end)
         try:
             style = style_of(self.gm, units, squeeze)
+            _check_strides(units)
             self._check(end if join is None else None, span)
         except NotHereError as reason:
             self._refused.setdefault(start.conv, f"{pattern.name}: {reason}")
@@ -94,6 +112,7 @@ class _Scene:
             units[-1].module.out_channels,
             _stride(units),
             join is not None,
+            max(one.shift for one in units),
         )
         return Block(self._site(body), pattern, units, squeeze, body, join, tail, span, shape, style)
 
@@ -103,14 +122,16 @@ class _Scene:
             if not isinstance(module, nn.modules.conv._ConvNd):
                 continue
             reason = self._why_no_unit(node, module)
-            if reason is not None:
-                self._refused[node] = reason
+            padding = self._padding(node, module) if reason is None else _Padding(reason=reason)
+            if padding.reason:
+                self._refused[node] = padding.reason
                 continue
             norm = _only_user(node)
             norm = norm if norm is not None and type(self._module(norm)) is nn.BatchNorm2d else None
             after = _only_user(norm or node)
             is_activation = after is not None and ops.is_activation(self.gm, after)
-            yield Unit(node, module, norm, after if is_activation else None)  # type: ignore[arg-type]
+            activation = after if is_activation else None
+            yield Unit(node, module, norm, activation, padding.node, padding.shift)  # type: ignore[arg-type]
 
     def _why_no_unit(self, node: fx.Node, module: Any) -> str | None:
         if type(module) is not nn.Conv2d:
@@ -120,22 +141,43 @@ class _Scene:
             return f"its kernel {kernel} and stride {stride} are not square and odd, as those of candidates are"
         if module.dilation != (1, 1) or module.padding_mode != "zeros":
             return "it is dilated or pads by something else than zeros, as no candidate does"
-        if module.padding not in ((kernel[0] // 2, kernel[0] // 2), "same"):
-            where = self._padded_before(node)
-            return (
-                f"its input is padded by {where}; build the model with padding inside its convolutions (not 'same' "
-                "padding that depends on the input's size)"
-                if where
-                else f"its padding {module.padding} does not keep the size of its input, and that of candidates does"
-            )
         if len(self.gm.graph.find_nodes(op="call_module", target=node.target)) > 1 or id(module.weight) in self._shared:
             return "its weights are used in several places"
         return None
 
-    def _padded_before(self, node: fx.Node) -> str:
-        """What pads the input of a convolution, if something does."""
-        names = [ops.semantics(self.gm, source).name for source in node.all_input_nodes]
-        return next((name for name in names if "pad" in name.lower()), "")
+    def _padding(self, node: fx.Node, module: Any) -> _Padding:
+        """How a convolution's input is padded, by itself or by an operation that it alone reads."""
+        own = module.padding
+        kernel, stride = module.kernel_size[0], module.stride[0]
+        if own == "same":
+            return _Padding()
+        source = node.all_input_nodes[0]
+        around = self._zeros_around(source) if len(source.users) == 1 else None
+        before, value = (None, source) if around is None else (source, source.all_input_nodes[0])
+        inside = (own[1], own[1], own[0], own[0])
+        wide = [one + other for one, other in zip(around or (0, 0, 0, 0), inside, strict=True)]
+        left, right = wide[:2]
+        sizes = _shape_of(value)[2:], _shape_of(node)[2:]
+        fits = wide == [left, right] * 2 and right == kernel // 2 and left in (right, right - 1)
+        if fits and all(-(-size // stride) == made for size, made in zip(*sizes, strict=True)):
+            return _Padding(before, right - left)
+        if around is None and "pad" in ops.semantics(self.gm, source).name.lower():
+            return _Padding(reason=f"{source.name} pads its input, by something else than zeros or for others too")
+        told = f"its padding {own}" if around is None else f"its input, padded by {list(around)} in {source.name},"
+        return _Padding(reason=f"{told} does not keep the size, as candidates do, or divide it by the stride")
+
+    def _zeros_around(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The zeros that an operation puts around images: left, right, above, below; None for any other operation."""
+        module = self._module(node)
+        if type(module) is nn.ZeroPad2d:
+            return tuple(int(width) for width in module.padding)
+        if node.op != "call_function" or ops.semantics(self.gm, node).name != "pad":
+            return None
+        given = ops.arguments(node)
+        zeros = given.get("mode", "constant") == "constant" and not given.get("value")
+        widths = given.get("pad", ())
+        known = len(widths) == 4 and all(isinstance(width, int) for width in widths)
+        return tuple(widths) if zeros and known and len(_shape_of(node)) == 4 else None
 
     def _chain(self, pattern: Pattern, start: Unit) -> tuple[tuple[Unit, ...], Squeeze | None] | None:
         """The units and the gate that a pattern asks for, from ``start`` on."""
@@ -157,7 +199,9 @@ class _Scene:
         if pattern.linear and (units[-1].activation is not None or ends_gated):
             return None
         most = max(units[0].module.in_channels, units[-1].module.out_channels)
-        if pattern.narrows and units[0].module.out_channels <= most and self._follows_depthwise(start):
+        wide = next(index for index, one in enumerate(units) if one.has_role("pointwise")) if pattern.narrows else 0
+        behind_depthwise = wide > 0 or self._follows_depthwise(start)
+        if pattern.narrows and behind_depthwise and units[wide].module.out_channels <= most:
             return None
         return tuple(units), squeeze
 
@@ -167,7 +211,7 @@ class _Scene:
 
     def _unit_behind(self, value: fx.Node) -> Unit | None:
         reader = _only_user(value)
-        return self.units.get(reader) if reader is not None else None
+        return self._by_start.get(reader) if reader is not None else None
 
     def _squeeze(self, units: Sequence[Unit]) -> Squeeze | None:
         """The gate that weighs what the last unit gives and nothing else reads."""
@@ -279,6 +323,17 @@ _ALONE = {
 def _is_pixel(node: fx.Node) -> bool:
     """Whether a value has one number for each channel."""
     return all(size == 1 for size in _shape_of(node)[2:])
+
+
+def _check_strides(units: Sequence[Unit]) -> None:
+    """See that there is one stride where it is padded unevenly: candidates have one.
+
+    Raises:
+        NotHereError: If there are more.
+    """
+    strides = [one for one in units if one.module.stride != (1, 1)]
+    if len(strides) > 1 and any(one.shift for one in strides):
+        raise NotHereError("several of its layers have a stride, and are padded unevenly")
 
 
 def _stride(units: Sequence[Unit]) -> int:

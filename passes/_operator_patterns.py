@@ -29,8 +29,8 @@ class Pattern:
         candidates: Names of the operators to offer; ``{k}`` and ``{e}`` stand for every kernel and expansion.
         shortcut: Whether the block needs to have something added to what it gives.
         linear: Whether the last layer must have no activation.
-        narrows: Whether, right behind a depthwise convolution, the first layer must widen and the last must narrow: the
-            first is the end of a separable convolution otherwise.
+        narrows: Whether, right behind a depthwise convolution, the first 1 x 1 layer must widen and the last must
+            narrow: the first is the end of a separable convolution otherwise.
         operator: The name of what a block computes, from its kernel and expansion; None if it has no such name.
     """
 
@@ -45,22 +45,38 @@ class Pattern:
 
 @dataclass(frozen=True)
 class Unit:
-    """A convolution, and the norm and the activation that follow it alone."""
+    """A convolution, what pads its input, and the norm and the activation that follow it alone.
+
+    Attributes:
+        conv: The convolution.
+        module: Its module.
+        norm: The norm, or None.
+        activation: The activation, or None.
+        padding: What pads the input by zeros, or None where the convolution does so itself.
+        shift: By how much less the input is padded above and at the left than below and at the right.
+    """
 
     conv: fx.Node
     module: nn.Conv2d
     norm: fx.Node | None
     activation: fx.Node | None
+    padding: fx.Node | None = None
+    shift: int = 0
 
     @property
     def entry(self) -> fx.Node:
         """What it reads."""
-        return self.conv.all_input_nodes[0]
+        return self.start.all_input_nodes[0]
+
+    @property
+    def start(self) -> fx.Node:
+        """Its first node."""
+        return self.padding or self.conv
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         """Its nodes."""
-        return tuple(node for node in (self.conv, self.norm, self.activation) if node is not None)
+        return tuple(node for node in (self.padding, self.conv, self.norm, self.activation) if node is not None)
 
     @property
     def exit(self) -> fx.Node:
@@ -189,13 +205,28 @@ def _bottleneck_name(block: Block) -> str | None:
 
 
 _NARROW = ("own-k{k}", "bottleneck-k{k}", "thin-k{k}", "zero")
+_INVERTED = ("own-k{k}", "mb{e}-k{k}", "zero")
 PATTERNS: dict[str, Pattern] = {
     pattern.name: pattern
     for pattern in (
         Pattern(
+            "inverted-residual-after-depthwise",
+            (_DEPTHWISE, _POINTWISE, _DEPTHWISE, SQUEEZE, _POINTWISE),
+            _INVERTED,
+            linear=True,
+            narrows=True,
+        ),
+        Pattern(
+            "depthwise-then-inverted",
+            (_DEPTHWISE, _POINTWISE, SQUEEZE, _POINTWISE),
+            _INVERTED,
+            linear=True,
+            narrows=True,
+        ),
+        Pattern(
             "inverted-residual",
             (_POINTWISE, _DEPTHWISE, SQUEEZE, _POINTWISE),
-            ("own-k{k}", "mb{e}-k{k}", "zero"),
+            _INVERTED,
             linear=True,
             narrows=True,
             operator=_inverted_name,

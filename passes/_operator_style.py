@@ -37,6 +37,7 @@ def style_of(gm: fx.GraphModule, units: Sequence[Unit], squeeze: Squeeze | None)
             bias=unit.module.bias is not None,
             norm=norm,
             activation=activation,
+            shift=unit.shift,
         )
         for unit, norm, activation in zip(units, norms, activations, strict=True)
     )

@@ -46,12 +46,15 @@ class Shape:
         outputs: Output channels.
         stride: Ratio of the input's height and width to the output's.
         shortcut: Whether something is added to what the block gives.
+        shift: By how much less the layer of the stride pads above and at the left than below and at the right: 1 for
+            TensorFlow's "same" padding of an even size, else 0.
     """
 
     inputs: int
     outputs: int
     stride: int
     shortcut: bool
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Layer:
         bias: Whether the convolution has a bias.
         norm: Makes the norm behind a convolution of so many channels, or None.
         activation: Makes the activation behind it, or None.
+        shift: By how much less it pads above and at the left than below and at the right.
     """
 
     outputs: int
@@ -96,6 +100,7 @@ class Layer:
     bias: bool
     norm: Callable[[int], nn.Module] | None
     activation: Callable[[], nn.Module] | None
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,10 @@ def _unit(inputs: int, layer: Layer) -> nn.Sequential:
     """A convolution with its norm and its activation."""
     found = nn.Sequential()
     made = conv(inputs, layer.outputs, layer.kernel, layer.stride, layer.groups, bias=layer.bias)
+    if layer.shift:
+        margin = layer.kernel // 2
+        found.add_module("padding", nn.ZeroPad2d((margin - layer.shift, margin) * 2))
+        made.padding = (0, 0)
     found.add_module("conv", made)
     if layer.norm is not None:
         found.add_module("norm", layer.norm(layer.outputs))
@@ -187,7 +196,14 @@ def _chain(shape: Shape, style: Style, specs: Sequence[_Spec], gate_behind: int 
     inputs = shape.inputs
     for index, spec in enumerate(specs):
         layer = Layer(
-            spec.outputs, spec.kernel, spec.stride, spec.groups, style.norm is None, style.norm, style.activation
+            spec.outputs,
+            spec.kernel,
+            spec.stride,
+            spec.groups,
+            style.norm is None,
+            style.norm,
+            style.activation,
+            shape.shift if spec.stride > 1 else 0,
         )
         like = style.layers[index] if alike else None
         if index == len(specs) - 1:
@@ -274,8 +290,8 @@ def _always(shape: Shape, number: int) -> bool:
     return True
 
 
-def _has_one_width(shape: Shape, number: int) -> bool:
-    return shape.inputs == shape.outputs
+def _can_pool(shape: Shape, number: int) -> bool:
+    return shape.inputs == shape.outputs and not shape.shift
 
 
 _FAMILIES: Mapping[str, _Family] = {
@@ -289,8 +305,8 @@ _FAMILIES: Mapping[str, _Family] = {
     "bottleneck": _Family(_narrow(depthwise=False), lambda shape, number: shape.outputs % 4 == 0),
     "thin": _Family(_narrow(depthwise=True), lambda shape, number: shape.outputs % 4 == 0),
     OWN: _Family(_own, _always),
-    "avgpool": _Family(_pool(nn.AvgPool2d), _has_one_width),
-    "maxpool": _Family(_pool(nn.MaxPool2d), _has_one_width),
+    "avgpool": _Family(_pool(nn.AvgPool2d), _can_pool),
+    "maxpool": _Family(_pool(nn.MaxPool2d), _can_pool),
 }
 _NAME = re.compile(r"([a-z]+)(\d*)-k(\d+)")
 _CUSTOM: dict[str, tuple[Builder, Callable[[Shape], bool]]] = {}

@@ -77,6 +77,29 @@ def inverted(wide: int, gate: nn.Module | None = None, act: Make = nn.ReLU, late
     return nn.Sequential(*middle, *unit(wide, 8))
 
 
+class SamePadding(nn.Module):
+    """TensorFlow's: the output is the input's size over the stride, rounded up; what is odd goes below and right."""
+
+    def __init__(self, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        around = []
+        for size in (x.shape[3], x.shape[2]):
+            whole = max((-(-size // self.stride) - 1) * self.stride + self.kernel - size, 0)
+            around += [whole // 2, whole - whole // 2]
+        return functional.pad(x, around)
+
+
+def padded(*before: nn.Module, stride: int = 2, groups: int = 1, outputs: int = 8, around: Any = None) -> nn.Module:
+    """A convolution behind some layers, whose input is padded by an operation of its own."""
+    own: nn.Module = SamePadding(3, stride) if around is None else nn.ZeroPad2d(around)
+    inputs = outputs if groups > 1 else 8
+    conv = nn.Conv2d(inputs, outputs, 3, stride, groups=groups, bias=False)
+    return nn.Sequential(*before, own, conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
 # What makes a block: its pattern, what it computes, and a candidate that begins as the block.
 BLOCKS: dict[str, tuple[Make, str, str, str]] = {
     "hard-swish spelled out": (lambda: inverted(24, act=HardSwish), "inverted-residual", "mb3-k3", "mb6-k5"),
@@ -87,6 +110,32 @@ BLOCKS: dict[str, tuple[Make, str, str, str]] = {
     "odd expansion": (lambda: inverted(20, Gate(20)), "inverted-residual", "original", "own-k5"),
     "mish": (lambda: inverted(24, act=nn.Mish), "inverted-residual", "mb3-k3", "mb3-k5"),
     "gelu": (lambda: inverted(24, act=nn.GELU), "inverted-residual", "mb3-k3", "mb3-k5"),
+    "padded as TensorFlow does": (
+        lambda: nn.Sequential(padded(*unit(8, 24, 1, 1, 1, nn.ReLU()), groups=24, outputs=24), *unit(24, 12)),
+        "inverted-residual",
+        "mb3-k3",
+        "mb6-k7",
+    ),
+    "separable, padded as TensorFlow does": (
+        lambda: nn.Sequential(padded(groups=8), *unit(8, 12, 1, 1, 1, nn.ReLU())),
+        "depthwise-separable",
+        "separable-k3",
+        "separable-k5",
+    ),
+    "a convolution padded by a layer": (lambda: padded(stride=1, around=1), "convolution", "conv-k3", "conv-k7"),
+    "a convolution padded unevenly": (lambda: padded(around=(0, 1, 0, 1)), "convolution", "conv-k3", "conv-k5"),
+    "depthwise before an inverted residual": (
+        lambda: Residual(*unit(8, 8, 3, 1, 8), inverted(24), tail=False),
+        "inverted-residual-after-depthwise",
+        "original",
+        "own-k5",
+    ),
+    "depthwise before two layers": (
+        lambda: Residual(*unit(8, 8, 5, 1, 8), *unit(8, 24, 1, 1, 1, nn.ReLU()), *unit(24, 8), tail=False),
+        "depthwise-then-inverted",
+        "original",
+        "own-k7",
+    ),
     "separable, nothing between": (
         lambda: nn.Sequential(*unit(8, 8, 3, 1, 8), *unit(8, 12, 1, 1, 1, nn.ReLU())),
         "depthwise-separable",
@@ -226,7 +275,7 @@ class _Lone(nn.Module):
         self.head = nn.Conv2d(8, 8, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.stem(functional.pad(x, (0, 1, 0, 1)))
+        x = self.stem(functional.pad(x, (0, 2, 0, 2)))
         parts = [self.depthwise(x), self.grouped(x), self.shuffled(x)]
         return self.head(torch.cat(parts, 1)[:, :8])
 
@@ -234,7 +283,7 @@ class _Lone(nn.Module):
 def test_a_lone_convolution_is_told_what_it_is_and_what_to_do() -> None:
     gm = trace(_Lone().eval(), torch.randn(2, 3, 12, 12))
     reasons = {refusal.site: refusal.reason for refusal in SelectOperators().refusals(gm)}
-    assert "padded by pad" in reasons["stem"]
+    assert "padded by [0, 2, 0, 2] in pad" in reasons["stem"]
     assert "a depthwise convolution and read by cat" in reasons["depthwise"]
     assert "a convolution in groups" in reasons["grouped"]
     assert "a 1 x 1 convolution in groups" in reasons["shuffled"]
