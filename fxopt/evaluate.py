@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxopt._applying import SETTLING_BATCHES, InputsOnly, Stages, apply_policy, recalibrate_batch_norm
+from fxopt._seeding import seeded
 from fxopt.data import (
     IGNORED_LABEL,
     Loader,
@@ -152,8 +153,7 @@ class Evaluator:
         self._seed = seed
         self._reconstructor: Reconstructor | None = None
         self._shared: tuple[fx.GraphModule, tuple[TunablePass, ...]] | None = None
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed):
             self._train = None if train is None else _settling_batches(train, reconstruct)
             self._part = None if val is None or evaluate is not None else list(read(val, "val", max_batches))
         self._val = val

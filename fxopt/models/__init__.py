@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import nn
 
+from fxopt._seeding import seeded
 from fxopt.errors import UnknownNameError
 from fxopt.models._blocks import BasicBlock, Bottleneck, DepthwiseSeparable, InvertedResidual, SqueezeExcite
 from fxopt.models._classic import MobileNetV1, ResNet
@@ -61,6 +61,5 @@ def create(name: str, classes: int = 1000, channels: int = 3, seed: int = 0) -> 
     """
     if name not in _NETWORKS:
         raise UnknownNameError("network", name, _NETWORKS)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return _NETWORKS[name](classes=classes, channels=channels).eval()

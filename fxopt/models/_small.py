@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fxopt._seeding import seeded
 from fxopt.models._blocks import InvertedResidual, conv_norm
 
 __all__ = ["SmallMobileNetV2", "small_mobilenet_v2"]
@@ -42,8 +43,7 @@ class SmallMobileNetV2(nn.Module):
 
 def small_mobilenet_v2(seed: int = 0, **options: int) -> SmallMobileNetV2:
     """A :class:`SmallMobileNetV2` with weights drawn from one seed, in eval mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = SmallMobileNetV2(**options)
     model.eval()
     return model

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxopt._seeding import seeded
 from fxopt.data import (
     IGNORED_LABEL,
     Loader,
@@ -191,9 +192,7 @@ def train_supernet(
     _check(supernet, table, checkpoint_steps)
     for loader, name in ((train, "train"), (val, "val")):
         first_batch(loader, name)
-    device = next(supernet.net.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(chosen.seed)
+    with seeded(chosen.seed):
         stem = Path(checkpoint) if checkpoint is not None else None
         with Workers(supernet.net) as workers:
             run = Run(supernet, train, val, Cost(table, terms), chosen, workers)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxopt._seeding import seeded
 from fxopt.decisions import Capabilities, Policy
 from fxopt.errors import FxoptError, PolicyError
 from fxopt.graph import trace, verify
@@ -265,8 +266,7 @@ class TunablePassConformance(PassConformance):
 
 @functools.cache
 def traced(make: _Network) -> tuple[fx.GraphModule, Any]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         module, example = make()
         _randomize_statistics(module)
     return trace(module.eval(), example), example

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fxopt._schedules import SCHEDULES
+from fxopt._seeding import seeded
 from fxopt.data import Loader, TensorLoader, batch_for, blaming, call_model, first_batch, read
 from fxopt.errors import DataError, FxoptError
 from fxopt.graph import eval_mode
@@ -135,8 +136,7 @@ def fit(
     first_batch(train, "train")
     teacher = teacher if distillation.needs_teacher else None
     watched = contextlib.nullcontext() if teacher is None else eval_mode(teacher)
-    with torch.random.fork_rng(), watched, keep_zeros(model):
-        torch.manual_seed(seed)
+    with seeded(seed), watched, keep_zeros(model):
         settings = _Settings(
             epochs=epochs,
             steps=_count(train),
@@ -190,7 +190,7 @@ def rehearse(
     settings = _Settings(epochs=epochs, steps=1, learning_rate=learning_rate, distillation=distillation)
     training = _Training(model, train, settings, loss, teacher if distillation.needs_teacher else None)
     watched = contextlib.nullcontext() if teacher is None else eval_mode(teacher)
-    with torch.random.fork_rng(), torch.no_grad(), eval_mode(model), watched:
+    with seeded(0), torch.no_grad(), eval_mode(model), watched:
         training.loss(batch)
 
 
