@@ -18,7 +18,7 @@ from fxopt._job import Job
 from fxopt._precision import Quickest
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
-from fxopt.decisions import Constraint, Policy, SearchSpace
+from fxopt.decisions import Constraint, Policy, SearchSpace, format_score
 from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
 from fxopt.graph.edit import own_copy
 from fxopt.objectives import Objective
@@ -295,9 +295,9 @@ class Course:
         if history is None:
             return
         line = job.step(step, self.tuning.told(history, on_grids=on_grids), graph, judge)
-        if kept and before is not None and _below(line, before):
+        if kept and before is not None and line.accuracy is not None and _below(line, before):
             graph.load_state_dict(kept)
-            found = f"{line.detail}; taken back, it ended at {line.accuracy:.4g}"
+            found = f"{line.detail}; taken back, it ended at {format_score(judge.score_name, line.accuracy)}"
             line = dataclasses.replace(before, name=step, detail=found)
         self.steps.append(line)
 

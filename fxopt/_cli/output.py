@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import typer
 
 from fxopt.errors import FxoptError
-from fxopt.progress import Progress, Silent, watched
+from fxopt.progress import Progress, RichProgress, Silent, watched
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -78,10 +78,11 @@ def session(as_json: bool, quiet: bool) -> Iterator[Progress]:
         quiet: Neither progress, nor warnings, nor what the user's module prints may be seen.
 
     Yields:
-        What to tell progress: bars on a terminal and lines in a file, on stderr. The terminal is given back whatever
-        happens.
+        What to tell progress: bars on a terminal and, without JSON, lines in a file, on stderr. The terminal is given
+        back whatever happens.
     """
-    show_progress = watched(sys.stderr) if not (as_json or quiet) else Silent()
+    # A script that reads JSON may read stderr along with it: lines are for people's logs.
+    show_progress = Silent() if quiet else RichProgress() if as_json else watched(sys.stderr)
     try:
         with only_json(as_json), _unheard(quiet):
             yield show_progress

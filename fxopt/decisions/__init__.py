@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fxopt.decisions._additive import AdditiveCosts
 from fxopt.decisions._bits import FLOAT_BITS
-from fxopt.decisions._budget import METRICS, Budget, format_quantity
+from fxopt.decisions._budget import METRICS, Budget, format_quantity, format_score
 from fxopt.decisions._constraint import Constraint
 from fxopt.decisions._decision import Capabilities, Choice, Decision, Key
 from fxopt.decisions._placement import PLAIN_PLACEMENT, Placement, operator_key
@@ -34,5 +34,6 @@ __all__ = [
     "SearchSpace",
     "Shares",
     "format_quantity",
+    "format_score",
     "operator_key",
 ]

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from fxopt.errors import BudgetError
 
-__all__ = ["METRICS", "Budget", "format_quantity", "within"]
+__all__ = ["METRICS", "Budget", "format_quantity", "format_score", "within"]
 
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9}
 _JOULES = {"J": 1.0, "mJ": 1e-3, "uJ": 1e-6, "µJ": 1e-6, "μJ": 1e-6, "nJ": 1e-9, "pJ": 1e-12}
@@ -54,6 +54,11 @@ def format_quantity(metric: str, value: float) -> str:
     if not units or metric == "macs":
         return f"{value:.4g}"
     return f"{value / METRICS[metric][units[-1]]:.4g} {units[-1]}"
+
+
+def format_score(score_name: str, score: float) -> str:
+    """A score as a reader expects it: a percentage where it is an accuracy."""
+    return f"{score:.2%}" if score_name == "accuracy" else f"{score + 0.0:.4g}"
 
 
 def within(cost: float, limit: float) -> bool:

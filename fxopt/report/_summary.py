@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fxopt.decisions import format_quantity
+from fxopt.decisions import format_quantity, format_score
 from fxopt.report._data import BudgetLine, Metrics, Report
 
 __all__ = [
@@ -162,10 +162,10 @@ def tiles(report: Report) -> tuple[tuple[str, str, str], ...]:
 
 
 def score_words(report: Report, value: float | None) -> str:
-    """A score as a reader expects it: a percentage where it is an accuracy."""
+    """A score, or what stands for none."""
     if value is None or math.isnan(value):
         return MISSING
-    return f"{value * 100:.2f}%" if report.score_name == "accuracy" else f"{value + 0.0:.4g}"
+    return format_score(report.score_name, value)
 
 
 def budget_words(budget: BudgetLine) -> tuple[str, str, str, str, str]:
