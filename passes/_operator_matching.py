@@ -199,10 +199,11 @@ class _Scene:
         if pattern.linear and (units[-1].activation is not None or ends_gated):
             return None
         most = max(units[0].module.in_channels, units[-1].module.out_channels)
-        wide = next(index for index, one in enumerate(units) if one.has_role("pointwise")) if pattern.narrows else 0
-        behind_depthwise = wide > 0 or self._follows_depthwise(start)
-        if pattern.narrows and behind_depthwise and units[wide].module.out_channels <= most:
-            return None
+        if pattern.narrows:
+            wide = next(index for index, one in enumerate(units) if not one.has_role("depthwise"))
+            may_end = wide == 0 and start.has_role("pointwise") and not self._follows_depthwise(start)
+            if not may_end and units[wide].module.out_channels <= most:
+                return None
         return tuple(units), squeeze
 
     def _follows_depthwise(self, start: Unit) -> bool:

@@ -29,8 +29,8 @@ class Pattern:
         candidates: Names of the operators to offer; ``{k}`` and ``{e}`` stand for every kernel and expansion.
         shortcut: Whether the block needs to have something added to what it gives.
         linear: Whether the last layer must have no activation.
-        narrows: Whether, right behind a depthwise convolution, the first 1 x 1 layer must widen and the last must
-            narrow: the first is the end of a separable convolution otherwise.
+        narrows: Whether the first dense or 1 x 1 layer must widen and the last must narrow. A 1 x 1 layer that begins a
+            block need do so only behind a depthwise convolution, whose separable end it may be.
         operator: The name of what a block computes, from its kernel and expansion; None if it has no such name.
     """
 
@@ -188,6 +188,12 @@ def _inverted_name(block: Block) -> str | None:
     return f"mb{wide // inputs}-k{block.units[1].kernel}" if fits else None
 
 
+def _fused_name(block: Block) -> str | None:
+    wide, inputs = block.units[0].module.out_channels, block.shape.inputs
+    fits = wide % inputs == 0 and _strides_only(block, 0)
+    return f"fused{wide // inputs}-k{block.units[0].kernel}" if fits else None
+
+
 def _separable_name(block: Block) -> str | None:
     return f"separable-k{block.units[0].kernel}" if _strides_only(block, 0) else None
 
@@ -230,6 +236,14 @@ PATTERNS: dict[str, Pattern] = {
             linear=True,
             narrows=True,
             operator=_inverted_name,
+        ),
+        Pattern(
+            "fused-inverted-residual",
+            (_DENSE, SQUEEZE, _POINTWISE),
+            ("own-k{k}", "fused{e}-k{k}", "mb{e}-k{k}", "zero"),
+            linear=True,
+            narrows=True,
+            operator=_fused_name,
         ),
         Pattern(
             "bottleneck",

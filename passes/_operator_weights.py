@@ -18,6 +18,7 @@ __all__ = ["inherit", "initialize"]
 
 _SAME_LAYERS: Mapping[str, str] = {
     "inverted-residual": "mb",
+    "fused-inverted-residual": "fused",
     "depthwise-separable": "separable",
     "basic": "basic",
     "bottleneck": "bottleneck",

@@ -224,6 +224,11 @@ def _inverted(shape: Shape, style: Style, expansion: int, kernel: int) -> nn.Mod
     return _chain(shape, style, (_Spec("expand", wide, 1), middle, _Spec("project", shape.outputs, 1)), 1)
 
 
+def _fused(shape: Shape, style: Style, expansion: int, kernel: int) -> nn.Module:
+    wide = _Spec("expand", shape.inputs * expansion, kernel, shape.stride)
+    return _chain(shape, style, (wide, _Spec("project", shape.outputs, 1)), 0)
+
+
 def _separable(shape: Shape, style: Style, _: int, kernel: int) -> nn.Module:
     first = _Spec("depthwise", shape.inputs, kernel, shape.stride, shape.inputs)
     return _chain(shape, style, (first, _Spec("project", shape.outputs, 1)), 0)
@@ -296,6 +301,7 @@ def _can_pool(shape: Shape, number: int) -> bool:
 
 _FAMILIES: Mapping[str, _Family] = {
     "mb": _Family(_inverted, lambda shape, number: number >= 1, numbered=True),
+    "fused": _Family(_fused, lambda shape, number: number >= 1, numbered=True),
     "separable": _Family(_separable, _always),
     "conv": _Family(_dense, _always),
     "grouped": _Family(

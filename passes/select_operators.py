@@ -63,6 +63,7 @@ class SelectOperators(TunablePass):
     A decision ``("operator", site)`` is the name of what the block at a module path computes:
 
     - ``mb6-k5``: an inverted residual (expansion 6, kernel 5), with the block's squeeze-and-excite gate if it has one;
+    - ``fused4-k3``: the same with its first two layers in one, a dense convolution;
     - ``conv-k3``, ``separable-k3``, ``grouped4-k3``: dense, depthwise and pointwise, grouped;
     - ``basic-k3``, ``bottleneck-k3``, ``thin-k3`` (a bottleneck with a depthwise middle): bodies of residual blocks;
     - ``own-k5``: the block's own layers with another kernel, where none of these names says what the block computes

@@ -124,6 +124,18 @@ BLOCKS: dict[str, tuple[Make, str, str, str]] = {
     ),
     "a convolution padded by a layer": (lambda: padded(stride=1, around=1), "convolution", "conv-k3", "conv-k7"),
     "a convolution padded unevenly": (lambda: padded(around=(0, 1, 0, 1)), "convolution", "conv-k3", "conv-k5"),
+    "fused": (
+        lambda: Residual(*unit(8, 32, 3, 1, 1, nn.SiLU()), *unit(32, 8), tail=False),
+        "fused-inverted-residual",
+        "fused4-k3",
+        "fused6-k5",
+    ),
+    "fused, gate and stride": (
+        lambda: nn.Sequential(*unit(8, 24, 3, 2, 1, nn.SiLU()), Gate(24), *unit(24, 12)),
+        "fused-inverted-residual",
+        "fused3-k3",
+        "fused3-k7",
+    ),
     "depthwise before an inverted residual": (
         lambda: Residual(*unit(8, 8, 3, 1, 8), inverted(24), tail=False),
         "inverted-residual-after-depthwise",
