@@ -163,8 +163,8 @@ class _Scene:
             return _Padding(before, right - left)
         if around is None and "pad" in ops.semantics(self.gm, source).name.lower():
             return _Padding(reason=f"{source.name} pads its input, by something else than zeros or for others too")
-        told = f"its padding {own}" if around is None else f"its input, padded by {list(around)} in {source.name},"
-        return _Padding(reason=f"{told} does not keep the size, as candidates do, or divide it by the stride")
+        told = f"its padding {own}" if around is None else f"the padding {list(around)} of its input by {source.name}"
+        return _Padding(reason=f"{told} does not keep the size, over its stride, as that of candidates does")
 
     def _zeros_around(self, node: fx.Node) -> tuple[int, ...] | None:
         """The zeros that an operation puts around images: left, right, above, below; None for any other operation."""

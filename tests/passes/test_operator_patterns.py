@@ -295,7 +295,7 @@ class _Lone(nn.Module):
 def test_a_lone_convolution_is_told_what_it_is_and_what_to_do() -> None:
     gm = trace(_Lone().eval(), torch.randn(2, 3, 12, 12))
     reasons = {refusal.site: refusal.reason for refusal in SelectOperators().refusals(gm)}
-    assert "padded by [0, 2, 0, 2] in pad" in reasons["stem"]
+    assert "the padding [0, 2, 0, 2] of its input by pad" in reasons["stem"]
     assert "a depthwise convolution and read by cat" in reasons["depthwise"]
     assert "a convolution in groups" in reasons["grouped"]
     assert "a 1 x 1 convolution in groups" in reasons["shuffled"]
