@@ -44,7 +44,8 @@ CENSUS = {
     "densenet121 dpn68 hrnet_w18_small_v1 regnetx004 regnety004 resnext50_32x4d xception igcv3_w1",
     "timm": "resnet18 resnet50 seresnet18 resnetv2_50 mobilenetv2_100 mobilenetv3_small_100 mobilenetv3_large_100 "
     "efficientnet_b0 efficientnet_lite0 tf_efficientnet_b0 mnasnet_100 semnasnet_100 fbnetc_100 fbnetv3_b ghostnet_100 "
-    "densenet121 convnext_atto regnetx_002 regnety_002 repvgg_a0 mobilenetv4_conv_small lcnet_050 rexnet_100 vgg11_bn",
+    "densenet121 convnext_atto regnetx_002 regnety_002 repvgg_a0 mobilenetv4_conv_small lcnet_050 rexnet_100 vgg11_bn "
+    "tf_efficientnetv2_b0",
     "torchvision": "resnet18 mobilenet_v2 mobilenet_v3_small efficientnet_b0 mnasnet0_5 regnet_y_400mf convnext_tiny",
 }
 
