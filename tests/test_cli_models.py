@@ -210,12 +210,15 @@ def test_quiet_is_silent_but_for_the_result(capfd: pytest.CaptureFixture[str]) -
     assert "Error: " in run("trace", "found:smal", "-q").stderr
 
 
-def test_a_session_hears_what_it_may() -> None:
+def test_a_session_hears_what_it_may(capsys: pytest.CaptureFixture[str]) -> None:
     with output.session(False, True) as heard:
         warnings.warn("not heard", stacklevel=1)
         assert isinstance(heard, Silent)
     with output.session(True, False) as heard:
-        assert isinstance(heard, Silent)
+        heard.start("searching", 2)
+        heard.advance("searching")
+        heard.finish("searching")
+    assert capsys.readouterr() == ("", "")
     with output.session(False, False) as heard:
         assert isinstance(heard, LineProgress)
 
