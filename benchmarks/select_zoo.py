@@ -32,8 +32,6 @@ from fxopt.graph import trace
 from fxopt.passes import Canonicalize, SelectOperators
 
 HERE = Path(__file__).parent
-BUDGETS = {"host": "latency=0.8"}
-"""On a processor these networks take microseconds, most of them for starting operators, which stay."""
 BUDGET = "latency=0.5"
 NETWORKS = ("pytorchcv_resnet10", "pytorchcv_mobilenetv2", "timm_mobilenetv3")
 TARGETS = ("bitfusion", "zynq7020", "pixel1", "host")
@@ -97,18 +95,7 @@ def optimize(network: str, target: str, folder: Path) -> dict[str, Any]:
     """One command, and the file that it leaves."""
     models = HERE / "common" / "strangers.py"
     words = ["optimize", f"{models}:{network}", "--passes", "select-operators,prune-channels,quantize", "--json"]
-    words += [
-        "--target",
-        target,
-        "--budget",
-        BUDGETS.get(target, BUDGET),
-        "--epochs",
-        "1",
-        "--trials",
-        "6",
-        "--out",
-        str(folder),
-    ]
+    words += ["--target", target, "--budget", BUDGET, "--epochs", "1", "--trials", "6", "--out", str(folder)]
     words += ["--train", f"{models}:train", "--val", f"{models}:val"]
     paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     start = time.perf_counter()
@@ -163,7 +150,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             runs[f"{network} on {target}"] = optimize(network, target, Path(folder))
         progress(f"{network} on {target}: {runs[f'{network} on {target}']}")
-    finish("select_zoo", {"census": census, "runs": runs}, budget=BUDGET, budgets=BUDGETS)
+    finish("select_zoo", {"census": census, "runs": runs}, budget=BUDGET)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ class Experiment:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--points", default="0.45,0.32", help="parts of the latency with 8 bits everywhere")
+    parser.add_argument("--points", default="0.64,0.45,0.32", help="parts of the latency with 8 bits everywhere")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=20_000, help="training images")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of each of six parts of the training")
