@@ -168,7 +168,7 @@ def _filled(
                 return found
             moved = found.copy()
             moved[row] = column
-            if all(table.score(moved[None], metric)[0] <= limit for metric, limit in limits.items()):
+            if all(within(float(table.score(moved[None], metric)[0]), limit) for metric, limit in limits.items()):
                 found = moved
                 break
         else:

@@ -151,3 +151,14 @@ def test_what_a_limit_leaves_unused_is_given_back_where_the_limit_weighed_on_the
             dearer[block] = candidate
             cost = costs.score(np.stack([row, dearer]))
             assert cost[1] <= cost[0] or cost[1] > limit, "another dearer candidate would have fitted"
+
+
+def test_a_limit_is_used_up_where_sums_in_another_order_differ_by_their_rounding() -> None:
+    supernet, costs = Supernet(*mobile()), mobile_table()
+    table, _ = costs.of("latency")
+    with torch.no_grad():
+        supernet.alpha.sub_(torch.from_numpy(table / table.max() * 4.0).float())
+    dearest = np.where(supernet.mask.numpy(), table, -np.inf).argmax(1)
+    limit = float(costs.score(dearest[None], "latency")[0]) * (1.0 - 1e-13)
+    filled = policy_within(supernet, costs, {"latency": limit}, duals=[0.7])
+    assert np.array_equal(supernet.space.encode(filled), dearest)
