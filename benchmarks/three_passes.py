@@ -4,7 +4,7 @@ At each latency, a fraction of that of a MobileNetV2-style network with 8 bits e
 
 - ``operators``: operators are selected, 8 bits everywhere;
 - ``channels``: operators are selected and channels cut, 8 bits everywhere;
-- ``4 bits``, ``6 bits``: the MobileNetV2-style network at the largest width that fits with these bits everywhere;
+- ``4 bits``, ``6 bits``, ``8 bits``: the MobileNetV2-style network, at the largest width that fits with these bits;
 - ``mixed bits``: that of 4 bits, the bits of each layer searched;
 - ``all``: operators, channels and bits, by one call of ``fxopt.optimize``.
 
@@ -44,12 +44,14 @@ from fxopt.lowering import lower
 from fxopt.passes import PruneChannels, Quantize, SelectOperators, TunablePass
 from fxopt.training import fit
 
-WAYS = ("operators", "channels", "4 bits", "6 bits", "mixed bits", "all")
+WAYS = ("operators", "channels", "4 bits", "6 bits", "8 bits", "mixed bits", "all")
 STAGES = ((24, 2), (24, 1), (32, 1), (32, 1), (48, 2), (48, 1))
 """Channels and stride of the blocks, behind a stem of 16 channels and stride 2."""
+CANDIDATES = ("mb{e}-k{k}", "fused{e}-k3", "zero")
+"""Dense layers as well: depthwise ones leave most of the accelerator's array idle, at any bits."""
 LEAST_ERROR = {"method": "mse"}
-SHARE_OF_ALL = 6
-"""Of the epochs of ``all``, one each: warm-up, two of search, the selected network, the cut one, the quantized one."""
+LAST = 2
+"""Epochs of training through the quantizers of a network that was trained from scratch."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ class Experiment:
         inputs = self.data.train.inputs[chosen].contiguous(memory_format=torch.channels_last)
         return replace(self.data.train, inputs=inputs, labels=self.data.train.labels[chosen], seed=self.seed)
 
-    def optimized(self, model: nn.Module, passes: tuple[TunablePass, ...], limit: float, name: str, train: Any) -> Any:
+    def optimized(
+        self, model: nn.Module, passes: tuple[TunablePass, ...], limit: float, name: str, train: Any, epochs: int
+    ) -> Any:
         """What the passes make of a model within a latency; held-out images judge."""
         held = self.data.held_out
         val = replace(held, inputs=held.inputs[: self.options.judged], labels=held.labels[: self.options.judged])
@@ -126,13 +130,26 @@ class Experiment:
             trials=self.options.trials,
             train=train,
             val=val,
-            epochs=self.options.epochs,
+            epochs=epochs,
+            final_epochs=self.options.final,
             learning_rate=self.options.tuning_rate,
-            shares={"quantize": self.options.share} if name.startswith("all") else None,
+            shares=self._shares(passes),
             seed=self.seed,
             workdir=None if self.options.work is None else self.options.work / name,
             verify_on_host=False,
         )
+
+    def _shares(self, passes: tuple[TunablePass, ...]) -> dict[str, float] | None:
+        """Operators and bits go their part of the way, channels the rest; the same bits everywhere go none."""
+        if len(passes) < 3:
+            return None
+        bits = 0.0 if isinstance(passes[-1], SameBits) else self.options.share
+        return {"select-operators": self.options.operators, "quantize": bits}
+
+    @property
+    def together(self) -> int:
+        """Epochs of all parts: warm-up, two of search, the selected network, the quantized one; the last in floats."""
+        return 5 * self.options.epochs + self.options.final
 
     def trained(self, width: float, epochs: int) -> nn.Module:
         """The MobileNetV2-style network of a width, trained from scratch."""
@@ -160,21 +177,22 @@ class Experiment:
     def _way(self, name: str, limit: float, label: str) -> Any:
         quantize = Quantize(weights=LEAST_ERROR, activations=LEAST_ERROR, rounding=True)  # type: ignore[arg-type]
         same = SameBits(weights=LEAST_ERROR, activations=LEAST_ERROR, rounding=True)  # type: ignore[arg-type]
-        operators = SelectOperators(patterns=("inverted-residual",), seed=self.seed)
+        operators = SelectOperators(patterns=("inverted-residual",), candidates=CANDIDATES, seed=self.seed)
         passes: dict[str, tuple[TunablePass, ...]] = {
             "operators": (operators, same),
             "channels": (operators, PruneChannels(), same),
             "all": (operators, PruneChannels(), quantize),
         }
         if name in passes:
-            # Without a network that is cut there is an epoch less; as many images are seen with more of them in each.
-            train = self.images(SHARE_OF_ALL / 5 if name == "operators" else 1.0)
-            return self.optimized(self.trained(1.0, self.options.start), passes[name], limit, label, train)
+            # Without a network that is cut the selected one is the last in floats: as many images with more in each.
+            train = self.images(self.together / (self.together - self.options.epochs) if name == "operators" else 1.0)
+            brought = self.trained(1.0, self.options.start)
+            return self.optimized(brought, passes[name], limit, label, train, self.options.epochs)
         bits = int(name[0]) if name[0].isdigit() else 4
-        train, epochs = self.images(), self.options.start + (SHARE_OF_ALL - 1) * self.options.epochs
+        train, epochs = self.images(), self.options.start + self.together - LAST
         model = self.trained(widest(limit, bits), epochs)
         last = quantize if name == "mixed bits" else replace(same, everywhere=bits)
-        return self.optimized(model, (last,), limit, label, train)
+        return self.optimized(model, (last,), limit, label, train, LAST)
 
 
 def main() -> None:
@@ -183,11 +201,15 @@ def main() -> None:
     parser.add_argument("--points", default="0.64,0.45,0.32", help="parts of the latency with 8 bits everywhere")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=20_000, help="training images")
-    parser.add_argument("--epochs", type=int, default=2, help="epochs of each of six parts of the training")
+    parser.add_argument("--epochs", type=int, default=1, help="epochs of each of five parts of the training")
+    parser.add_argument("--final", type=int, default=7, help="epochs of the last part in floats")
     parser.add_argument("--start", type=int, default=6, help="epochs of the network that is brought")
     parser.add_argument("--rate", type=float, default=0.1, help="highest learning rate from scratch")
     parser.add_argument("--tuning-rate", type=float, default=0.04, help="and of what starts from trained weights")
-    parser.add_argument("--share", type=float, default=0.12, help="part of the way that bits go, with all three")
+    parser.add_argument(
+        "--operators", type=float, default=0.7, help="part of the way that operators go, before channels"
+    )
+    parser.add_argument("--share", type=float, default=0.15, help="part of the way that bits go, with all three")
     parser.add_argument("--engine", default="exact")
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--judged", type=int, default=2000, help="held-out images that trials are judged on")
@@ -203,9 +225,9 @@ def main() -> None:
         for point in map(float, options.points.split(",")):
             for name in options.ways.split(","):
                 # Results of other shares are others.
-                share = round(options.share, 2) if name == "all" else None
-                key = {"seed": seed, "point": point, "way": name, "share": share}
-                label = f"{name.replace(' ', '-')}-{point}-{seed}" + (f"-{share}" if share else "")
+                shares = [options.operators, options.share] if name in ("channels", "all") else None
+                key = {"seed": seed, "point": point, "way": name, "shares": shares}
+                label = "-".join(map(str, (name.replace(" ", "-"), point, seed, *(shares or ()))))
                 found = parts.add(key, experiment.way, name, point * whole, label)
                 progress(f"{label}: {found['accuracy']:.4f} at {found['latency_us']:.1f} us")
     finish("three_passes", {"all": parts.done}, **{key: str(value) for key, value in vars(options).items()})

@@ -16,6 +16,7 @@ from fxopt._applying import Stages
 from fxopt._files import JOURNAL
 from fxopt._job import Job
 from fxopt._precision import Quickest
+from fxopt._selecting import bits_alone
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Constraint, Policy, SearchSpace, format_score
@@ -204,6 +205,7 @@ class Course:
         """
         found: list[SearchResult] = []
         policy = Policy({})
+        final = max((number for number, group in enumerate(groups) if not bits_alone(group)), default=0)
         for number, group in enumerate(groups):
             last = number == len(groups) - 1
             space, constraint = (job.space, job.constraint) if last else job.part(group[0])
@@ -217,7 +219,7 @@ class Course:
             own = space.default() if search is None else search.policy
             if search is not None:
                 self.judging.wanted.check(judge.score(own), "The best policy found")
-            built = self._built(job, group, own, judge)
+            built = self._built(job, group, own, judge, final=number >= final)
             policy = policy.merged(built.policy)
             if not last:
                 rest = tuple(one for later in groups[number + 1 :] for one in later)
@@ -232,7 +234,9 @@ class Course:
         # Which network a later search is about depends on what an earlier one found.
         return self.folder / (f"journal-{group[0].name}-{job.digest}.jsonl" if number else JOURNAL)
 
-    def _built(self, job: Job, passes: tuple[TunablePass, ...], policy: Policy, judge: Evaluator) -> Quickest:
+    def _built(
+        self, job: Job, passes: tuple[TunablePass, ...], policy: Policy, judge: Evaluator, *, final: bool
+    ) -> Quickest:
         """The graph that a policy makes, fine-tuned and quantized."""
         floats: list[fx.GraphModule] = []
         train = self.tuning.train
@@ -243,7 +247,7 @@ class Course:
             if line is not None:
                 self.steps.append(line)
             if Stages.of(policy).in_floats:
-                self._tune(job, graph, policy, judge, line, on_grids=False)
+                self._tune(job, graph, policy, judge, line, on_grids=False, final=final)
             floats.append(graph)
 
         made = apply_policy(
@@ -261,7 +265,7 @@ class Course:
         if line is not None:
             self.steps.append(line)
         if Stages.of(found.policy).on_grids:
-            self._tune(job, found.graph, found.policy, judge, line, on_grids=True)
+            self._tune(job, found.graph, found.policy, judge, line, on_grids=True, final=final)
         return found
 
     def _tune(
@@ -273,6 +277,7 @@ class Course:
         before: PassLine | None,
         *,
         on_grids: bool,
+        final: bool,
     ) -> None:
         """Train a graph, and take that back if it ends below its start, where there is something to judge by.
 
@@ -281,13 +286,14 @@ class Course:
         step = "fine-tune quantized" if on_grids else "fine-tune"
         name = f"fine-tune-{'bits-' if on_grids else ''}{job.digest_with(policy)}"
         kept: dict[str, torch.Tensor] = {}
-        if self.judging.by_data and self.tuning.trains:
+        if self.judging.by_data and self.tuning.epochs_of(on_grids=on_grids, final=final):
             before = before or job.step(step, "", graph, judge)
             kept = {key: value.clone() for key, value in graph.state_dict().items()}
         history = self.tuning(
             graph,
             job.teacher,
             on_grids=on_grids,
+            final=final,
             judge=judge.judge,
             checkpoint=None if self.folder is None else self.folder / name,
             show=self.show,

@@ -26,11 +26,11 @@ from fxopt.nas import (
     split,
     train_supernet,
 )
-from fxopt.passes import SelectOperators, TunablePass
+from fxopt.passes import Quantize, SelectOperators, TunablePass
 from fxopt.progress import Progress
 from fxopt.targets import Target
 
-__all__ = ["Selection", "Selector", "parted"]
+__all__ = ["Selection", "Selector", "bits_alone", "parted"]
 
 _SEARCH_EPOCHS = 2
 """Epochs of the search for each epoch of fine-tuning; the warm-up has as many as fine-tuning."""
@@ -65,16 +65,21 @@ class Selector:
         step: The pass.
         tuning: How networks are trained: the warm-up has its epochs, the search twice as many, and what was selected
             as many again, the supernet as its teacher, before other passes go on from there.
-        alone: Whether no other pass follows.
+        following: The other passes.
         folder: Where checkpoints are; None for none.
         show: Told of the epochs.
     """
 
     step: SelectOperators
     tuning: Tuning
-    alone: bool
+    following: tuple[TunablePass, ...]
     folder: Path | None
     show: Progress
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other pass follows."""
+        return not self.following
 
     def select(
         self, graph: fx.GraphModule, target: Target, limits: Mapping[str, float], completed: Completed
@@ -114,7 +119,7 @@ class Selector:
             supernet,
             policy,
             train,
-            epochs=0 if self.alone else self.tuning.epochs,
+            epochs=0 if self.alone else self.tuning.epochs_of(on_grids=False, final=bits_alone(self.following)),
             learning_rate=self.tuning.learning_rate,
             loss=self.tuning.loss,
             seed=self.tuning.seed,
@@ -181,6 +186,11 @@ def _cheapest(supernet: Supernet, table: OperatorTable, limits: Mapping[str, flo
     costs = sum(table.of(metric)[0] / limit for metric, limit in limits.items())
     indices = [row[:size].argmin() for row, size in zip(costs, supernet.space.sizes, strict=True)]  # type: ignore[arg-type]
     return supernet.space.decode(indices)
+
+
+def bits_alone(passes: Sequence[TunablePass]) -> bool:
+    """Whether passes decide bits and nothing else."""
+    return all(isinstance(one, Quantize) for one in passes)
 
 
 def parted(passes: tuple[TunablePass, ...]) -> tuple[SelectOperators | None, tuple[TunablePass, ...]]:

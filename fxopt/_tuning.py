@@ -29,6 +29,7 @@ class Tuning:
     Attributes:
         train: Batches of (input, label); None for no fine-tuning.
         epochs: Epochs.
+        final_epochs: Epochs of the last training in floats; None for as many as the others have.
         loss: The loss; cross entropy of class scores if None.
         learning_rate: The highest learning rate.
         seed: The seed.
@@ -41,6 +42,7 @@ class Tuning:
     learning_rate: float
     seed: int
     options: FineTuning | None = None
+    final_epochs: int | None = None
 
     def __post_init__(self) -> None:
         """Look at the options.
@@ -52,10 +54,16 @@ class Tuning:
         if given is not None and not isinstance(given, FineTuning):
             raise FxoptError(f"fine_tune is a {type(given).__name__}; give a fxopt.training.FineTuning, or None.")
 
-    @property
-    def trains(self) -> bool:
-        """Whether there is something to train on, and for an epoch at least."""
-        return self.train is not None and self.epochs > 0
+    def epochs_of(self, *, on_grids: bool, final: bool) -> int:
+        """Epochs of a training: none without data, and those of the last one where it is that.
+
+        Args:
+            on_grids: Whether the network is quantized.
+            final: Whether nothing but bits is left to decide.
+        """
+        if self.train is None:
+            return 0
+        return self.epochs if on_grids or not final or self.final_epochs is None else self.final_epochs
 
     def rehearse(self, original: fx.GraphModule) -> None:
         """Notice what is wrong with data or loss before anything is searched.
@@ -67,7 +75,7 @@ class Tuning:
             rehearse(
                 original,
                 self.train,
-                epochs=self.epochs,
+                epochs=max(self.epochs, self.final_epochs or 0),
                 loss=self.loss,
                 learning_rate=self.learning_rate,
                 **self._taught(original, on_grids=False),
@@ -77,7 +85,8 @@ class Tuning:
         """The same for the networks of trials, without an end by their scores; None if they are not trained."""
         if not epochs or self.train is None:
             return None
-        return dataclasses.replace(self, epochs=epochs, options=dataclasses.replace(self._options, early_stop=None))
+        options = dataclasses.replace(self._options, early_stop=None)
+        return dataclasses.replace(self, epochs=epochs, options=options, final_epochs=None)
 
     def __call__(
         self,
@@ -85,6 +94,7 @@ class Tuning:
         teacher: fx.GraphModule,
         *,
         on_grids: bool,
+        final: bool = False,
         judge: Callable[[nn.Module], float] | None = None,
         checkpoint: Path | None = None,
         show: Progress | None = None,
@@ -95,22 +105,24 @@ class Tuning:
             graph: The graph.
             teacher: What it was made of.
             on_grids: Whether it is quantized: its scales are learned then, and class scores are all that it is taught.
+            final: Whether nothing but bits is left to decide.
             judge: What an early stop goes by.
             checkpoint: Where the checkpoint is; None for none.
             show: Where to tell how far it is.
         """
-        if self.train is None or not self.trains:
+        epochs = self.epochs_of(on_grids=on_grids, final=final)
+        if self.train is None or not epochs:
             return None
         how = self._options
         step = "fine-tuning quantized" if on_grids else "fine-tuning"
         if on_grids and how.scales != "fixed" and not _has_powers_of_two(graph):
             learn_scales(graph, how.scales)
         if show is not None:
-            show.start(step, self.epochs)
+            show.start(step, epochs)
         history = fit(
             graph,
             self.train,
-            epochs=self.epochs,
+            epochs=epochs,
             loss=self.loss,
             learning_rate=self.learning_rate * (how.quantized_rate if on_grids else 1.0),
             optimizer=how.optimizer,

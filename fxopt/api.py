@@ -144,6 +144,7 @@ def optimize(
     evaluate: Callable[[nn.Module], float] | None = None,
     loss: Callable[[Any, Any], torch.Tensor] | None = None,
     epochs: int = 2,
+    final_epochs: int | None = None,
     learning_rate: float = 0.02,
     fine_tune: FineTuning | None = None,
     trial_epochs: int = 0,
@@ -194,6 +195,9 @@ def optimize(
             one, through its quantizers, where something has fewer than 8 bits or nothing but bits was decided. With
             ``val`` or ``evaluate``, training that ends below the score it started from is taken back: the weights of
             before go on, and the report's line says "taken back" and where it ended.
+        final_epochs: Epochs of the last of these trainings in floats, behind which bits alone are decided; None for
+            ``epochs``. With several passes one after the other it pays to train what comes out for longer than what is
+            on the way to it.
         learning_rate: Its highest learning rate.
         fine_tune: Its optimizer and schedule, what it learns from the model as it was, or from the network of selected
             operators where that is the better one (class scores, feature maps, attention maps), and when it ends early.
@@ -222,20 +226,22 @@ def optimize(
     engines.load(engine)
     check_whole(1, trials=trials, parallel=parallel)
     check_whole(0, epochs=epochs, trial_epochs=trial_epochs, seed=seed)
+    if final_epochs is not None:
+        check_whole(0, final_epochs=final_epochs)
     show = reporter(progress)
     device = load_target(target, show)
     check_data(train, val, evaluate)
     check_executor(executor)
     everything = careful(everything, passes, device)
     folder = Path(workdir) if workdir is not None else None
-    tuning = Tuning(train, epochs, loss, learning_rate, seed, fine_tune)
+    tuning = Tuning(train, epochs, loss, learning_rate, seed, fine_tune, final_epochs)
     wanted = wanted_objective(objective)
     terms = terms_of(objective=wanted, reconstruct=reconstruct, trial_epochs=trial_epochs)
     judging = Judging(val, evaluate, wanted, reconstruct, trial_epochs, (model, example_inputs))
     searching = Searching(engine, trials, seed, executor, parallel, terms)
     course = Course(judging, searching, tuning, folder, show)
     selecting, rest = parted(everything)
-    selector = None if selecting is None else Selector(selecting, tuning, not rest, folder, show)
+    selector = None if selecting is None else Selector(selecting, tuning, rest, folder, show)
     divided = wanted_shares(shares, everything, budgets)
     job = Job(model, example_inputs, device, rest, budgets, folder, show, selector, divided)
     groups = tuple((one,) for one in rest) if divided is not None and rest else (rest,)

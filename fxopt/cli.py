@@ -84,6 +84,7 @@ def optimize(
     engine: words.Engine = None,
     trials: words.Trials = None,
     epochs: words.Epochs = None,
+    final_epochs: words.FinalEpochs = None,
     train: words.Train = None,
     val: words.Val = None,
     evaluate: words.Evaluate = None,

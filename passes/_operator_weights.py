@@ -13,12 +13,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxopt.passes._operator_patterns import Block, Squeeze, Unit
 from fxopt.passes._operators import OWN, SqueezeExcite
+from fxopt.passes._scaling import scale_and_shift
 
 __all__ = ["inherit", "initialize"]
 
+_INVERTED, _FUSED = "mb", "fused"
 _SAME_LAYERS: Mapping[str, str] = {
-    "inverted-residual": "mb",
-    "fused-inverted-residual": "fused",
+    "inverted-residual": _INVERTED,
+    "fused-inverted-residual": _FUSED,
     "depthwise-separable": "separable",
     "basic": "basic",
     "bottleneck": "bottleneck",
@@ -44,22 +46,53 @@ def inherit(module: nn.Module, gm: fx.GraphModule, block: Block, name: str) -> b
 
     Kernels are padded with zeros around the block's, or cut to their centre. Of more expanded channels than there are,
     those that remain weigh most in the layer that reads them (L1); channels that the block has not are read with
-    weight zero. So a candidate that is no smaller than the block computes what the block computes.
+    weight zero. So a candidate that is no smaller than the block computes what the block computes; one that has the
+    first two layers of an inverted residual in one computes that without the activation between them, but at the
+    borders (as Fu et al. 2022 merge them).
     """
     family = _SAME_LAYERS.get(block.pattern.name)
-    if not name.startswith(f"{OWN}-") and (family is None or not name.startswith(family)):
+    merged = family == _INVERTED and name.startswith(_FUSED) and _can_merge(gm, block.units[0])
+    if not merged and not name.startswith(f"{OWN}-") and (family is None or not name.startswith(family)):
         return False
     mine = [part for part in module.children() if not isinstance(part, SqueezeExcite)]
-    if len(mine) != len(block.units):
+    if len(mine) != len(block.units) - merged:
         return False
     kept: torch.Tensor | None = None
     with torch.no_grad():
-        for index, (new, old) in enumerate(zip(mine, block.units, strict=True)):
+        for index, new in enumerate(mine, start=int(merged)):
             read, kept = kept, _chosen(block, index, new)
-            _take(gm, new, old, kept, read)
+            if merged and index == 1:
+                _take_merged(gm, new, block, kept)
+            else:
+                _take(gm, new, block.units[index], kept, read)
             if block.squeeze is not None and index == block.squeeze.behind:
                 _take_gate(gm, module, block.squeeze, kept)
     return True
+
+
+def _can_merge(gm: fx.GraphModule, unit: Unit) -> bool:
+    """Whether a unit without its activation is linear: it has no norm, or batch norm with statistics."""
+    norm = None if unit.norm is None else gm.get_submodule(str(unit.norm.target))
+    return norm is None or (isinstance(norm, _BatchNorm) and norm.running_mean is not None)
+
+
+def _take_merged(gm: fx.GraphModule, new: nn.Module, block: Block, kept: torch.Tensor | None) -> None:
+    """Give a dense unit the product of a block's 1 x 1 layer and the depthwise one behind it."""
+    first, second = block.units[:2]
+    weight, shift = first.module.weight.detach().double(), first.module.weight.new_zeros(1).double()
+    if first.module.bias is not None:
+        shift = first.module.bias.detach().double()
+    if first.norm is not None:
+        scale, offset = scale_and_shift(gm.get_submodule(str(first.norm.target)))
+        weight, shift = weight * scale[:, None, None, None], shift * scale + offset
+    conv: Any = new.get_submodule("conv")
+    kernels = second.module.weight.detach().double()
+    bias = shift * kernels.sum((1, 2, 3))
+    if second.module.bias is not None:
+        bias += second.module.bias.detach()
+    dense = _centred((kernels * weight).to(conv.weight), conv.kernel_size[0])
+    conv.weight.copy_(_selected(dense, kept, 0, conv.weight.detach()))
+    _take_rest(gm, new, second, bias.to(conv.weight), kept)
 
 
 def _chosen(block: Block, index: int, new: nn.Module) -> torch.Tensor | None:
@@ -89,20 +122,32 @@ def _take(gm: fx.GraphModule, new: nn.Module, old: Unit, kept: torch.Tensor | No
     if old.module.groups == 1 and read is not None:
         weight = _selected(weight, read, 1, torch.zeros(()))
     conv.weight.copy_(_selected(weight, kept, 0, conv.weight.detach()))
-    if conv.bias is not None and old.module.bias is not None:
-        conv.bias.copy_(_selected(old.module.bias.detach(), kept, 0, conv.bias.detach()))
+    _take_rest(gm, new, old, _bias(old.module), kept)
+
+
+def _take_rest(
+    gm: fx.GraphModule, new: nn.Module, old: Unit, bias: torch.Tensor | None, kept: torch.Tensor | None
+) -> None:
+    """Give a unit another's bias and norm."""
+    conv: Any = new.get_submodule("conv")
+    if conv.bias is not None and bias is not None:
+        conv.bias.copy_(_selected(bias, kept, 0, conv.bias.detach()))
     if old.norm is not None:
-        _take_norm(new.get_submodule("norm"), gm.get_submodule(str(old.norm.target)), old.module, kept)
+        _take_norm(new.get_submodule("norm"), gm.get_submodule(str(old.norm.target)), bias, kept)
 
 
-def _take_norm(norm: nn.Module, like: nn.Module, layer: Any, kept: torch.Tensor | None) -> None:
+def _bias(layer: Any) -> torch.Tensor | None:
+    return None if layer.bias is None else layer.bias.detach()
+
+
+def _take_norm(norm: nn.Module, like: nn.Module, bias: torch.Tensor | None, kept: torch.Tensor | None) -> None:
     """Give a norm the state of another; the bias of the layer before that one goes into its mean."""
     for name, tensor in norm.state_dict().items():
         source = like.state_dict()[name]
         if source.dim():
             source = source if kept is None else _selected(source, kept, 0, tensor)
-            if name == "running_mean" and layer.bias is not None:
-                source = source - _selected(layer.bias.detach(), kept, 0, torch.zeros_like(tensor))
+            if name == "running_mean" and bias is not None:
+                source = source - _selected(bias, kept, 0, torch.zeros_like(tensor))
         tensor.copy_(source)
 
 
@@ -120,7 +165,8 @@ def _take_gate(gm: fx.GraphModule, module: nn.Module, old: Squeeze, kept: torch.
         else:
             new.bias.copy_(_selected(layer.bias.detach(), None if dim else kept, 0, new.bias.detach()))
     if old.norm is not None:
-        _take_norm(gate.norm, gm.get_submodule(str(old.norm.target)), gm.get_submodule(str(old.reduce.target)), None)
+        reduce = gm.get_submodule(str(old.reduce.target))
+        _take_norm(gate.norm, gm.get_submodule(str(old.norm.target)), _bias(reduce), None)
 
 
 def _selected(source: torch.Tensor, kept: torch.Tensor | None, dim: int, fresh: torch.Tensor) -> torch.Tensor:

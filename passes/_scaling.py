@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -17,6 +17,7 @@ __all__ = [
     "along_outputs",
     "outputs_of",
     "readers_of",
+    "scale_and_shift",
     "why_not_alone",
     "why_not_plain",
     "with_parameters",
@@ -83,3 +84,12 @@ def with_parameters(layer: Layer, weight: torch.Tensor, bias: torch.Tensor | Non
     copy.register_parameter("weight", nn.Parameter(weight.contiguous(), layer.weight.requires_grad))
     copy.register_parameter("bias", None if bias is None else nn.Parameter(bias.contiguous(), trains_bias))
     return copy
+
+
+def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm in float64 as ``y = scale * x + shift``, each of shape (channels,)."""
+    scale = torch.rsqrt(norm.running_var.detach().double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -scale * norm.running_mean.detach().double()
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()

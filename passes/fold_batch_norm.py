@@ -19,6 +19,7 @@ from fxopt.passes._scaling import (
     along_outputs,
     outputs_of,
     readers_of,
+    scale_and_shift,
     why_not_alone,
     why_not_plain,
     with_parameters,
@@ -113,7 +114,7 @@ def _fold_into_producer(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> 
     others = [reader.name for reader in readers_of(gm, producer) if reader is not node]
     if others:
         return f"{producer.name!r} before it is also read by {others[0]!r}"
-    scale, shift = _scale_and_shift(norm)
+    scale, shift = scale_and_shift(norm)
     weight = layer.weight.detach().double() * along_outputs(layer, scale)
     bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
     reason = _install(gm, producer, layer, weight, bias, norm)
@@ -134,7 +135,7 @@ def _fold_into_consumer(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> 
     layer = _layer_or_reason(gm, readers[0], node, "after")
     if isinstance(layer, str):
         return layer
-    scale, shift = _scale_and_shift(norm)
+    scale, shift = scale_and_shift(norm)
     if bool(shift.any()):
         if isinstance(layer, _ConvTransposeNd):
             return f"{str(readers[0].target)!r} is transposed, so that its borders see less of the shift"
@@ -148,15 +149,6 @@ def _fold_into_consumer(gm: fx.GraphModule, node: fx.Node, norm: _BatchNorm) -> 
     if reason is None:
         _bypass(gm, node, node.args[0])
     return reason
-
-
-def _scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm in float64 as ``y = scale * x + shift``, each of shape (channels,)."""
-    scale = torch.rsqrt(norm.running_var.detach().double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -scale * norm.running_mean.detach().double()
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
 
 
 def _pads_with_zeros(layer: _ConvNd) -> bool:

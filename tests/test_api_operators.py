@@ -124,6 +124,23 @@ def test_what_no_passes_can_reach_is_told_before_the_supernet() -> None:
         three(budget={"latency": 0.01}, progress=Killing("supernet", 1))
 
 
+def test_what_comes_out_is_trained_for_longer_than_what_is_on_the_way_to_it() -> None:
+    told: list[tuple[str, int]] = []
+
+    class Listening(Silent):
+        def start(self, task: str, total: int) -> None:
+            told.append((task, total))
+
+    for passes in ((STEP, PruneChannels(round_to=4), Quantize()), (STEP, Quantize()), (STEP,)):
+        told.clear()
+        three(passes=passes, final_epochs=3, shares=None, progress=Listening())
+        lengths = [(task, total) for task, total in told if "train" in task or "tuning" in task]
+        on_the_way = [("training what was selected", 1)] if len(passes) == 3 else []
+        selected = "training what was selected" if len(passes) == 2 else "fine-tuning"
+        behind = [("fine-tuning quantized", 1)] if len(passes) > 1 else []
+        assert lengths == [*on_the_way, (selected, 3), *behind]
+
+
 def test_shares_without_operators_search_pass_by_pass() -> None:
     told: dict[str, Any] = {"target": "zynq7020", "train": DATA, "val": DATA, "budget": {"latency": 0.7}, "trials": 1}
     step = PruneChannels(round_to=4)

@@ -39,6 +39,24 @@ def test_the_default_is_to_learn_class_scores() -> None:
     assert detail(default) == "epochs: 1"
 
 
+def epochs_told(result: OptimizationResult) -> list[str]:
+    """What the report tells of each training."""
+    return [step.detail.split(",")[0] for step in result.report.passes if step.name.startswith("fine-tune")]
+
+
+def test_the_last_training_in_floats_may_be_longer() -> None:
+    """Through quantizers it is not, and where bits alone are decided there is none in floats."""
+    few = {"target": "zynq7020", "budget": {"latency": 0.4}, "passes": ("prune-channels", "quantize")}
+    assert epochs_told(tuned(None, final_epochs=2)) == ["epochs: 2"]
+    assert epochs_told(tuned(None, **few, final_epochs=2)) == ["epochs: 2", "epochs: 1"]
+    assert epochs_told(tuned(None, **few, final_epochs=0)) == ["epochs: 1"]
+    assert epochs_told(tuned(None, **few, shares={}, final_epochs=2)) == ["epochs: 2", "epochs: 1"]
+    assert epochs_told(tuned(None, **(few | {"passes": "quantize"}), final_epochs=2)) == ["epochs: 1"]
+    assert outcome(tuned(None, **few, final_epochs=1)) == outcome(tuned(None, **few))
+    with pytest.raises(FxoptError, match="final_epochs"):
+        tuned(None, final_epochs=-1)
+
+
 @pytest.mark.parametrize("change", [{"optimizer": "adamw"}, {"schedule": "constant"}, {"momentum": 0.5}])
 def test_every_option_counts(change: dict[str, Any]) -> None:
     assert outcome(tuned(FineTuning(**change))) != outcome(tuned(None))

@@ -45,6 +45,7 @@ class Options:
         patience: Epochs without a better score before it ends.
         distill: What it learns from the original model, such as ``logits=0.5,attention=1``.
         scales: What becomes of quantizers' scales in training: lsq, pact or fixed.
+        final_epochs: Epochs of the last training in floats.
         trial_epochs: Epochs of fine-tuning in every trial.
         objective: What to search for, such as ``macs@0.97``.
         reconstruct: How weights behind cut channels are found anew.
@@ -63,6 +64,7 @@ class Options:
     engine: str = "evolution"
     trials: int = 48
     epochs: int = 2
+    final_epochs: int | None = None
     train: str | None = None
     val: str | None = None
     evaluate: str | None = None
@@ -89,7 +91,7 @@ class Options:
 
 _WAYS = ("optimizer", "schedule", "distill", "scales", "objective", "reconstruct")
 _TEXT = ("model", "target", "engine", "train", "val", "evaluate", "loss", "out", *_WAYS)
-_NUMBERS = {"trials": 1, "epochs": 0, "trial_epochs": 0, "seed": 0, "patience": 1, "parallel": 1}
+_NUMBERS = {"trials": 1, "epochs": 0, "final_epochs": 0, "trial_epochs": 0, "seed": 0, "patience": 1, "parallel": 1}
 _LISTS = ("input", "passes")
 _SWITCHES = ("verify_on_host",)
 _TABLES = {

@@ -15,6 +15,7 @@ __all__ = [
     "Engines",
     "Epochs",
     "Evaluate",
+    "FinalEpochs",
     "Inputs",
     "Json",
     "LearningRate",
@@ -152,6 +153,10 @@ Trials = Annotated[
 Epochs = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=0, help="Epochs of fine-tuning; by default 2.", show_default=False),
+]
+FinalEpochs = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=0, help="Epochs of the last training in floats; by default as --epochs.", show_default=False),
 ]
 Loss = Annotated[
     Optional[str],  # noqa: UP045

@@ -93,6 +93,44 @@ def test_a_larger_candidate_begins_as_what_the_block_computes(name: str, larger:
         assert_equivalent(gm, changed.graph_module, torch.randn(2, 3, 9, 9), batch=3)
 
 
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(("outputs", "stride", "kernel", "squeeze"), [(8, 1, 3, 0), (12, 2, 5, 0), (8, 1, 3, 4)])
+def test_a_fused_candidate_begins_as_the_block_without_its_first_activation(
+    outputs: int, stride: int, kernel: int, squeeze: int, folded: bool
+) -> None:
+    """Everywhere, if the first layer gives zero for zero; the borders see the zeros around its outputs else."""
+    torch.manual_seed(0)
+    block = models.InvertedResidual(8, outputs, stride, 6, kernel, squeeze)
+    block.expand[2] = nn.Identity()
+    gm = block_graph(block)
+    norm = block.expand[1]
+    with torch.no_grad():
+        norm.bias.copy_(norm.weight * norm.running_mean / (norm.running_var + norm.eps).sqrt())
+    gm = FoldBatchNorm()(gm).graph_module if folded else gm
+    step = SelectOperators(candidates=("mb{e}-k{k}", "fused{e}-k{k}"))
+    (found,) = step.explain(gm)
+    for choice in (f"fused6-k{kernel}", f"fused6-k{kernel + 2}"):
+        changed = step.with_policy(Policy({("operator", found.site): choice}))(gm)
+        assert_equivalent(gm, changed.graph_module, torch.randn(2, 3, 9, 9), batch=3)
+    smaller, fused = (
+        step.with_policy(Policy({("operator", found.site): f"{kind}3-k{kernel}"}))(gm).graph_module
+        for kind in ("mb", "fused")
+    )
+    assert_equivalent(smaller, fused, torch.randn(2, 3, 9, 9), batch=3)
+
+
+def test_a_fused_candidate_inside_the_borders() -> None:
+    torch.manual_seed(0)
+    block = models.InvertedResidual(8, 8, 1, 6)
+    block.expand[2] = nn.Identity()
+    gm = traced(nn.Sequential(nn.Conv2d(3, 8, 1), block), 3, 9, 9)
+    made = SelectOperators(Policy({("operator", "1"): "fused6-k3"}), candidates=("fused{e}-k{k}",))(gm).graph_module
+    x = torch.randn(2, 3, 9, 9)
+    difference = (gm(x) - made(x)).abs()
+    assert difference[:, :, 1:-1, 1:-1].max() < 1e-5
+    assert difference.max() > 1e-3
+
+
 def test_a_smaller_expansion_keeps_the_channels_that_weigh_most() -> None:
     torch.manual_seed(0)
     block = models.InvertedResidual(8, 8, 1, 6)
