@@ -1,5 +1,7 @@
 """``python -m fxopt``: the command, where its script is not on the path."""
 
+import sys
+
 from fxopt.cli import main
 
-main()
+sys.exit(main())

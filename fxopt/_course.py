@@ -190,7 +190,7 @@ class Course:
         before = job.metrics(job.source, judge.judge(job.source) if len(job.operators) else first)
         if len(job.operators):
             job.learn_from_better(before.accuracy, first, known=self.judging.by_data)
-            line = f"operators: {len(job.selected)} blocks"
+            line = f"operators: {len(job.selected)} blocks, entropy {job.entropy:.2f}"
             self.steps.append(PassLine(SelectOperators.name, line, first, job.metrics(job.graph, first)))
         self.tuning.rehearse(job.graph)
         return judge, before

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from fxopt import _storage, targets
 from fxopt._arguments import check_weights
+from fxopt._digests import digest, digest_of
 from fxopt._precision import Quickest, not_slower, without_slow_integers
 from fxopt._selecting import Selection, Selector
 from fxopt.data import Loader
@@ -76,6 +77,7 @@ class Job:
         teacher: What it learns from when it is trained.
         operators: The operators that could be selected; none without a selector.
         selected: The operators that were selected.
+        entropy: How undecided their search was at its end, from 0 to 1.
         made_by: The passes that made ``graph`` of ``source``.
         original: What ``source`` costs.
         limits: The limits of the final network, for each budget.
@@ -105,6 +107,7 @@ class Job:
         self.state = _storage.shapes_of(model)
         check_weights(self.source)
         self.teacher, self.operators, self.selected = self.source, SearchSpace(()), Policy({})
+        self.entropy = 0.0
         self.notes: tuple[str, ...] = ()
         self.original, self.limits = self._costs_of_original()
         self.shares, self.passes = shares, passes
@@ -114,7 +117,7 @@ class Job:
         else:
             found = self._select(selector)
             self.operators = selector.step.search_space(self.source)
-            self.selected, self.notes = found.policy, found.notes
+            self.selected, self.entropy, self.notes = found.policy, found.entropy, found.notes
             self.made_by = (selector.step.with_policy(found.policy),)
             self._open(found.graph, passes)
 
@@ -186,7 +189,7 @@ class Job:
 
     def _open(self, graph: fx.GraphModule, passes: tuple[TunablePass, ...]) -> None:
         self.graph, self.passes = graph, passes
-        self.digest = _storage.digest_of(graph)
+        self.digest = digest_of(graph)
         self.workload: ParametricWorkload = self.lowered(graph)
         self.space = self._decisions(graph)
         if any(isinstance(one, Quantize) for one in passes) and not any(one.kind == "bits" for one in self.space):
@@ -281,7 +284,7 @@ class Job:
 
     def digest_with(self, policy: Policy) -> str:
         """A short name for what the policy makes of the model."""
-        return _storage.digest(self.digest, policy.to_json())
+        return digest(self.digest, policy.to_json())
 
     def lowered(self, graph: fx.GraphModule) -> ParametricWorkload:
         """A graph's rows, at the target's batch size."""

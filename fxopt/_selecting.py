@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import fx
 
-from fxopt import _storage
+from fxopt._digests import digest_of
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Policy
@@ -35,6 +35,10 @@ __all__ = ["Selection", "Selector", "bits_alone", "parted"]
 _SEARCH_EPOCHS = 2
 """Epochs of the search for each epoch of fine-tuning; the warm-up has as many as fine-tuning."""
 
+_COLLAPSED = (
+    "The search may have collapsed: of the blocks that can be left out {:.0%} are. Raise the budget, train for more "
+    "epochs, or let the other passes go a larger share of the way."
+)
 _STEP_DOWN = 0.95
 """What limits are multiplied by until the other passes can do the rest."""
 
@@ -49,11 +53,13 @@ class Selection:
     Attributes:
         graph: The network, trained if other passes follow.
         policy: The operator of every block.
+        entropy: How undecided the search was at its end, from 0 to 1.
         notes: What to know of the search.
     """
 
     graph: fx.GraphModule
     policy: Policy
+    entropy: float
     notes: tuple[str, ...]
 
 
@@ -120,16 +126,18 @@ class Selector:
             policy,
             train,
             epochs=0 if self.alone else self.tuning.epochs_of(on_grids=False, final=bits_alone(self.following)),
+            distil=self.tuning.loss is None,
             learning_rate=self.tuning.learning_rate,
             loss=self.tuning.loss,
             seed=self.tuning.seed,
-            checkpoint=self._place(f"selected-{_storage.digest(policy.to_json())}"),
+            checkpoint=self._place(f"selected-{digest_of(supernet.derive(policy))}"),
             progress=self.show,
         )
         row = supernet.space.encode(policy)[None]
         told = {metric: max(limit, float(table.score(row, metric)[0])) for metric, limit in wanted.items()}
         check_budget(network, table, wanted if self.alone else told, target.capabilities.batch)
-        return Selection(network, policy, found.notes)
+        notes = (_COLLAPSED.format(supernet.skipped(policy)),) if supernet.collapsed(policy) else ()
+        return Selection(network, policy, found.history[-1].entropy, notes)
 
     def _train(
         self, supernet: Supernet, table: OperatorTable, limits: Mapping[str, float], train: Loader
@@ -147,6 +155,7 @@ class Selector:
                 learning_rate=self.tuning.learning_rate,
                 seed=self.tuning.seed,
             ),
+            loss=self.tuning.loss,
             checkpoint=self._place("supernet"),
             progress=self.show,
         )

@@ -29,7 +29,7 @@ from fxopt.graph.sparsity import pattern_of, sparse_sites
 from fxopt.passes import Canonicalize, TunablePass
 from fxopt.passes.quantize import CALIBRATION_META
 
-__all__ = ["digest", "digest_of", "explain_other_weights", "load", "save", "shapes_of", "traced"]
+__all__ = ["explain_other_weights", "load", "save", "shapes_of", "traced"]
 
 _SCHEMA = 1
 _RECIPE = "recipe.json"
@@ -51,21 +51,6 @@ def shapes_of(model: nn.Module | ExportedProgram) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a model's state."""
     state = model.state_dict if isinstance(model, ExportedProgram) else model.state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def digest_of(graph: fx.GraphModule) -> str:
-    """A short name for what a graph computes: its code and its tensors."""
-    tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in graph.state_dict().items())
-    parts = (part for name, tensor in tensors for part in (name, tensor.reshape(-1).view(torch.uint8).numpy().data))
-    return digest(graph.code, *parts)
-
-
-def digest(*parts: str | bytes | memoryview) -> str:
-    """A short name for what the parts say."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part.encode() if isinstance(part, str) else part)
-    return found.hexdigest()[:12]
 
 
 def save(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from fxopt.errors import DataError, FxoptError
 
@@ -32,6 +33,7 @@ __all__ = [
     "digits",
     "fashion_mnist",
     "first_batch",
+    "pass_of",
     "read",
     "split_batch",
     "told",
@@ -194,6 +196,27 @@ def first_batch(loader: Loader, what: str) -> Any:
             if isinstance(leaf, torch.Tensor):
                 _check_tensor(leaf, f"The {name} of {what}'s first batch")
     return batch
+
+
+def pass_of(loader: Loader, number: int, seed: int) -> Loader:
+    """A loader for one pass, whose order depends on the number alone where it can be told.
+
+    A generator of a DataLoader's own is seeded: left alone it would go on from wherever the passes before have left it,
+    those of another process not among them.
+
+    Args:
+        loader: The loader.
+        number: The number of the pass.
+        seed: A seed.
+    """
+    if isinstance(loader, TensorLoader):
+        return loader.at_epoch(number)
+    if isinstance(loader, DataLoader):
+        holders = (loader, loader.sampler, loader.batch_sampler)
+        for own in {getattr(holder, "generator", None) for holder in holders}:
+            if isinstance(own, torch.Generator):
+                own.manual_seed(seed + 1_000_003 * number)
+    return loader
 
 
 def read(loader: Loader, what: str = "the loader", count: int | None = None) -> Iterator[Any]:

@@ -11,7 +11,7 @@ import torch
 import fxopt
 from fxopt import models
 from fxopt.api import OptimizationResult
-from fxopt.errors import BudgetError, DataError, InfeasibleError, PassError
+from fxopt.errors import BudgetError, DataError, FxoptError, InfeasibleError, PassError
 from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, SelectOperators, TunablePass
 from fxopt.progress import Silent
 from tests.optimizing import InProcess, make_batches, optimize, outcome
@@ -112,6 +112,15 @@ def test_resumed_equals_uninterrupted_wherever_it_stops(tmp_path: Path, whole: O
     again = three(tmp_path)
     assert again.policy.to_json() == whole.policy.to_json()
     assert torch.equal(again.model(EXAMPLE), whole.model(EXAMPLE))
+
+
+def test_a_folder_of_another_models_weights_is_refused(tmp_path: Path) -> None:
+    three(tmp_path)
+    other = make()
+    with torch.no_grad():
+        next(other.parameters()).add_(1.0)
+    with pytest.raises(FxoptError, match="another training; its model and its weights"):
+        three(tmp_path, other)
 
 
 @pytest.fixture(scope="module")

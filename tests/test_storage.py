@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxopt
-from fxopt import _storage
+from fxopt import _digests, _storage
 from fxopt.api import OptimizationResult
 from fxopt.decisions import Policy
 from fxopt.errors import FxoptError, PolicyError
@@ -280,10 +280,10 @@ def test_a_full_disk_leaves_every_file_whole(
 
 def test_a_digest_tells_graphs_apart() -> None:
     first, again = (_storage.traced(make_net(), EXAMPLE) for _ in range(2))
-    assert _storage.digest_of(first) == _storage.digest_of(again)
+    assert _digests.digest_of(first) == _digests.digest_of(again)
     others = [make_net().apply(forget), make_net(Otherwise), make_net(width=8)]
-    digests = {_storage.digest_of(_storage.traced(model, EXAMPLE)) for model in others}
-    assert len({_storage.digest_of(first), *digests}) == 4
+    digests = {_digests.digest_of(_storage.traced(model, EXAMPLE)) for model in others}
+    assert len({_digests.digest_of(first), *digests}) == 4
 
 
 def test_sparse_weights_are_saved_in_the_bytes_that_the_report_tells(tmp_path: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
-from fxopt.data import Loader, TensorLoader, read
+from fxopt._seeding import seeded
+from fxopt.data import Loader, TensorLoader, pass_of, read
 from fxopt.errors import DataError
 
 __all__ = ["Numbered", "split"]
@@ -19,16 +22,18 @@ def split(loader: Loader, share: float = 0.2, seed: int = 0) -> tuple[Loader, Lo
     """Part a loader in two: for weights, and for the architecture.
 
     Args:
-        loader: Batches of (input, label). Of a :class:`TensorLoader` samples are parted, of any other loader batches,
-            by their number; it then has to give them in one order.
+        loader: Batches of (input, label). Of a :class:`TensorLoader` samples are parted, and of a DataLoader that gives
+            the samples of its data set in order or shuffled. Of any other loader batches are parted, by their number:
+            it has to give them in one order, or in one that torch's global generator alone decides, which is seeded
+            alike for every pass.
         share: The part that the architecture gets.
         seed: Seed of who goes where.
 
     Raises:
         DataError: If a part would have no batch of at least two samples.
     """
-    samples = isinstance(loader, TensorLoader)
-    count = len(loader.inputs) if isinstance(loader, TensorLoader) else _count(loader, "train")
+    samples = isinstance(loader, TensorLoader) or _is_plain(loader)
+    count = _samples(loader) if samples else _count(loader, "train")
     held, least = round(count * share), 2 if samples else 1
     if not 0.0 < share < 1.0 or min(held, count - held) < least:
         raise DataError(
@@ -37,29 +42,59 @@ def split(loader: Loader, share: float = 0.2, seed: int = 0) -> tuple[Loader, Lo
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     rest, own = order[held:], order[:held]
-    if not isinstance(loader, TensorLoader):
-        return _Batches(loader, frozenset(rest.tolist())), _Batches(loader, frozenset(own.tolist()))
-    source = loader
+    return _part(loader, rest, seed), _part(loader, own, seed)
 
-    def part(chosen: torch.Tensor) -> TensorLoader:
-        inputs, labels = source.inputs[chosen], source.labels[chosen]
-        return TensorLoader(inputs, labels, source.batch_size, shuffle=True, seed=source.seed)
 
-    return part(rest), part(own)
+def _is_plain(loader: Loader) -> bool:
+    """Whether a DataLoader takes each sample of a data set once, in order or shuffled."""
+    if type(loader) is not DataLoader or loader.batch_size is None:
+        return False
+    sampler = loader.sampler
+    shuffled = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == _samples(loader)
+    return shuffled or type(sampler) is SequentialSampler
+
+
+def _samples(loader: Any) -> int:
+    return len(loader.inputs if isinstance(loader, TensorLoader) else loader.dataset)
+
+
+def _part(loader: Any, chosen: torch.Tensor, seed: int) -> Loader:
+    """The samples of a loader that have certain numbers, or else its batches."""
+    if isinstance(loader, TensorLoader):
+        inputs, labels = loader.inputs[chosen], loader.labels[chosen]
+        return TensorLoader(inputs, labels, loader.batch_size, shuffle=True, seed=loader.seed)
+    if not _is_plain(loader):
+        return _Batches(loader, frozenset(chosen.tolist()), seed)
+    same = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
+    return DataLoader(
+        Subset(loader.dataset, chosen.sort().values.tolist()),
+        loader.batch_size,
+        shuffle=isinstance(loader.sampler, RandomSampler),
+        drop_last=loader.drop_last and len(chosen) >= loader.batch_size,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+        **{name: getattr(loader, name) for name in same},
+    )
 
 
 @dataclass(frozen=True)
 class _Batches:
-    """Those batches of a loader that have certain numbers."""
+    """Those batches of a loader that have certain numbers, in the order of the loader's first pass."""
 
     loader: Loader
     numbers: frozenset[int]
+    seed: int
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[Any]:
-        return (batch for number, batch in enumerate(self.loader) if number in self.numbers)
+        # A shuffling sampler draws its order when the first batch is asked for.
+        with seeded(self.seed):
+            batches = iter(pass_of(self.loader, 0, self.seed))
+            first = next(batches, None)
+        whole = () if first is None else itertools.chain((first,), batches)
+        return (batch for number, batch in enumerate(whole) if number in self.numbers)
 
 
 class Numbered:
@@ -95,8 +130,7 @@ class Numbered:
         """
         if number != self._next or number % self.steps == 0:
             epoch, place = divmod(number, self.steps)
-            batches = self._loader.at_epoch(epoch) if isinstance(self._loader, TensorLoader) else self._loader
-            self._reading = read(batches, self.what)
+            self._reading = read(pass_of(self._loader, epoch, self._seeds[0]), self.what)
             for skipped in range(number - place, number):
                 self._read(skipped)
         batch = self._read(number)

@@ -101,6 +101,7 @@ def _identity(run: Run) -> dict[str, Any]:
     """What has to be the same for training to be resumed, as JSON gives it back."""
     found = {
         **{name.replace("_", " "): value for name, value in asdict(run.settings).items()},
+        "model and its weights": run.supernet.origin,
         "decisions": run.supernet.space.fingerprint,
         "batches for weights": run.train.steps,
         "batches for the architecture": run.val.steps,

@@ -59,7 +59,7 @@ class Workers:
         if self.size == 1:
             return batch
         inputs, label = split_batch(batch, what)
-        count = max((len(leaf) for leaf in _tensors(label)), default=0)
+        count = _count(label)
         if self._rank < count:
             return pytree.tree_map_only(
                 torch.Tensor, lambda one: one[self._rank :: self.size] if one.dim() else one, (inputs, label)
@@ -67,6 +67,13 @@ class Workers:
         inputs = pytree.tree_map_only(torch.Tensor, lambda one: one[:1] if one.dim() else one, inputs)
         label = pytree.tree_map_only(torch.Tensor, lambda one: torch.full_like(one[:1], IGNORED_LABEL), label)
         return inputs, label
+
+    def weight(self, batch: Any, what: str) -> float:
+        """How much this process's part of a batch is of an equal one: means with these weights are the batch's."""
+        if self.size == 1:
+            return 1.0
+        count = _count(split_batch(batch, what)[1])
+        return len(range(self._rank, count, self.size)) * self.size / max(1, count)
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean over all processes."""
@@ -113,6 +120,10 @@ class Workers:
 
     def _device(self) -> torch.device:
         return next(self._plain.parameters()).device
+
+
+def _count(label: Any) -> int:
+    return max((len(leaf) for leaf in _tensors(label)), default=0)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

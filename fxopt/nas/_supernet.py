@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxopt._digests import digest_of
 from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import PassError
 from fxopt.graph import edit
@@ -22,6 +23,8 @@ from fxopt.passes.select_operators import IDENTITY, ZERO, Block, initialize
 
 __all__ = ["MixedOperator", "Supernet"]
 
+_COLLAPSED = 0.8
+_SKIPS = frozenset((ZERO, IDENTITY))
 Indices = npt.NDArray[np.intp]
 
 
@@ -155,6 +158,11 @@ class Supernet:
         start = torch.zeros(self.mask.shape).masked_fill(~self.mask, -torch.inf)
         self.alpha = nn.Parameter(start)
 
+    @functools.cached_property
+    def origin(self) -> str:
+        """A short name of the model and its weights, as they were when it was first asked for: before training."""
+        return digest_of(self.net)
+
     @property
     def mixed(self) -> Mapping[str, MixedOperator]:
         """The mixed operators by site, in the order of the decisions."""
@@ -163,6 +171,15 @@ class Supernet:
     def probabilities(self) -> torch.Tensor:
         """Probability of every candidate, shape (blocks, most candidates)."""
         return self.alpha.softmax(1)
+
+    def skipped(self, policy: Policy) -> float:
+        """The part of the blocks that can be left out which a policy leaves out; 0 if there are none."""
+        can = [one for one in self.space if not _SKIPS.isdisjoint(one.choices)]
+        return sum(policy[one.key] in _SKIPS for one in can) / max(1, len(can))
+
+    def collapsed(self, policy: Policy) -> bool:
+        """Whether a policy leaves out so many of the blocks that can be left out that the search has told nothing."""
+        return self.skipped(policy) >= _COLLAPSED
 
     def most_likely(self) -> Policy:
         """The policy of every block's most probable candidate."""

@@ -33,15 +33,13 @@ from fxopt.nas._checkpoint import restore, store
 from fxopt.nas._objective import Cost, CostTerm
 from fxopt.nas._parallel import Workers
 from fxopt.nas._supernet import Supernet
-from fxopt.passes.select_operators import IDENTITY, ZERO
 from fxopt.progress import Progress, Silent
-from fxopt.training import make_optimizer, rising_cosine
+from fxopt.training import Loss, make_optimizer, own_loss, rising_cosine
 
 __all__ = ["Epoch", "SupernetResult", "SupernetSettings", "train_supernet"]
 
 _Method: TypeAlias = Literal["binary", "binary-all", "relaxed", "reinforce", "uniform"]
 _METHODS = get_args(_Method)
-_COLLAPSED = 0.8
 _FASTEST = 0.1
 _TRAVEL = 6.0
 """How far the parameters of an architecture may go in a search, and in a step."""
@@ -152,6 +150,7 @@ def train_supernet(
     terms: Sequence[CostTerm] = (),
     *,
     settings: SupernetSettings | None = None,
+    loss: Loss | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_steps: int = 200,
     progress: Progress | None = None,
@@ -171,6 +170,8 @@ def train_supernet(
         table: Costs of all candidates.
         terms: How costs enter the architecture's loss; none for accuracy alone.
         settings: How to train.
+        loss: ``loss(output, label)`` for weights and architecture; cross entropy of class scores, smoothed for weights,
+            by default.
         checkpoint: A file without suffix: at once, every ``checkpoint_steps`` steps, and at the end of every epoch,
             everything is written to ``<checkpoint>.safetensors``, and the same call resumes there. Resumed equals
             uninterrupted.
@@ -195,7 +196,7 @@ def train_supernet(
     with seeded(chosen.seed):
         stem = Path(checkpoint) if checkpoint is not None else None
         with Workers(supernet.net) as workers:
-            run = Run(supernet, train, val, Cost(table, terms), chosen, workers)
+            run = Run(supernet, train, val, Cost(table, terms), chosen, workers, loss)
             start = run.begin(stem)
             run.go(start, stem, checkpoint_steps, progress or Silent(), stop_after)
     supernet.choose_policy(supernet.most_likely())
@@ -226,6 +227,7 @@ class Run:
         cost: Cost,
         settings: SupernetSettings,
         workers: Workers,
+        loss: Loss | None = None,
     ) -> None:
         self.supernet = supernet
         self.cost = cost
@@ -239,6 +241,7 @@ class Run:
         self.val = Numbered(val, "val", settings.seed)
         self.steps = self.train.steps
         self._workers = workers
+        self._own_loss = loss
         methods: dict[str, BinaryGates | Relaxed | Reinforce] = {
             "binary": BinaryGates(2),
             "binary-all": BinaryGates(None),
@@ -294,7 +297,7 @@ class Run:
 
     def notes(self) -> tuple[str, ...]:
         """What to know of the result."""
-        if self.history and self.history[-1].skipped >= _COLLAPSED and self.settings.method != "uniform":
+        if self.history and self.settings.method != "uniform" and self.supernet.collapsed(self.supernet.most_likely()):
             return (
                 f"The search collapsed to skips: {self.history[-1].skipped:.0%} of what can be left out is. "
                 "Raise the budget, lower alpha_learning_rate or the weight of costs, or warm up for longer.",
@@ -375,9 +378,12 @@ class Run:
 
     def _loss(self, net: nn.Module, batch: Any, what: str, smoothing: float) -> torch.Tensor:
         """The loss of this process's part of a batch; the mean over processes is that of the whole."""
-        remedy = "a supernet is trained as a classifier"
         inputs, label = batch_for(self.supernet.net, self._workers.share(batch, what), what)
-        scores = class_scores(call_model(net, inputs, what), remedy)
+        output = call_model(net, inputs, what)
+        if self._own_loss is not None:
+            return own_loss(self._own_loss, output, label) * self._workers.weight(batch, what)
+        remedy = "a supernet is trained as a classifier unless it is given a loss"
+        scores = class_scores(output, remedy)
         numbers = class_numbers(label, scores, what, remedy)
         total = nn.functional.cross_entropy(scores, numbers, reduction="sum", label_smoothing=smoothing)
         labelled = int((split_batch(batch, what)[1] != IGNORED_LABEL).sum())
@@ -395,7 +401,7 @@ class Run:
                 entropy=float(entropy.mean()),
                 costs=[float(one(shares)) for one in self.cost.expected],
                 duals=list(self.cost.duals),
-                skipped=self._skipped(),
+                skipped=self.supernet.skipped(self.supernet.most_likely()),
             )
         )
         self.sums = [0.0, 0.0, 0.0, 0.0]
@@ -408,15 +414,6 @@ class Run:
         costs = zip(self.cost.terms, epoch.costs, strict=True)
         words = [f"{term.metric} {cost / term.reference:.2f} of {term.reference:.4g}" for term, cost in costs]
         return ", ".join([f"loss {epoch.loss:.4f}", f"entropy {epoch.entropy:.2f}", *words])
-
-    def _skipped(self) -> float:
-        policy = self.supernet.most_likely()
-        found = [
-            policy[decision.key] in (ZERO, IDENTITY)
-            for decision in self.supernet.space
-            if ZERO in decision.choices or IDENTITY in decision.choices
-        ]
-        return sum(found) / len(found) if found else 0.0
 
     def _finite(self, value: float, step: int, what: str) -> float:
         if not math.isfinite(value):
@@ -436,5 +433,6 @@ class Run:
         path = chosen.of_kind("operator")
         return (
             f"{what} in epoch {epoch + 1}, batch {batch + 1} (step {step + 1}), on the path {path}. "
-            "The checkpoint, if there is one, is of the last good state. Lower learning_rate, or check the data."
+            "The checkpoint, if there is one, is of the last good state. Check the data; or remove the checkpoint, or "
+            "name another place, and lower learning_rate."
         )

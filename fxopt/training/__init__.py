@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxopt._schedules import rising_cosine
 from fxopt.training._checkpoint import read_tensors, write_tensors
-from fxopt.training._fit import EpochDone, fit, rehearse
+from fxopt.training._fit import EpochDone, fit, own_loss, rehearse
 from fxopt.training._losses import Loss
 from fxopt.training._optimizers import keep_zeros, make_optimizer
 from fxopt.training._options import Distillation, EarlyStop, FineTuning, History
@@ -19,6 +19,7 @@ __all__ = [
     "fit",
     "keep_zeros",
     "make_optimizer",
+    "own_loss",
     "read_tensors",
     "rehearse",
     "rising_cosine",

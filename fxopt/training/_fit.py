@@ -15,7 +15,7 @@ from torch import nn
 
 from fxopt._schedules import SCHEDULES
 from fxopt._seeding import seeded
-from fxopt.data import Loader, TensorLoader, batch_for, blaming, call_model, first_batch, read
+from fxopt.data import Loader, batch_for, blaming, call_model, first_batch, pass_of, read
 from fxopt.errors import DataError, FxoptError
 from fxopt.graph import eval_mode
 from fxopt.training._checkpoint import Checkpoint
@@ -34,7 +34,7 @@ from fxopt.training._options import (
     check_types,
 )
 
-__all__ = ["EpochDone", "fit", "rehearse"]
+__all__ = ["EpochDone", "fit", "own_loss", "rehearse"]
 
 EpochDone: TypeAlias = Callable[[int, int, float], None]
 """Told after every epoch: its number from 1, how many there are, and its mean loss."""
@@ -111,7 +111,7 @@ def fit(
         early_stop: When to end before the last epoch, by ``evaluate``. The weights of the best epoch are put back.
         checkpoint: A file without suffix: after every epoch everything is written to ``<checkpoint>.safetensors``, and
             the same call resumes there. Resumed equals uninterrupted, for loaders whose order depends on nothing but
-            the epoch or torch's global generator, which is seeded anew for every epoch.
+            the epoch, torch's global generator or a DataLoader's own, which are seeded anew for every epoch.
         seed: Seed of torch's global generator (dropout, augmentation) in training; the generator's state outside is
             left alone.
         progress: Told after every epoch.
@@ -303,7 +303,7 @@ class _Training:
 
     def _go_through(self, epoch: int) -> float:
         self.model.train()
-        batches = self._train.at_epoch(epoch) if isinstance(self._train, TensorLoader) else self._train
+        batches = pass_of(self._train, epoch, self.settings.seed)
         total, value, count = 0.0, 0.0, 0
         for index, batch in enumerate(read(batches, "train")):
             value = self._step(epoch * self.settings.steps + index, batch)
@@ -339,15 +339,25 @@ class _Training:
         """
         inputs, label = batch_for(self.model, batch, "train")
         output = _forward(self.model if self._distiller is None else self._distiller.student, inputs)
-        with blaming("loss", "Correct it, or the labels of train; it is called with the model's output and a label."):
-            own: Any = self._loss(output, label)
-        if not isinstance(own, torch.Tensor) or own.numel() != 1:
-            raise DataError(f"loss gives {_described(own)}; it has to give a tensor of one element, such as a mean.")
+        own = own_loss(self._loss, output, label)
         return own if self._distiller is None else self._distiller.loss(own, output, inputs)
 
     def _finite(self) -> bool:
         tensors = (tensor for tensor in self.model.state_dict().values() if tensor.is_floating_point())
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def own_loss(loss: Loss, output: Any, label: Any) -> torch.Tensor:
+    """What a function of output and label gives, a tensor of one element.
+
+    Raises:
+        DataError: If it fails, or gives something else.
+    """
+    with blaming("loss", "Correct it, or the labels of train; it is called with the model's output and a label."):
+        own: Any = loss(output, label)
+    if not isinstance(own, torch.Tensor) or own.numel() != 1:
+        raise DataError(f"loss gives {_described(own)}; it has to give a tensor of one element, such as a mean.")
+    return own
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:

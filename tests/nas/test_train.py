@@ -6,17 +6,22 @@ import dataclasses
 import errno
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fxopt import _files, targets
+from fxopt.data import Loader
 from fxopt.decisions import Policy
 from fxopt.errors import DataError, FxoptError, UnknownNameError
 from fxopt.lowering import lower_operators
 from fxopt.nas import Cost, CostTerm, Supernet, SupernetResult, SupernetSettings, split, train_supernet
+from fxopt.nas._batches import Numbered
 from fxopt.nas._parallel import Workers
 from fxopt.nas._train import Run
 from fxopt.progress import Silent
@@ -118,6 +123,87 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: P
     assert place.with_name("supernet.safetensors").read_bytes() == good
 
 
+def test_a_checkpoint_of_another_models_weights_is_refused(tmp_path: Path) -> None:
+    """Of equal shapes; the same supernet goes on where it stopped."""
+    place = tmp_path / "supernet"
+    supernet = Supernet(*mobile())
+    trained(supernet, checkpoint=place, stop_after=3)
+    other = Supernet(*mobile())
+    with torch.no_grad():
+        next(other.net.parameters()).add_(1.0)
+    with pytest.raises(FxoptError, match="its model and its weights"):
+        trained(other, checkpoint=place)
+    assert trained(supernet, checkpoint=place).resumed_at == 3
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_shuffling_dataloader_is_split_by_samples_and_resumed(tmp_path: Path, own: bool) -> None:
+    """With a generator of its own, too, which another process finds at its beginning."""
+    data = loader(32)
+    images = TensorDataset(data.inputs, torch.arange(32))
+
+    def parts() -> tuple[Loader, Loader]:
+        generator = torch.Generator().manual_seed(3) if own else None
+        return split(DataLoader(images, 8, shuffle=True, generator=generator), 0.25)
+
+    weights, architecture = parts()
+    seen: list[set[int]] = [set(), set()]
+    orders = []
+    for which, part in enumerate((weights, architecture)):
+        numbered = Numbered(part, "train", 0)
+        for step in range(3 * numbered.steps):
+            seen[which] |= set(numbered.at(step)[1].tolist())
+        orders.append([Numbered(part, "train", 0).at(numbered.steps + 1)[1].tolist() for _ in range(2)])
+    assert [len(one) for one in seen] == [24, 8]
+    assert not seen[0] & seen[1]
+    assert all(one == other for one, other in orders)
+
+    labelled = TensorDataset(data.inputs, data.labels)
+
+    def run(**options: Any) -> SupernetResult:
+        generator = torch.Generator().manual_seed(3) if own else None
+        return trained(data=DataLoader(labelled, 8, shuffle=True, generator=generator), **options)
+
+    whole, place = run(), tmp_path / "supernet"
+    run(checkpoint=place, checkpoint_steps=1, stop_after=6)
+    resumed = run(checkpoint=place)
+    for name, value in state(whole).items():
+        assert torch.equal(value, state(resumed)[name]), name
+
+
+def test_batches_of_a_loader_of_ones_own_are_parted_in_one_order() -> None:
+    class Shuffled:
+        """Batches in an order that torch's global generator decides."""
+
+        def __len__(self) -> int:
+            return 10
+
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for number in torch.randperm(10).tolist():
+                yield torch.full((2, 1), float(number)), torch.zeros(2, dtype=torch.long)
+
+    seen = []
+    for part in split(Shuffled(), 0.3):
+        numbered = Numbered(part, "train", 0)
+        seen.append({float(numbered.at(step)[0][0, 0]) for step in range(3 * numbered.steps)})
+    assert [len(one) for one in seen] == [7, 3]
+    assert not seen[0] & seen[1]
+
+
+def test_a_loss_of_ones_own_trains_weights_and_architecture() -> None:
+    """Cross entropy by another name gives what cross entropy gives, and labels need not be classes."""
+    settings = dataclasses.replace(SETTINGS, label_smoothing=0.0)
+    plain = trained(settings=settings)
+    own = trained(settings=settings, loss=nn.functional.cross_entropy)
+    for name, value in state(plain).items():
+        assert torch.allclose(value, state(own)[name], atol=1e-6), name
+    several = [(inputs, nn.functional.one_hot(labels, 3).float()) for inputs, labels in loader()]
+    result = trained(data=several, val=several, loss=nn.functional.binary_cross_entropy_with_logits)
+    assert result.history[-1].loss < result.history[0].loss
+    with pytest.raises(DataError, match=r"tensor of shape \(8, 3\); it has to give a tensor of one element"):
+        trained(loss=lambda output, label: output)
+
+
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "supernet"
     trained(checkpoint=place, stop_after=3)
@@ -132,6 +218,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         trained(checkpoint=place, table=other)
     before = state(SupernetResult(Supernet(*mobile()), Policy({})))
     wider = Supernet(*mobile())
+    assert wider.origin == Supernet(*mobile()).origin
     wider.net.get_submodule("stem.0").weight = torch.nn.Parameter(torch.zeros(8, 2, 5, 5))
     with pytest.raises(FxoptError, match=r"stem\.0\.weight is of shape"):
         trained(wider, checkpoint=place)

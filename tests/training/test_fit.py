@@ -139,10 +139,13 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, optimizer: Any, stop: int)
     assert_same(state_of(again), state_of(whole))
 
 
-def test_resumed_equals_uninterrupted_with_a_data_loader(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_resumed_equals_uninterrupted_with_a_data_loader(tmp_path: Path, own: bool) -> None:
+    """With a generator of its own, too: another process finds it at its beginning."""
     data = make_data()
+    generator = torch.Generator().manual_seed(0) if own else None
     batches: Any = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(data.inputs, data.labels), batch_size=16, shuffle=True
+        torch.utils.data.TensorDataset(data.inputs, data.labels), batch_size=16, shuffle=True, generator=generator
     )
     whole = make_model()
     fit(whole, batches, epochs=3)
@@ -153,6 +156,8 @@ def test_resumed_equals_uninterrupted_with_a_data_loader(tmp_path: Path) -> None
     with pytest.raises(StopError):
         fit(make_model(), batches, epochs=3, checkpoint=tmp_path / "run", progress=interrupt)
     torch.rand(7)
+    if generator is not None:
+        generator.manual_seed(0)
     resumed = make_model()
     fit(resumed, batches, epochs=3, checkpoint=tmp_path / "run")
     assert_same(state_of(resumed), state_of(whole))
