@@ -405,3 +405,10 @@ def test_people_are_told_the_figures_their_trust_and_the_proof(capsys: pytest.Ca
         ),
     ):
         assert wanted in shown, wanted
+
+
+def test_the_module_ends_as_the_command_does() -> None:
+    words = [sys.executable, "-m", "fxopt", "profile", "nothing.py:model", "--target", "pixel1"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: ")
