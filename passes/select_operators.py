@@ -73,8 +73,8 @@ class SelectOperators(TunablePass):
 
     Candidates imitate the norm and activation of the block. A candidate of the block's own layers gets the block's
     weights: larger kernels begin as the block's in the middle of zeros, larger expansions compute what the block
-    computes, smaller expansions keep the channels that weigh most. A fused one in the place of an inverted residual gets
-    the product of its first two layers, which it computes without the activation between them. All others get weights
+    computes, smaller expansions keep the channels that weigh most. A fused one for an inverted residual gets the
+    product of its first two layers, which it computes without the activation between them. All others get weights
     from a seed.
 
     Attributes:
