@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx, nn
 
 from fxopt.errors import PassError
-from fxopt.passes._operators import ORIGINAL, Shape, Style
+from fxopt.passes._operators import ORIGINAL, Shape, Style, check_names
 
 __all__ = ["PATTERNS", "SQUEEZE", "Block", "Pattern", "Squeeze", "Unit", "register_pattern"]
 
@@ -281,13 +282,20 @@ def register_pattern(pattern: Pattern) -> None:
     """Add a pattern of your own; it is tried before all others.
 
     Raises:
-        PassError: If there is one of that name, or a role that fxopt does not know.
+        PassError: If there is one of that name, a role that fxopt does not know, or no tuple where one is needed.
+        UnknownNameError: If there is no such candidate; register your own first.
     """
+    for name in ("roles", "candidates"):
+        given: Any = getattr(pattern, name, None)
+        if not isinstance(given, (tuple, list)) or not all(isinstance(one, str) for one in given):
+            whose = getattr(pattern, "name", pattern)
+            raise PassError(f"{name} of pattern {whose!r} has to be a tuple such as ('word',), got {given!r}.")
     if pattern.name in PATTERNS:
         raise PassError(f"There is a pattern {pattern.name!r} already; choose another name.")
     unknown = [role for role in pattern.roles if role not in _ROLES]
     if unknown or all(role == SQUEEZE for role in pattern.roles):
         raise PassError(f"Pattern {pattern.name!r} has the roles {pattern.roles}; known are {', '.join(_ROLES)}.")
+    check_names(pattern.candidates, f" of pattern {pattern.name!r}:")
     others = dict(PATTERNS)
     PATTERNS.clear()
     PATTERNS.update({pattern.name: pattern, **others})

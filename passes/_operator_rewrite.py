@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -12,7 +14,7 @@ from fxopt.errors import FxoptError, PassError
 from fxopt.graph import edit, ops, propagate
 from fxopt.graph import trace as trace_graph
 from fxopt.passes._operator_patterns import Block
-from fxopt.passes._operators import IDENTITY, ORIGINAL, OWN, ZERO, Shape, SqueezeExcite, build, fits, is_custom
+from fxopt.passes._operators import IDENTITY, ORIGINAL, OWN, ZERO, SqueezeExcite, build, fits, is_custom
 
 __all__ = ["SITE_META", "Chosen", "check_custom", "offered", "replace_blocks"]
 
@@ -43,8 +45,13 @@ def offered(gm: fx.GraphModule, block: Block, name: str) -> bool:
 
     Candidates without layers also have to leave the cost of everything else as it is: what the block reads must be
     read by the block alone, and what remains of it must not be computed together with what comes before.
+
+    Raises:
+        PassError: If a user's own ``fits`` raises.
     """
-    if not fits(name, block.shape):
+    with _blaming(f"fits of candidate {name!r}", block):
+        fitting = fits(name, block.shape)
+    if not fitting:
         return False
     if name.startswith(f"{OWN}-"):
         return block.operator == ORIGINAL and _changes_kernel(block, int(name.rpartition("k")[2]))
@@ -172,37 +179,60 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
     raise PassError(f"The candidate for {path!r} gives nothing.")
 
 
-def check_custom(name: str, module: nn.Module, shape: Shape, size: tuple[int, int]) -> None:
+def check_custom(name: str, module: nn.Module, block: Block) -> None:
     """See that a user's candidate keeps the shape of its block.
 
     Raises:
-        PassError: If it does not, or fails on an input of the block's size.
+        PassError: If it is no module, does not keep the shape, or fails on an input of the block's size.
     """
     if not is_custom(name):
         return
+    given: Any = module
+    if not isinstance(given, nn.Module):
+        raise PassError(
+            f"Candidate {name!r} at {block.site!r} is a {type(given).__name__}; let what register_candidate was given "
+            "return a torch.nn.Module."
+        )
+    shape, size = block.shape, edit.shape(block.entry)[2:]
     x = torch.zeros(_EXAMPLE_BATCH, shape.inputs, *size)
-    wanted = (_EXAMPLE_BATCH, shape.outputs, -(-size[0] // shape.stride), -(-size[1] // shape.stride))
+    wanted = (_EXAMPLE_BATCH, shape.outputs, *(-(-one // shape.stride) for one in size))
     modes = [(part, part.training) for part in module.modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _blaming(f"Candidate {name!r}, given an input of {tuple(x.shape)},", block):
             found = module.eval()(x)
-    except FxoptError:
-        raise
-    except Exception as failure:
-        raise PassError(f"Candidate {name!r} fails on an input of {tuple(x.shape)}: {failure}") from failure
     finally:
         for part, training in modes:
             part.training = training
     if not isinstance(found, torch.Tensor) or tuple(found.shape) != wanted:
         shown = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
         raise PassError(
-            f"Candidate {name!r} makes {shown} of an input of {tuple(x.shape)}, and the block it would stand in for "
-            f"makes {wanted}. Correct it, or tell register_candidate(fits=...) where it can stand."
+            f"Candidate {name!r} makes {shown} of an input of {tuple(x.shape)}, and the block {block.site!r} that it "
+            f"would stand in for makes {wanted}. Correct it, or tell register_candidate(fits=...) where it can stand."
         )
 
 
 def make(name: str, block: Block, builder: Callable[[], nn.Module] | None = None) -> nn.Module:
-    """A candidate for a block, its weights unset; checked if it is a user's own."""
-    module = builder() if builder is not None else build(name, block.shape, block.style)
-    check_custom(name, module, block.shape, edit.shape(block.entry)[2:])  # type: ignore[arg-type]
+    """A candidate for a block, its weights unset; checked if it is a user's own.
+
+    Raises:
+        PassError: If a user's own cannot be built or does not keep the block's shape.
+    """
+    with _blaming(f"The builder of candidate {name!r}", block):
+        module = builder() if builder is not None else build(name, block.shape, block.style)
+    check_custom(name, module, block)
     return module
+
+
+@contextlib.contextmanager
+def _blaming(what: str, block: Block) -> Iterator[None]:
+    """Raise an error of the user's own code as a PassError that says whose it is, and at which block."""
+    try:
+        yield
+    except FxoptError:
+        raise
+    except Exception as failure:
+        reason = (str(failure).splitlines() or [""])[0].rstrip(".")
+        raise PassError(
+            f"{what} fails at {block.site!r}: {type(failure).__name__}: {reason}. Correct what register_candidate was "
+            "given."
+        ) from failure

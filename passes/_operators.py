@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ __all__ = [
     "SqueezeGate",
     "Style",
     "build",
+    "check_names",
     "fits",
     "known",
     "register_candidate",
@@ -316,23 +317,46 @@ _FAMILIES: Mapping[str, _Family] = {
 }
 _NAME = re.compile(r"([a-z]+)(\d*)-k(\d+)")
 _CUSTOM: dict[str, tuple[Builder, Callable[[Shape], bool]]] = {}
+_EXAMPLES = ("mb6-k3", "fused6-k3", "conv-k3", "separable-k3", "grouped4-k3", "basic-k3", "bottleneck-k3", "own-k3")
 
 
 def register_candidate(name: str, build: Builder, fits: Callable[[Shape], bool] | None = None) -> None:
     """Add a candidate operator of your own, which ``SelectOperators(candidates=(..., name))`` then offers.
 
     Args:
-        name: Its name in policies. Who replays such a policy has to register the same candidate first.
+        name: Its name in policies, without braces. Who replays such a policy has to register the same candidate first.
         build: Makes the operator from the block's shape and style, a module of one input and one output; convolutions
             and norms in it get their weights from the pass's seed. It may be anything that ``fxopt.trace`` accepts.
         fits: Whether it can stand in the place of a block; by default wherever it keeps the block's shape.
 
     Raises:
-        PassError: If the name is one of fxopt's own, or of a candidate that was registered before.
+        PassError: If the name is one of fxopt's own, or of a candidate that was registered before; if it is no name, or
+            what builds the candidate or tells where it fits no function.
     """
-    if name in (ORIGINAL, IDENTITY, ZERO) or _parsed(name) is not None or name in _CUSTOM or not name:
+    given: Any = name
+    if not isinstance(given, str) or not given or set("{}") & set(given):
+        raise PassError(f"The name of a candidate is a word without braces, got {given!r}.")
+    for what, function in (("build", build), ("fits", fits or _anywhere)):
+        if not callable(function):
+            raise PassError(f"{what} of the candidate {name!r} is a {type(function).__name__}; give a function.")
+    if name in (ORIGINAL, IDENTITY, ZERO) or _parsed(name) is not None or name in _CUSTOM:
         raise PassError(f"There is a candidate {name!r} already; choose another name.")
-    _CUSTOM[name] = (build, fits or (lambda shape: True))
+    _CUSTOM[name] = (build, fits or _anywhere)
+
+
+def _anywhere(shape: Shape) -> bool:
+    return True
+
+
+def check_names(names: Iterable[str], where: str = "") -> None:
+    """Candidates are known, whatever ``{k}`` and ``{e}`` in their names stand for.
+
+    Raises:
+        UnknownNameError: If one is not; says where it was given.
+    """
+    for name in names:
+        if not known(name.replace("{k}", "3").replace("{e}", "6")):
+            raise UnknownNameError(f"candidate{where}", name, [*_EXAMPLES, IDENTITY, ZERO, *_CUSTOM])
 
 
 def known(name: str) -> bool:
@@ -376,9 +400,7 @@ def is_custom(name: str) -> bool:
 def _found(name: str) -> tuple[_Family, int, int]:
     parsed = _parsed(name)
     if parsed is None:
-        raise UnknownNameError(
-            "candidate", name, ["mb6-k3", "conv-k3", "separable-k3", "own-k3", IDENTITY, ZERO, *_CUSTOM]
-        )
+        raise UnknownNameError("candidate", name, [*_EXAMPLES, IDENTITY, ZERO, *_CUSTOM])
     return parsed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from fxopt.passes._operator_matching import find_blocks
 from fxopt.passes._operator_patterns import PATTERNS, Block, Pattern, register_pattern
 from fxopt.passes._operator_rewrite import SITE_META, Chosen, make, offered, replace_blocks
 from fxopt.passes._operator_weights import inherit, initialize
-from fxopt.passes._operators import IDENTITY, ZERO, Shape, Style, known, register_candidate
+from fxopt.passes._operators import IDENTITY, ZERO, Shape, Style, check_names, known, register_candidate
 from fxopt.passes.base import PassResult, Refusal, TunablePass
 
 __all__ = [
@@ -54,6 +54,24 @@ class FoundBlock:
     operator: str
     candidates: tuple[str, ...]
     layers: tuple[str, ...]
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_OPTIONS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "patterns": (_is_name, "names of patterns"),
+    "kernels": (lambda value: _is_count(value) and value % 2 == 1, "odd numbers above zero"),
+    "expansions": (_is_count, "whole numbers above zero"),
+    "candidates": (_is_name, "names of candidates"),
+    "ignore": (_is_name, "patterns of sites"),
+}
+"""What the values of options have to be."""
 
 
 @dataclass(frozen=True)
@@ -101,26 +119,21 @@ class SelectOperators(TunablePass):
         """Check the options.
 
         Raises:
-            PassError: If kernels are not odd, or expansions below 1.
+            PassError: If kernels are not odd, expansions below 1, or an option is of another kind.
             UnknownNameError: If there is no such pattern or candidate.
         """
         super().__post_init__()
-        for option in ("patterns", "kernels", "expansions", "candidates", "ignore"):
+        for option, (right, words) in _OPTIONS.items():
             given: Any = getattr(self, option)
-            object.__setattr__(self, option, (given,) if isinstance(given, (str, int)) else tuple(given))
-        kernels: tuple[Any, ...] = self.kernels
-        expansions: tuple[Any, ...] = self.expansions
-        if not all(isinstance(k, int) and k >= 1 and k % 2 for k in kernels):
-            raise PassError(f"kernels are odd numbers above zero, got {self.kernels}.")
-        if not all(isinstance(e, int) and e >= 1 for e in expansions):
-            raise PassError(f"expansions are whole numbers above zero, got {self.expansions}.")
+            several = isinstance(given, Iterable) and not isinstance(given, str)
+            found: tuple[Any, ...] = tuple(given) if several else (given,)
+            if not all(right(one) for one in found):
+                raise PassError(f"{option} are {words}, got {given!r}.")
+            object.__setattr__(self, option, found)
         for name in self.patterns:
             if name not in PATTERNS:
                 raise UnknownNameError("pattern", name, PATTERNS)
-        for name in self.candidates:
-            if not known(name.format(k=3, e=6)):
-                names = ("mb6-k3", "conv-k3", "separable-k3", "grouped4-k3", "basic-k3", "bottleneck-k3", "zero")
-                raise UnknownNameError("candidate", name, names)
+        check_names(self.candidates)
 
     def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
         """One decision for every block that has more than one candidate; the default is what the block computes.

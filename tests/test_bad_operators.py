@@ -18,6 +18,8 @@ from fxopt.cli import app
 from fxopt.data import TensorLoader
 from fxopt.decisions import Policy
 from fxopt.errors import DataError, FxoptError, InfeasibleError, PassError, TargetError
+from fxopt.lowering import lower_operators
+from fxopt.nas import Supernet
 from fxopt.passes import SelectOperators
 from fxopt.passes._operators import _CUSTOM
 from fxopt.passes.select_operators import Shape, Style, register_candidate
@@ -81,6 +83,10 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxopt.passes._operators._CUSTOM", dict(_CUSTOM))
     register_candidate("shrinking", lambda shape, style: nn.Conv2d(shape.inputs, shape.outputs, 3))
     register_candidate("fourier", Fourier)
+    register_candidate("raising", lambda shape, style: nn.Conv2d(1 // 0, 1, 1))
+    register_candidate("nothing", lambda shape, style: None)  # type: ignore[arg-type, return-value]
+    register_candidate("failing", lambda shape, style: nn.Linear(1, 1))
+    register_candidate("unfit", Fourier, fits=lambda shape: shape.width == 3)  # type: ignore[attr-defined]
 
 
 def offering(name: str) -> SelectOperators:
@@ -148,6 +154,22 @@ def test_one_line_says_what_where_and_what_to_do(name: str, tmp_path: Path) -> N
         optimize(model, EXAMPLE, **given)
     assert "\n" not in str(caught.value)
     assert not [path.name for path in tmp_path.rglob("*") if path.name != "supernet.safetensors" and path.is_file()]
+
+
+@pytest.mark.parametrize("build", [Supernet, lower_operators])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raising", "builder of candidate 'raising' fails at 'blocks.0': ZeroDivisionError"),
+        ("nothing", "'nothing' at 'blocks.0' is a NoneType"),
+        ("failing", r"'failing', given an input of \(2, 8, 8, 8\), fails at 'blocks.0': RuntimeError"),
+        ("unfit", "fits of candidate 'unfit' fails at 'blocks.0': AttributeError"),
+    ],
+)
+def test_a_candidate_that_fails_is_named_with_its_block(build: Callable[..., Any], name: str, words: str) -> None:
+    with pytest.raises(PassError, match=words) as caught:
+        build(fxopt.trace(make(), EXAMPLE), offering(name))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_candidate_that_is_no_chain_stands_behind_another() -> None:

@@ -289,6 +289,11 @@ def test_what_is_decided_can_be_narrowed() -> None:
         ({"expansions": (0,)}, PassError, "expansions"),
         ({"patterns": "inverted"}, UnknownNameError, "inverted-residual"),
         ({"candidates": "mb6-k4"}, UnknownNameError, "candidate"),
+        ({"candidates": "mb{x}-k3"}, UnknownNameError, r"'mb\{x\}-k3'. Did you mean 'mb6-k3'"),
+        ({"candidates": (3,)}, PassError, r"candidates are names of candidates, got \(3,\)"),
+        ({"expansions": 2.5}, PassError, "expansions are whole numbers above zero, got 2.5"),
+        ({"kernels": None}, PassError, "kernels are odd numbers above zero, got None"),
+        ({"kernels": True}, PassError, "got True"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -340,8 +345,24 @@ def test_candidates_and_patterns_of_ones_own(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(PassError, match=r"'shrinking' makes \(2, 16, 7, 7\)"):
         SelectOperators(Policy({("operator", found.site): "shrinking"}))(gm)
     register_candidate("wrong", lambda shape, style: nn.Linear(3, 3))
-    with pytest.raises(PassError, match="'wrong' fails"):
+    with pytest.raises(PassError, match=r"'wrong', given an input of \(2, 8, 9, 9\), fails at"):
         SelectOperators(Policy({("operator", found.site): "wrong"}))(gm)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("own", (5,), "build of the candidate 'own' is a int"),
+        ("own", (_TwoPaths, 5), "fits of the candidate 'own' is a int"),
+        ("a{b}", (_TwoPaths,), "without braces, got 'a{b}'"),
+        ("", (_TwoPaths,), "got ''"),
+        (3, (_TwoPaths,), "got 3"),
+    ],
+)
+def test_what_is_no_candidate_is_not_registered(name: Any, given: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(PassError, match=words):
+        register_candidate(name, *given)
+    assert name not in _CUSTOM
 
 
 def test_a_pattern_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +378,11 @@ def test_a_pattern_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> N
             register_pattern(Pattern("two-dense", ("dense",), ()))
         with pytest.raises(PassError, match="roles"):
             register_pattern(Pattern("another", ("sparse",), ()))
+        with pytest.raises(PassError, match=r"candidates of pattern 'another' has to be a tuple.*got 'conv-k3'"):
+            register_pattern(Pattern("another", ("dense",), "conv-k3"))  # type: ignore[arg-type]
+        with pytest.raises(UnknownNameError, match=r"candidate of pattern 'another': 'conv-k4'. Did you mean 'conv-k3'"):
+            register_pattern(Pattern("another", ("dense",), ("conv-k4",)))
+        assert "another" not in PATTERNS
     finally:
         PATTERNS.clear()
         PATTERNS.update(saved)
