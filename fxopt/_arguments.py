@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import fx
 
@@ -25,7 +24,6 @@ __all__ = [
     "check_data",
     "check_executor",
     "check_weights",
-    "check_whole",
     "resolve_passes",
     "terms_of",
     "wanted_objective",
@@ -110,12 +108,6 @@ def terms_of(**options: object) -> dict[str, str]:
         name: repr(value) if dataclasses.is_dataclass(value) or isinstance(value, (bool, int)) else type(value).__name__
         for name, value in options.items()
     }
-
-
-def check_whole(least: int, **options: object) -> None:
-    for name, value in options.items():
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-            raise SearchError(f"{name} has to be a whole number of at least {least}, got {value!r}.")
 
 
 def check_data(train: Loader | None, val: Loader | None, evaluate: object) -> None:

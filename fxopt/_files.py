@@ -10,10 +10,21 @@ from pathlib import Path
 
 from fxopt.errors import FxoptError
 
-__all__ = ["JOURNAL", "MODEL", "PAGE", "REPORT", "replacing", "write_bytes", "write_text"]
+__all__ = ["JOURNAL", "MODEL", "PAGE", "REPORT", "path_of", "replacing", "write_bytes", "write_text"]
 
 JOURNAL, MODEL, PAGE, REPORT = "journal.jsonl", "model.onnx", "report.html", "report.json"
 """Files in the folder of a run: of its first search, what was exported, and its report for people and as data."""
+
+
+def path_of(name: str, given: object) -> Path:
+    """What an option gives as a path.
+
+    Raises:
+        FxoptError: If it is none.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise FxoptError(f"{name} is a {type(given).__name__}; give a path, or None.")
+    return Path(given)
 
 
 @contextlib.contextmanager

@@ -19,21 +19,22 @@ from fxopt._arguments import (
     careful,
     check_data,
     check_executor,
-    check_whole,
     resolve_passes,
     terms_of,
     wanted_objective,
     wanted_shares,
 )
 from fxopt._course import Course, Judging, Searching
-from fxopt._files import PAGE, REPORT
+from fxopt._files import PAGE, REPORT, path_of
 from fxopt._host import load_target
 from fxopt._job import Job
+from fxopt._numbers import check_whole
 from fxopt._reporting import build_report, export_data
 from fxopt._selecting import Selector, parted
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Policy
+from fxopt.errors import SearchError
 from fxopt.evaluate import Reconstruction
 from fxopt.export import ExportReport, Format, export_onnx, measure
 from fxopt.objectives import Objective
@@ -224,16 +225,16 @@ def optimize(
     everything = resolve_passes(passes)
     budgets = Budget.parse_all(budget or {})
     engines.load(engine)
-    check_whole(1, trials=trials, parallel=parallel)
-    check_whole(0, epochs=epochs, trial_epochs=trial_epochs, seed=seed)
+    check_whole(1, SearchError, trials=trials, parallel=parallel)
+    check_whole(0, SearchError, epochs=epochs, trial_epochs=trial_epochs, seed=seed)
     if final_epochs is not None:
-        check_whole(0, final_epochs=final_epochs)
+        check_whole(0, SearchError, final_epochs=final_epochs)
     show = reporter(progress)
     device = load_target(target, show)
     check_data(train, val, evaluate)
     check_executor(executor)
     everything = careful(everything, passes, device)
-    folder = Path(workdir) if workdir is not None else None
+    folder = path_of("workdir", workdir) if workdir is not None else None
     tuning = Tuning(train, epochs, loss, learning_rate, seed, fine_tune, final_epochs)
     wanted = wanted_objective(objective)
     terms = terms_of(objective=wanted, reconstruct=reconstruct, trial_epochs=trial_epochs)

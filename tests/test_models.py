@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,13 @@ def test_the_space_has_21_blocks_of_which_15_have_a_shortcut() -> None:
     assert widths == [8, *[16] * 4, *[24] * 4, *[40] * 4, *[48] * 4, *[96] * 4, 160]
 
 
-@pytest.mark.parametrize("sizes", [{"width": 0.0}, {"resolution": 0}, {"classes": 0}, {"kernel": 4}, {"expansion": 0}])
-def test_sizes_out_of_range_are_refused(sizes: dict[str, int]) -> None:
-    with pytest.raises(FxoptError, match="need"):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *({"width": 0.0}, {"resolution": 0}, {"classes": 0}, {"kernel": 4}, {"expansion": 0}),
+        *({"width": "a"}, {"classes": 2.5}, {"kernel": None}),
+    ],
+)
+def test_sizes_out_of_range_are_refused(sizes: dict[str, Any]) -> None:
+    with pytest.raises(FxoptError, match=f"^{next(iter(sizes))} has to be .*got "):
         models.proxyless_space(**sizes)

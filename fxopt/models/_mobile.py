@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fxopt._numbers import check_positive, check_whole
 from fxopt.errors import FxoptError
 from fxopt.models._blocks import InvertedResidual, conv_norm, divisible
 
@@ -115,10 +116,10 @@ def proxyless_space(
     Raises:
         FxoptError: If a size is out of range.
     """
-    if width <= 0 or min(resolution, classes, channels) < 1:
-        raise FxoptError(f"A space needs sizes above zero, got width {width}, {resolution} pixels, {classes} classes.")
-    if kernel % 2 == 0 or min(kernel, expansion) < 1:
-        raise FxoptError(f"Blocks need an odd kernel and an expansion of at least 1, got {kernel} and {expansion}.")
+    check_positive(width=width)
+    check_whole(1, resolution=resolution, classes=classes, channels=channels, kernel=kernel, expansion=expansion)
+    if kernel % 2 == 0:
+        raise FxoptError(f"kernel has to be odd, got {kernel}.")
     left = 0
     while left < 5 and resolution >> (left + 1) >= _LEAST_PIXELS:
         left += 1

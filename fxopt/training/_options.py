@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
+from fxopt._numbers import check_below_one, check_not_negative, check_positive, check_whole
 from fxopt._schedules import SCHEDULES
 from fxopt.errors import FxoptError, UnknownNameError
 
@@ -19,22 +18,6 @@ ScheduleName: TypeAlias = Literal["cosine", "step", "one-cycle", "constant"]
 ScalesName: TypeAlias = Literal["lsq", "pact", "fixed"]
 
 _OPTIMIZERS, _SCALES = get_args(OptimizerName), get_args(ScalesName)
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (_is_finite(value) and value > 0.0):
-            raise FxoptError(f"{name} has to be above zero and finite, got {value!r}.")
-
-
-def _check_not_negative(**values: float) -> None:
-    for name, value in values.items():
-        if not (_is_finite(value) and value >= 0.0):
-            raise FxoptError(f"{name} has to be finite and not below zero, got {value!r}.")
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
 
 
 def check_types(kinds: Mapping[str, tuple[object, type]]) -> None:
@@ -90,8 +73,8 @@ class Distillation:
         """Check the options."""
         if not 0.0 <= self.logits <= 1.0:
             raise FxoptError(f"logits, the share of the teacher's class scores, lies in [0, 1]; got {self.logits!r}.")
-        _check_positive(temperature=self.temperature)
-        _check_not_negative(features=self.features, attention=self.attention)
+        check_positive(temperature=self.temperature)
+        check_not_negative(features=self.features, attention=self.attention)
         if self.sites is not None:
             given: Any = self.sites
             patterns = (given,) if isinstance(given, str) else tuple(given)
@@ -134,7 +117,7 @@ class EarlyStop:
         given: Any = self.patience
         if not isinstance(given, int) or isinstance(given, bool) or given < 1:
             raise FxoptError(f"patience is a whole number of epochs, at least 1; got {self.patience!r}.")
-        _check_not_negative(min_delta=self.min_delta)
+        check_not_negative(min_delta=self.min_delta)
 
     def best(self, scores: Sequence[float]) -> int:
         """The number, from 1, of the epoch with the best score; 0 if there is none yet."""
@@ -191,11 +174,10 @@ class FineTuning:
         check_names(self.optimizer, self.schedule)
         if self.scales not in _SCALES:
             raise UnknownNameError("way with scales", self.scales, _SCALES)
-        _check_positive(quantized_rate=self.quantized_rate)
+        check_positive(quantized_rate=self.quantized_rate)
         check_clip(self.quantized_clip)
-        if not 0.0 <= self.momentum < 1.0:
-            raise FxoptError(f"momentum lies in [0, 1), got {self.momentum!r}.")
-        _check_not_negative(weight_decay=self.weight_decay)
+        check_below_one(momentum=self.momentum)
+        check_not_negative(weight_decay=self.weight_decay)
 
 
 @dataclass
@@ -242,7 +224,7 @@ def check_clip(clip: float | None) -> None:
         FxoptError: If not.
     """
     if clip is not None:
-        _check_positive(clip=clip)
+        check_positive(clip=clip)
 
 
 def check_training(epochs: int, learning_rate: float) -> None:
@@ -251,7 +233,5 @@ def check_training(epochs: int, learning_rate: float) -> None:
     Raises:
         FxoptError: If not.
     """
-    given: Any = epochs
-    if isinstance(given, bool) or not isinstance(given, Integral) or int(given) < 0:
-        raise FxoptError(f"epochs has to be at least 0 and whole, got {given!r}.")
-    _check_positive(learning_rate=learning_rate)
+    check_whole(0, epochs=epochs)
+    check_positive(learning_rate=learning_rate)

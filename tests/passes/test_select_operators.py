@@ -380,7 +380,7 @@ def test_a_pattern_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> N
             register_pattern(Pattern("another", ("sparse",), ()))
         with pytest.raises(PassError, match=r"candidates of pattern 'another' has to be a tuple.*got 'conv-k3'"):
             register_pattern(Pattern("another", ("dense",), "conv-k3"))  # type: ignore[arg-type]
-        with pytest.raises(UnknownNameError, match=r"candidate of pattern 'another': 'conv-k4'. Did you mean 'conv-k3'"):
+        with pytest.raises(UnknownNameError, match=r"pattern 'another': 'conv-k4'. Did you mean 'conv-k3'"):
             register_pattern(Pattern("another", ("dense",), ("conv-k4",)))
         assert "another" not in PATTERNS
     finally:

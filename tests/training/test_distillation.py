@@ -277,7 +277,7 @@ def test_class_scores_of_other_classes_are_refused() -> None:
         ({"teacher": "resnet"}, r"teacher is a str; give a torch\.nn\.Module"),
         ({"distillation": 0.5}, r"distillation is a float; give a fxopt\.training\.Distillation"),
         ({"early_stop": 2, "evaluate": len}, r"early_stop is a int; give a fxopt\.training\.EarlyStop"),
-        ({"epochs": 1.5}, "epochs has to be at least 0 and whole, got 1.5"),
+        ({"epochs": 1.5}, "epochs has to be a whole number of at least 0, got 1.5"),
         ({"learning_rate": "fast"}, "learning_rate has to be above zero and finite, got 'fast'"),
         ({"model": "resnet"}, "model is a str"),
     ],

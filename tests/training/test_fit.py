@@ -266,7 +266,7 @@ def test_a_loss_of_ones_own_is_used() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"epochs": -1}, FxoptError, "epochs has to be at least 0"),
+        ({"epochs": -1}, FxoptError, "epochs has to be a whole number of at least 0"),
         ({"learning_rate": 0.0}, FxoptError, "learning_rate has to be above zero"),
         ({"learning_rate": math.nan}, FxoptError, "learning_rate has to be above zero"),
         ({"optimizer": "sdg"}, UnknownNameError, "Did you mean 'sgd'"),
