@@ -75,8 +75,8 @@ def restore(run: Run, stem: Path | None) -> int:
             run.method.baseline = told["baseline"]
         return int(told["step"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as failure:
-        reason = (str(failure).splitlines() or [""])[0]
-        raise FxoptError(f"{path} is no checkpoint of this supernet: {reason} Remove it to start afresh.") from failure
+        reason = (str(failure).splitlines() or [""])[0].rstrip(".")
+        raise FxoptError(f"{path} is no checkpoint of this supernet: {reason}. Remove it to start afresh.") from failure
 
 
 def _check_shapes(mine: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:

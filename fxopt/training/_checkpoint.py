@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fxopt._files import replacing
+from fxopt._files import path_of, replacing
 from fxopt.errors import FxoptError
 from fxopt.training._options import History
 
-__all__ = ["Checkpoint", "read_tensors", "write_tensors"]
+__all__ = ["Checkpoint", "read_tensors", "stem_of", "write_tensors"]
 
 _TOLD = ("loss", "learning_rate", "gradient_norm", "score", "best_epoch")
 _MODEL, _OPTIMIZER, _BEST = "model.", "optimizer.", "best."
@@ -95,6 +95,20 @@ class Checkpoint:
                 )
 
 
+def stem_of(checkpoint: object) -> Path:
+    """The file that is meant by ``checkpoint``, without suffix.
+
+    Raises:
+        FxoptError: If it is no path, or that of a folder.
+    """
+    stem = path_of("checkpoint", checkpoint)
+    if stem.is_dir():
+        raise FxoptError(f"checkpoint is the folder {stem}; give a file in it, such as {stem / 'training'}.")
+    if _file(stem).is_dir():
+        raise FxoptError(f"{_file(stem)} is a folder; give another path for checkpoint, or remove the folder.")
+    return stem
+
+
 def write_tensors(stem: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write ``<stem>.safetensors`` whole or not at all.
 
@@ -130,8 +144,8 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as failure:
-        reason = (str(failure).splitlines() or [""])[0]
-        raise FxoptError(f"{path} is no checkpoint of this model: {reason} Remove it to start afresh.") from failure
+        reason = (str(failure).splitlines() or [""])[0].rstrip(".")
+        raise FxoptError(f"{path} is no checkpoint of this model: {reason}. Remove it to start afresh.") from failure
 
 
 def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

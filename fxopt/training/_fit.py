@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +17,7 @@ from fxopt._seeding import seeded
 from fxopt.data import Loader, batch_for, blaming, call_model, first_batch, pass_of, read
 from fxopt.errors import DataError, FxoptError
 from fxopt.graph import eval_mode
-from fxopt.training._checkpoint import Checkpoint
+from fxopt.training._checkpoint import Checkpoint, stem_of
 from fxopt.training._distilling import Distiller
 from fxopt.training._losses import Loss, cross_entropy
 from fxopt.training._optimizers import GradientLimit, keep_zeros, make_optimizer
@@ -152,7 +151,7 @@ def fit(
             clip=clip,
         )
         training = _Training(model, train, settings, loss, teacher)
-        saved = None if checkpoint is None else Checkpoint(Path(checkpoint), asdict(settings))
+        saved = None if checkpoint is None else Checkpoint(stem_of(checkpoint), asdict(settings))
         history = _Course(training, evaluate, saved).run(progress)
     model.eval()
     return history
