@@ -170,6 +170,21 @@ def fashion_mnist(
     )
 
 
+def check_loader(loader: object, what: str) -> None:
+    """See that a loader can be read as often as one likes.
+
+    Raises:
+        DataError: If it is no iterable, or can be read only once.
+    """
+    if not isinstance(loader, Iterable):
+        raise DataError(f"{what} is a {type(loader).__name__}; give an iterable of (input, label) batches.")
+    if isinstance(loader, Iterator):
+        raise DataError(
+            f"{what} is a {type(loader).__name__}, which can be read only once; give what it was made from: "
+            "a DataLoader, a list of batches, or a fxopt.data.TensorLoader."
+        )
+
+
 def first_batch(loader: Loader, what: str) -> Any:
     """The first batch of a loader, checked.
 
@@ -181,13 +196,7 @@ def first_batch(loader: Loader, what: str) -> Any:
         DataError: If the loader is no iterable, can be read only once, or yields nothing; or if its first batch is no
             pair, is empty, or holds NaN or infinity.
     """
-    if not isinstance(loader, Iterable):
-        raise DataError(f"{what} is a {type(loader).__name__}; give an iterable of (input, label) batches.")
-    if isinstance(loader, Iterator):
-        raise DataError(
-            f"{what} is a {type(loader).__name__}, which can be read only once; give what it was made from: "
-            "a DataLoader, a list of batches, or a fxopt.data.TensorLoader."
-        )
+    check_loader(loader, what)
     batch = next(read(loader, what, 1), None)
     if batch is None:
         raise DataError(f"{what} yields nothing; give a loader with at least one batch, every time that it is read.")

@@ -125,7 +125,7 @@ class UnknownNameError(FxoptError):
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
         self.name = name
         self.suggestion = nearest[0] if nearest else None
         hint = f" Did you mean {self.suggestion!r}?" if self.suggestion else ""

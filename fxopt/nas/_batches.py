@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
+from fxopt._numbers import check_below_one
 from fxopt._seeding import seeded
-from fxopt.data import Loader, TensorLoader, pass_of, read
+from fxopt.data import IGNORED_LABEL, Loader, TensorLoader, check_loader, pass_of, read, split_batch
 from fxopt.errors import DataError
 
 __all__ = ["Numbered", "split"]
@@ -30,15 +31,19 @@ def split(loader: Loader, share: float = 0.2, seed: int = 0) -> tuple[Loader, Lo
         seed: Seed of who goes where.
 
     Raises:
-        DataError: If a part would have no batch of at least two samples.
+        DataError: If a part would have no batch of at least two samples; if the loader can be read only once, or
+            ``share`` is not below 1.
     """
+    check_loader(loader, "train")
+    check_below_one(DataError, share=share)
     samples = isinstance(loader, TensorLoader) or _is_plain(loader)
     count = _samples(loader) if samples else _count(loader, "train")
     held, least = round(count * share), 2 if samples else 1
-    if not 0.0 < share < 1.0 or min(held, count - held) < least:
+    if min(held, count - held) < least:
+        one, many, remedy = ("sample", "samples", "") if samples else ("batch", "batches", " or smaller batches")
         raise DataError(
-            f"{count} {'samples' if samples else 'batches'} cannot be split into {count - held} for weights and {held} "
-            f"for the architecture: each needs {least} or more. Give more of them, another share, or two loaders."
+            f"{count} {one if count == 1 else many} cannot be split into {count - held} for weights and {held} for the "
+            f"architecture: each needs {least} or more. Give more data{remedy}, or split() another share."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     rest, own = order[held:], order[:held]
@@ -126,7 +131,7 @@ class Numbered:
         """The batch of a number.
 
         Raises:
-            DataError: If the loader fails, or yields fewer batches than it did at first.
+            DataError: If the loader fails, or yields fewer batches than it did at first; if no label of it counts.
         """
         if number != self._next or number % self.steps == 0:
             epoch, place = divmod(number, self.steps)
@@ -134,6 +139,12 @@ class Numbered:
             for skipped in range(number - place, number):
                 self._read(skipped)
         batch = self._read(number)
+        label = split_batch(batch, self.what)[1]
+        if isinstance(label, torch.Tensor) and not bool((label != IGNORED_LABEL).any()):
+            raise DataError(
+                f"{self.what}, batch {number % self.steps}, has no label that counts ({IGNORED_LABEL} is left out); "
+                "leave out such batches, or mix their samples with others."
+            )
         self._next = number + 1
         return batch
 

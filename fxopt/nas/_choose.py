@@ -16,13 +16,14 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from fxopt._numbers import check_positive
 from fxopt.data import Loader, first_batch, read
 from fxopt.decisions import Policy, format_quantity
 from fxopt.decisions._budget import within
-from fxopt.errors import InfeasibleError, PassError
+from fxopt.errors import BudgetError, InfeasibleError, PassError
 from fxopt.evaluate import accuracy, recalibrate_batch_norm
 from fxopt.lowering import OperatorTable, lower
-from fxopt.nas._supernet import Supernet, choose_path, encoded
+from fxopt.nas._supernet import Supernet, check_kinds, check_table, choose_path, encoded
 from fxopt.progress import Progress, Silent
 from fxopt.search.solver import solve
 from fxopt.training import Loss, fit
@@ -52,6 +53,7 @@ class PathScore:
     """
 
     def __init__(self, supernet: Supernet, train: Loader, val: Loader, max_batches: int | None = None) -> None:
+        check_kinds(supernet=supernet)
         first_batch(train, "train")
         first_batch(val, "val")
         self._net, self._space = supernet.net, supernet.space
@@ -116,7 +118,10 @@ def policy_within(
         InfeasibleError: If no policy is within all limits.
         UnknownNameError: If there is no such metric.
         UnsupportedError: If the target has no figures for it.
+        FxoptError: If the table is of other decisions than the supernet, or a limit is no number above zero.
     """
+    check_table(supernet, table)
+    _check_limits(limits)
     scores = supernet.alpha.detach().double().cpu().log_softmax(1).numpy()
     offered = supernet.mask.numpy().copy()
     summed: list[str] = []
@@ -180,7 +185,9 @@ def check_budget(graph: fx.GraphModule, table: OperatorTable, limits: Mapping[st
 
     Raises:
         PassError: If it is not.
+        BudgetError: If a limit is no number above zero.
     """
+    _check_limits(limits)
     estimate = table.target.estimate(lower(graph, batch).bind())
     for metric, limit in limits.items():
         cost = float(estimate.metric(metric)[0])
@@ -246,6 +253,13 @@ def fine_tune(
     )
     show.finish(_DERIVED)
     return network.eval()
+
+
+def _check_limits(limits: Mapping[str, float]) -> None:
+    given: object = limits
+    if not isinstance(given, Mapping):
+        raise BudgetError(f"limits is a {type(given).__name__}; give them by metric, such as {{'latency': 0.005}}.")
+    check_positive(BudgetError, **{f"The limit of {metric} in SI units": limit for metric, limit in given.items()})
 
 
 def _infeasible(supernet: Supernet, table: OperatorTable, limits: Mapping[str, float]) -> InfeasibleError:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 
+from fxopt._numbers import check_positive
 from fxopt.decisions import format_quantity
 from fxopt.errors import BudgetError, InfeasibleError, UnknownNameError
 from fxopt.lowering import OperatorTable
@@ -58,9 +59,7 @@ class CostTerm:
         """Check form and numbers."""
         if self.form not in _FORMS:
             raise UnknownNameError("form of a cost term", self.form, _FORMS)
-        for name, value in (("reference", self.reference), ("weight", self.weight)):
-            if not (math.isfinite(value) and value > 0.0):
-                raise BudgetError(f"The {name} of a cost term has to be above zero and finite, got {value}.")
+        check_positive(BudgetError, reference=self.reference, weight=self.weight)
 
 
 class ExpectedCost:
@@ -121,10 +120,14 @@ class Cost:
         references: The reference of every term as it is now.
 
     Raises:
+        BudgetError: If ``terms`` is no list of terms.
         InfeasibleError: If the cheapest policy costs more than the reference of a budget.
     """
 
     def __init__(self, table: OperatorTable, terms: Sequence[CostTerm]) -> None:
+        given: object = terms
+        if not isinstance(given, Iterable) or not all(isinstance(one, CostTerm) for one in given):
+            raise BudgetError(f"terms is a list of fxopt.nas.CostTerm, got {given!r}.")
         self.terms = tuple(terms)
         self.expected = tuple(ExpectedCost(table, term.metric) for term in self.terms)
         self.duals = [0.0] * len(self.terms)

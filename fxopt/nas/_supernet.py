@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxopt._digests import digest_of
 from fxopt.decisions import Policy, SearchSpace
-from fxopt.errors import PassError
+from fxopt.errors import FxoptError, PassError
 from fxopt.graph import edit
-from fxopt.lowering import no_blocks
+from fxopt.lowering import OperatorTable, no_blocks
 from fxopt.passes import SelectOperators
 from fxopt.passes.select_operators import IDENTITY, ZERO, Block, initialize
 
@@ -142,10 +142,11 @@ class Supernet:
             Where a block has fewer candidates they are minus infinity.
 
     Raises:
-        PassError: If there is no block to decide about; says why not.
+        PassError: If there is no block to decide about; says why not; or if graph or step is something else.
     """
 
     def __init__(self, graph: fx.GraphModule, step: SelectOperators) -> None:
+        check_kinds(graph=graph, step=step)
         self.step = step
         self.space: SearchSpace = step.search_space(graph)
         if not len(self.space):
@@ -285,6 +286,44 @@ class Supernet:
         if name == IDENTITY:
             return nn.Identity()
         return self.step.candidate(self._base, block, name)
+
+
+_KINDS: Mapping[str, tuple[type, str]] = {
+    "graph": (fx.GraphModule, "fxopt.trace(model, example_inputs)"),
+    "step": (SelectOperators, "fxopt.passes.SelectOperators()"),
+    "supernet": (Supernet, "fxopt.nas.Supernet(graph, step)"),
+    "table": (OperatorTable, "fxopt.lowering.lower_operators(graph, step).table(target)"),
+}
+"""What arguments are, and what makes them."""
+
+
+def check_kinds(**given: object) -> None:
+    """Arguments are what their names say.
+
+    Raises:
+        PassError: Naming the first that is something else, and what makes one.
+    """
+    for name, value in given.items():
+        kind, maker = _KINDS[name]
+        if not isinstance(value, kind):
+            raise PassError(f"{name} is a {type(value).__name__}; give what {maker} makes.")
+
+
+def check_table(supernet: Supernet, table: OperatorTable) -> None:
+    """A table is of the decisions of a supernet.
+
+    Raises:
+        PassError: If one of them is something else.
+        FxoptError: If they are of different decisions.
+    """
+    check_kinds(supernet=supernet, table=table)
+    own, other = ([(one.key, one.choices) for one in space] for space in (supernet.space, table.space))
+    if own != other:
+        missing = next((key for key, _ in own if key not in dict(other)), own[0][0])
+        raise FxoptError(
+            f"The table is of other decisions than the supernet, such as {missing[1]!r}; make it from the same graph "
+            "and the same pass, with lower_operators(graph, step).table(target)."
+        )
 
 
 def _body(base: fx.GraphModule, block: Block) -> fx.GraphModule:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxopt._numbers import check_below_one, check_not_negative, check_positive, check_whole
 from fxopt._seeding import seeded
 from fxopt.data import (
     IGNORED_LABEL,
@@ -32,9 +34,10 @@ from fxopt.nas._batches import Numbered
 from fxopt.nas._checkpoint import restore, store
 from fxopt.nas._objective import Cost, CostTerm
 from fxopt.nas._parallel import Workers
-from fxopt.nas._supernet import Supernet
+from fxopt.nas._supernet import Supernet, check_table
 from fxopt.progress import Progress, Silent
 from fxopt.training import Loss, make_optimizer, own_loss, rising_cosine
+from fxopt.training._checkpoint import stem_of
 
 __all__ = ["Epoch", "SupernetResult", "SupernetSettings", "train_supernet"]
 
@@ -84,17 +87,18 @@ class SupernetSettings:
         """Check the numbers."""
         if self.method not in _METHODS:
             raise UnknownNameError("method", self.method, _METHODS)
-        if min(self.warm_up, self.epochs, self.seed) < 0 or self.warm_up + self.epochs < 1 or self.weight_steps < 1:
-            raise FxoptError(
-                f"A supernet needs at least one epoch and one weight step, got warm_up={self.warm_up}, "
-                f"epochs={self.epochs}, weight_steps={self.weight_steps}, seed={self.seed}."
-            )
-        for name in ("learning_rate", "alpha_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0.0):
-                raise FxoptError(f"{name} has to be above zero and finite, got {value}.")
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise FxoptError(f"label_smoothing lies in [0, 1), got {self.label_smoothing}.")
+        check_whole(0, warm_up=self.warm_up, epochs=self.epochs, seed=self.seed)
+        check_whole(1, weight_steps=self.weight_steps)
+        if self.warm_up + self.epochs < 1:
+            raise FxoptError("A supernet needs at least one epoch, got warm_up=0 and epochs=0.")
+        check_positive(learning_rate=self.learning_rate)
+        if self.alpha_learning_rate is not None:
+            check_positive(alpha_learning_rate=self.alpha_learning_rate)
+        check_not_negative(weight_decay=self.weight_decay)
+        check_below_one(momentum=self.momentum, label_smoothing=self.label_smoothing)
+        for name, value in vars(self).items():
+            if isinstance(value, Real):  # As JSON has them, whatever library they come from.
+                object.__setattr__(self, name, int(value) if isinstance(value, Integral) else float(value))
 
 
 @dataclass
@@ -187,14 +191,16 @@ def train_supernet(
         InfeasibleError: If no architecture meets a budget.
         FxoptError: If the loss, a weight or a gradient of the architecture is not finite: says where, and the
             checkpoint stays at the last good state. If the checkpoint cannot be written or is of another training, or
-            the table is of other decisions.
+            the table is of other decisions; if an argument is of another kind or out of range.
     """
     chosen = settings or SupernetSettings()
-    _check(supernet, table, checkpoint_steps)
+    check_table(supernet, table)
+    check_whole(1, checkpoint_steps=checkpoint_steps)
+    check_whole(0, stop_after=0 if stop_after is None else stop_after)
     for loader, name in ((train, "train"), (val, "val")):
         first_batch(loader, name)
     with seeded(chosen.seed):
-        stem = Path(checkpoint) if checkpoint is not None else None
+        stem = stem_of(checkpoint) if checkpoint is not None else None
         with Workers(supernet.net) as workers:
             run = Run(supernet, train, val, Cost(table, terms), chosen, workers, loss)
             start = run.begin(stem)
@@ -202,18 +208,6 @@ def train_supernet(
     supernet.choose_policy(supernet.most_likely())
     supernet.net.eval()
     return SupernetResult(supernet, supernet.most_likely(), run.history, run.notes(), start)
-
-
-def _check(supernet: Supernet, table: OperatorTable, checkpoint_steps: int) -> None:
-    if checkpoint_steps < 1:
-        raise FxoptError(f"checkpoint_steps has to be at least 1, got {checkpoint_steps}.")
-    own, other = ([(one.key, one.choices) for one in space] for space in (supernet.space, table.space))
-    if own != other:
-        missing = next((key for key, _ in own if key not in dict(other)), own[0][0])
-        raise FxoptError(
-            f"The table is of other decisions than the supernet, such as {missing[1]!r}; make it from the same graph "
-            "and the same pass, with lower_operators(graph, step).table(target)."
-        )
 
 
 class Run:

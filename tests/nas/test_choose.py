@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fxopt.decisions import Constraint, Policy
-from fxopt.errors import DataError, InfeasibleError, PassError
+from fxopt.errors import BudgetError, DataError, FxoptError, InfeasibleError, PassError
 from fxopt.nas import PathScore, Supernet, check_budget, fine_tune, policy_within
 from fxopt.search import engines, run_search
-from tests.nas.toys import between, loader, mobile, mobile_table, paths
+from tests.nas.toys import between, loader, mobile, mobile_table, paths, table, toy
 
 
 @pytest.fixture
@@ -57,6 +57,20 @@ def test_limits_that_nothing_meets(supernet: Supernet) -> None:
         policy_within(supernet, flipped, {metric: 1.0001 * value for metric, value in least.items()})
     with pytest.raises(PassError, match="over the limit"):
         check_budget(supernet.derive(supernet.most_likely()), mobile_table(), {"latency": 1e-9})
+
+
+def test_limits_and_tables_that_do_not_fit(supernet: Supernet) -> None:
+    for limit in ("60%", 0.0, torch.nan):
+        with pytest.raises(BudgetError, match=r"The limit of latency in SI units has to be above zero and finite, got"):
+            policy_within(supernet, mobile_table(), {"latency": limit})  # type: ignore[dict-item]
+    with pytest.raises(BudgetError, match="limits is a float; give them by metric"):
+        policy_within(supernet, mobile_table(), 0.6)  # type: ignore[arg-type]
+    with pytest.raises(FxoptError, match=r"table is of other decisions than the supernet, such as 'blocks\.0'"):
+        policy_within(supernet, table(toy()), {"latency": 1.0})
+    with pytest.raises(PassError, match=r"table is a NoneType; give what .*lower_operators"):
+        policy_within(supernet, None, {})  # type: ignore[arg-type]
+    with pytest.raises(PassError, match="supernet is a GraphModule"):
+        PathScore(supernet.net, loader(), loader())  # type: ignore[arg-type]
 
 
 def test_engines_choose_from_a_supernet(supernet: Supernet) -> None:

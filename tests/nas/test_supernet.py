@@ -80,6 +80,10 @@ def test_a_zero_that_is_computed_gets_a_gradient_as_any_other() -> None:
 def test_what_does_not_fit() -> None:
     with pytest.raises(PassError, match="no block"):
         Supernet(trace(nn.Linear(3, 2), torch.randn(2, 3)), SelectOperators())
+    with pytest.raises(PassError, match=r"step is a str; give what fxopt\.passes\.SelectOperators\(\) makes"):
+        Supernet(mobile()[0], "select-operators")  # type: ignore[arg-type]
+    with pytest.raises(PassError, match=r"graph is a Linear; give what fxopt\.trace"):
+        Supernet(nn.Linear(3, 2), SelectOperators())  # type: ignore[arg-type]
     supernet = Supernet(*mobile())
     with pytest.raises(PolicyError, match="cannot be chosen"):
         supernet.choose_policy(Policy({("operator", "blocks.1"): "conv-k9"}))

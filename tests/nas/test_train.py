@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fxopt import _files, targets
 from fxopt.data import Loader
 from fxopt.decisions import Policy
-from fxopt.errors import DataError, FxoptError, UnknownNameError
+from fxopt.errors import BudgetError, DataError, FxoptError, PassError, UnknownNameError
 from fxopt.lowering import lower_operators
 from fxopt.nas import Cost, CostTerm, Supernet, SupernetResult, SupernetSettings, split, train_supernet
 from fxopt.nas._batches import Numbered
@@ -227,16 +227,31 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         torch.equal(kept[name], value) for name, value in before.items() if "stem.0" not in name and name in kept
     )
     place.with_name("supernet.safetensors").write_bytes(b"nothing")
-    with pytest.raises(FxoptError, match="no checkpoint"):
+    with pytest.raises(FxoptError, match=r"no checkpoint of this model: .*[^.]\. Remove it"):
         trained(checkpoint=place)
 
 
 def test_what_cannot_begin_is_told_at_once(tmp_path: Path) -> None:
     data = [*loader()]
-    with pytest.raises(FxoptError, match="checkpoint_steps has to be at least 1"):
+    with pytest.raises(FxoptError, match="checkpoint_steps has to be a whole number of at least 1"):
         trained(checkpoint=tmp_path / "supernet", checkpoint_steps=0)
     with pytest.raises(FxoptError, match=r"table is of other decisions than the supernet, such as 'blocks.0'"):
         trained(table=table(toy()))
+    with pytest.raises(FxoptError, match="stop_after has to be a whole number of at least 0, got -1"):
+        trained(stop_after=-1)
+    with pytest.raises(PassError, match=r"supernet is a GraphModule; give what fxopt\.nas\.Supernet"):
+        trained(mobile()[0])  # type: ignore[arg-type]
+    for terms in (CostTerm("latency", 1.0), [("latency", 1.0)]):
+        with pytest.raises(BudgetError, match=r"terms is a list of fxopt\.nas\.CostTerm, got"):
+            trained(terms=terms)
+    with pytest.raises(FxoptError, match=r"checkpoint is the folder .*; give a file in it, such as"):
+        trained(checkpoint=tmp_path)
+    assert not tmp_path.with_name(f"{tmp_path.name}.safetensors").exists()
+    (tmp_path / "taken.safetensors").mkdir()
+    with pytest.raises(FxoptError, match=r"taken\.safetensors is a folder; give another path"):
+        trained(checkpoint=tmp_path / "taken")
+    with pytest.raises(FxoptError, match="checkpoint is a int; give a path"):
+        trained(checkpoint=5)
     place = tmp_path / "file" / "supernet"
     place.parent.write_text("no folder")
     supernet = Supernet(*mobile())
@@ -346,19 +361,35 @@ def test_loaders_are_split_or_refused() -> None:
     for few in (loader(3), batches[:2]):
         with pytest.raises(DataError, match="cannot be split"):
             split(few, 0.2)
+    for share, words in (
+        (torch.nan, r"share lies in \[0, 1\), got nan"),
+        ("20%", "got '20%'"),
+        (0.0, "split.. another share"),
+    ):
+        with pytest.raises(DataError, match=words):
+            split(whole, share)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="train is a generator, which can be read only once"):
+        split(one for one in whole)
+    with pytest.raises(DataError, match=r"1 batch cannot be split .* Give more data or smaller batches"):
+        split(batches[:1])
     with pytest.raises(DataError, match="val"):
         train_supernet(Supernet(*mobile()), loader(), [], mobile_table())
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"epochs": 0, "warm_up": 0}, {"weight_steps": 0}, {"learning_rate": 0.0}, {"label_smoothing": 1.0}, {"seed": -1}],
+    [
+        *({"epochs": 0, "warm_up": 0}, {"epochs": 1.5}, {"epochs": "3"}, {"weight_steps": 0}, {"seed": -1}),
+        *({"seed": 1.5}, {"learning_rate": 0.0}, {"learning_rate": "0.1"}, {"alpha_learning_rate": torch.nan}),
+        *({"label_smoothing": 1.0}, {"momentum": -1}, {"momentum": 2}, {"weight_decay": -1}),
+    ],
 )
 def test_settings_out_of_range(options: dict[str, Any]) -> None:
-    with pytest.raises(FxoptError, match=r"got|needs|has to"):
+    with pytest.raises(FxoptError, match=next(reversed(options))):
         SupernetSettings(**options)
-    with pytest.raises(UnknownNameError, match="binary"):
-        SupernetSettings(method="binry")
+    for method in ("binry", None):
+        with pytest.raises(UnknownNameError, match="binary"):
+            SupernetSettings(method=method)
 
 
 def test_the_architecture_moves_as_far_in_a_short_search_as_in_a_long_one() -> None:
