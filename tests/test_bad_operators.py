@@ -115,13 +115,28 @@ WRONG: dict[str, tuple[type[FxoptError], str, Callable[[], dict[str, Any]]]] = {
         lambda: {"passes": (offering("fourier"),)},
     ),
     "too few samples": (DataError, "2 samples cannot be split", lambda: {"train": loader(2, 2)}),
-    "too few batches": (DataError, "1 batches cannot be split", lambda: {"train": list(loader(16))}),
+    "too few batches": (
+        DataError,
+        r"1 batch cannot be split.*more data or smaller batches",
+        lambda: {"train": list(loader(16))},
+    ),
     "a generator": (DataError, "train is a generator", lambda: {"train": (one for one in loader())}),
     "outputs of another kind": (
         DataError,
         "gives a tuple.*trained as a classifier",
         lambda: {"model": Pair(), "val": None, "evaluate": lambda module: 0.5},
     ),
+    "labels that do not count": (
+        DataError,
+        r"train, batch \d, has no label that counts \(-100 is left out\)",
+        lambda: {"train": [(images, torch.full_like(labels, -100)) for images, labels in loader()]},
+    ),
+    "a target that cannot cost the original": (
+        TargetError,
+        "'eie' cannot cost the block at 'blocks.0': it has no model for 'add', .* Choose another target",
+        lambda: {"target": "eie"},
+    ),
+    "no folder": (FxoptError, "workdir is a int; give a path", lambda: {"workdir": 5}),
     "labels of another kind": (
         DataError,
         "class numbers are whole",

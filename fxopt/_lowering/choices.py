@@ -147,6 +147,12 @@ class OperatorTable:
             lacking = missing.intersection(part.names[index])
             if part.site >= 0 and lacking:
                 decision = self.space[part.site]
+                always = lacking.intersection(part.names[decision.choices.index(decision.default)])
+                if always:
+                    raise TargetError(
+                        f"Target {self.target.name!r} cannot cost the block at {decision.site!r}: it has no model for "
+                        f"{min(always)!r}, which the original network needs, too. Choose another target."
+                    )
                 raise TargetError(
                     f"Target {self.target.name!r} cannot cost {decision.choices[index]!r} at {decision.site!r}: it has "
                     f"no model for {min(lacking)!r}. Leave the candidate out, or choose another target."
