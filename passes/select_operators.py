@@ -128,7 +128,7 @@ class SelectOperators(TunablePass):
             several = isinstance(given, Iterable) and not isinstance(given, str)
             found: tuple[Any, ...] = tuple(given) if several else (given,)
             if not all(right(one) for one in found):
-                raise PassError(f"{option} are {words}, got {given!r}.")
+                raise PassError(f"{option} takes {words}, got {given!r}.")
             object.__setattr__(self, option, found)
         for name in self.patterns:
             if name not in PATTERNS:

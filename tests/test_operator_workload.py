@@ -118,6 +118,8 @@ def test_a_graph_without_blocks_says_why() -> None:
     gm = trace(nn.Linear(3, 4), torch.randn(2, 3))
     with pytest.raises(PassError, match="no convolution"):
         lower_operators(gm, SelectOperators())
+    with pytest.raises(PassError, match="step is a str; give"):
+        lower_operators(gm, "select-operators")  # type: ignore[arg-type]
 
 
 def test_a_target_that_cannot_cost_a_candidate_says_which(monkeypatch: pytest.MonkeyPatch) -> None:

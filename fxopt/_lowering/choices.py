@@ -224,8 +224,12 @@ def lower_choices(
     node that depends on a choice tells its site.
 
     Raises:
-        PassError: If there is no block to decide about, or a choice changes what its block does not hold.
+        PassError: If there is no block to decide about, or a choice changes what its block does not hold; if ``step``
+            is something else.
     """
+    given: object = step
+    if not isinstance(given, SelectOperators):
+        raise PassError(f"step is a {type(given).__name__}; give what fxopt.passes.SelectOperators() makes.")
     space = step.search_space(gm)
     if not len(space):
         raise PassError(no_blocks(gm, step))

@@ -59,7 +59,11 @@ class CostTerm:
         """Check form and numbers."""
         if self.form not in _FORMS:
             raise UnknownNameError("form of a cost term", self.form, _FORMS)
-        check_positive(BudgetError, reference=self.reference, weight=self.weight)
+        numbers = {
+            "The reference of a cost term, in SI units,": self.reference,
+            "The weight of a cost term": self.weight,
+        }
+        check_positive(BudgetError, **numbers)
 
 
 class ExpectedCost:

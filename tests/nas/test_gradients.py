@@ -361,7 +361,9 @@ def test_a_budget_comes_down_to_its_reference_in_half_of_the_search() -> None:
 
 def test_terms_out_of_range() -> None:
     for reference in (0.0, "1ms"):
-        with pytest.raises(BudgetError, match="reference has to be above zero and finite, got"):
+        with pytest.raises(
+            BudgetError, match="reference of a cost term, in SI units, has to be above zero and finite, got"
+        ):
             CostTerm("latency", reference)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="additive"):
         CostTerm("latency", 1.0, "addition")

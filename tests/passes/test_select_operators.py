@@ -290,9 +290,9 @@ def test_what_is_decided_can_be_narrowed() -> None:
         ({"patterns": "inverted"}, UnknownNameError, "inverted-residual"),
         ({"candidates": "mb6-k4"}, UnknownNameError, "candidate"),
         ({"candidates": "mb{x}-k3"}, UnknownNameError, r"'mb\{x\}-k3'. Did you mean 'mb6-k3'"),
-        ({"candidates": (3,)}, PassError, r"candidates are names of candidates, got \(3,\)"),
-        ({"expansions": 2.5}, PassError, "expansions are whole numbers above zero, got 2.5"),
-        ({"kernels": None}, PassError, "kernels are odd numbers above zero, got None"),
+        ({"candidates": (3,)}, PassError, r"candidates takes names of candidates, got \(3,\)"),
+        ({"expansions": 2.5}, PassError, "expansions takes whole numbers above zero, got 2.5"),
+        ({"kernels": None}, PassError, "kernels takes odd numbers above zero, got None"),
         ({"kernels": True}, PassError, "got True"),
     ],
 )
