@@ -140,7 +140,8 @@ class Numbered:
                 self._read(skipped)
         batch = self._read(number)
         label = split_batch(batch, self.what)[1]
-        if isinstance(label, torch.Tensor) and not bool((label != IGNORED_LABEL).any()):
+        numbers = isinstance(label, torch.Tensor) and not label.is_floating_point()
+        if numbers and not bool((label != IGNORED_LABEL).any()):
             raise DataError(
                 f"{self.what}, batch {number % self.steps}, has no label that counts ({IGNORED_LABEL} is left out); "
                 "leave out such batches, or mix their samples with others."

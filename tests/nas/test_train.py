@@ -329,6 +329,14 @@ def test_batches_are_read_once_and_blamed_by_name() -> None:
         trained(data=Shrinking())
 
 
+def test_a_batch_without_a_class_number_that_counts_is_refused() -> None:
+    images = torch.zeros(2, 2, 8, 8)
+    with pytest.raises(DataError, match="train, batch 0, has no label that counts"):
+        Numbered([(images, torch.full((2,), -100))], "train", 0).at(0)
+    for label in (torch.tensor([-100, 1]), torch.full((2,), -100.0)):
+        assert Numbered([(images, label)], "train", 0).at(0)[1] is label
+
+
 def test_progress_tells_steps_and_costs() -> None:
     told: list[tuple[Any, ...]] = []
 
