@@ -221,10 +221,10 @@ def pass_of(loader: Loader, number: int, seed: int) -> Loader:
     if isinstance(loader, TensorLoader):
         return loader.at_epoch(number)
     if isinstance(loader, DataLoader):
-        holders = (loader, loader.sampler, loader.batch_sampler)
-        for own in {getattr(holder, "generator", None) for holder in holders}:
+        holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+        for own in (getattr(holder, "generator", None) for holder in holders):
             if isinstance(own, torch.Generator):
-                own.manual_seed(seed + 1_000_003 * number)
+                own.manual_seed(int(seed) + 1_000_003 * number)
     return loader
 
 

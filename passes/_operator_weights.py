@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fxopt.passes._operator_patterns import Block, Squeeze, Unit
-from fxopt.passes._operators import OWN, SqueezeExcite
+from fxopt.passes._operators import OWN, SqueezeExcite, is_custom
 from fxopt.passes._scaling import scale_and_shift
 
 __all__ = ["inherit", "initialize"]
@@ -50,8 +50,10 @@ def inherit(module: nn.Module, gm: fx.GraphModule, block: Block, name: str) -> b
     first two layers of an inverted residual in one computes that without the activation between them, but at the
     borders (as Fu et al. 2022 merge them).
     """
+    if is_custom(name):
+        return False
     family = _SAME_LAYERS.get(block.pattern.name)
-    merged = family == _INVERTED and name.startswith(_FUSED) and _can_merge(gm, block.units[0])
+    merged = family == _INVERTED and name.startswith(_FUSED) and _can_merge(gm, block)
     if not merged and not name.startswith(f"{OWN}-") and (family is None or not name.startswith(family)):
         return False
     mine = [part for part in module.children() if not isinstance(part, SqueezeExcite)]
@@ -70,10 +72,17 @@ def inherit(module: nn.Module, gm: fx.GraphModule, block: Block, name: str) -> b
     return True
 
 
-def _can_merge(gm: fx.GraphModule, unit: Unit) -> bool:
-    """Whether a unit without its activation is linear: it has no norm, or batch norm with statistics."""
-    norm = None if unit.norm is None else gm.get_submodule(str(unit.norm.target))
-    return norm is None or (isinstance(norm, _BatchNorm) and norm.running_mean is not None)
+def _can_merge(gm: fx.GraphModule, block: Block) -> bool:
+    """Whether a block's first two layers are one but for the activation between them, with what candidates have behind.
+
+    The first has no norm, or batch norm with statistics; the second has the stride, a norm if candidates have one, and
+    an activation.
+    """
+    first, second = block.units[:2]
+    norm = None if first.norm is None else gm.get_submodule(str(first.norm.target))
+    linear = norm is None or (isinstance(norm, _BatchNorm) and norm.running_mean is not None)
+    alike = (second.norm is None) == (block.style.norm is None) and second.activation is not None
+    return linear and alike and first.module.stride == (1, 1)
 
 
 def _take_merged(gm: fx.GraphModule, new: nn.Module, block: Block, kept: torch.Tensor | None) -> None:

@@ -54,9 +54,9 @@ def _is_plain(loader: Loader) -> bool:
     """Whether a DataLoader takes each sample of a data set once, in order or shuffled."""
     if type(loader) is not DataLoader or loader.batch_size is None:
         return False
-    sampler = loader.sampler
-    shuffled = type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == _samples(loader)
-    return shuffled or type(sampler) is SequentialSampler
+    sampler: Any = loader.sampler
+    shuffled = type(sampler) is RandomSampler and not sampler.replacement
+    return (shuffled or type(sampler) is SequentialSampler) and len(sampler) == _samples(loader)
 
 
 def _samples(loader: Any) -> int:
@@ -69,13 +69,16 @@ def _part(loader: Any, chosen: torch.Tensor, seed: int) -> Loader:
         inputs, labels = loader.inputs[chosen], loader.labels[chosen]
         return TensorLoader(inputs, labels, loader.batch_size, shuffle=True, seed=loader.seed)
     if not _is_plain(loader):
+        if getattr(loader, "persistent_workers", False):
+            raise DataError("The parts of train cannot share persistent workers; give persistent_workers=False.")
         return _Batches(loader, frozenset(chosen.tolist()), seed)
+    alone = len(chosen) % loader.batch_size == 1  # Batch norm can take no variance of a last batch of one sample.
     same = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
     return DataLoader(
         Subset(loader.dataset, chosen.sort().values.tolist()),
         loader.batch_size,
         shuffle=isinstance(loader.sampler, RandomSampler),
-        drop_last=loader.drop_last and len(chosen) >= loader.batch_size,
+        drop_last=(loader.drop_last or alone) and len(chosen) >= loader.batch_size > 1,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
         **{name: getattr(loader, name) for name in same},
@@ -141,7 +144,7 @@ class Numbered:
         batch = self._read(number)
         label = split_batch(batch, self.what)[1]
         numbers = isinstance(label, torch.Tensor) and not label.is_floating_point()
-        if numbers and not bool((label != IGNORED_LABEL).any()):
+        if numbers and not bool((label.long() != IGNORED_LABEL).any()):
             raise DataError(
                 f"{self.what}, batch {number % self.steps}, has no label that counts ({IGNORED_LABEL} is left out); "
                 "leave out such batches, or mix their samples with others."

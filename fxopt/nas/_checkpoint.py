@@ -101,7 +101,8 @@ def _identity(run: Run) -> dict[str, Any]:
     """What has to be the same for training to be resumed, as JSON gives it back."""
     found = {
         **{name.replace("_", " "): value for name, value in asdict(run.settings).items()},
-        "model and its weights": run.supernet.origin,
+        "model and its weights": run.origin,
+        "loss": run.loss_name,
         "decisions": run.supernet.space.fingerprint,
         "batches for weights": run.train.steps,
         "batches for the architecture": run.val.steps,

@@ -64,6 +64,8 @@ class CostTerm:
             "The weight of a cost term": self.weight,
         }
         check_positive(BudgetError, **numbers)
+        for name in ("reference", "weight"):  # As JSON has them, whatever library they come from.
+            object.__setattr__(self, name, float(getattr(self, name)))
 
 
 class ExpectedCost:

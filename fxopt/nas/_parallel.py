@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.utils import _pytree as pytree
 
 from fxopt.data import IGNORED_LABEL, split_batch
-from fxopt.errors import FxoptError
+from fxopt.errors import DataError, FxoptError
 
 __all__ = ["Workers"]
 
@@ -73,6 +73,8 @@ class Workers:
         if self.size == 1:
             return 1.0
         count = _count(split_batch(batch, what)[1])
+        if not count:
+            raise DataError(f"{what} gives labels without a tensor that several processes could share; give tensors.")
         return len(range(self._rank, count, self.size)) * self.size / max(1, count)
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -123,8 +125,8 @@ class Workers:
 
 
 def _count(label: Any) -> int:
-    return max((len(leaf) for leaf in _tensors(label)), default=0)
+    return max((len(leaf) for leaf in tensors_of(label)), default=0)
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def tensors_of(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor) and leaf.dim()]

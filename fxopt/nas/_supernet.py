@@ -155,14 +155,21 @@ class Supernet:
         self._mixed: dict[str, MixedOperator] = {}
         self.net = self._make_net()
         sizes = self.space.sizes
+        self._origin = self._left = ""
         self.mask = torch.from_numpy(np.arange(sizes.max()) < sizes[:, None])
         start = torch.zeros(self.mask.shape).masked_fill(~self.mask, -torch.inf)
         self.alpha = nn.Parameter(start)
 
-    @functools.cached_property
     def origin(self) -> str:
-        """A short name of the model and its weights, as they were when it was first asked for: before training."""
-        return digest_of(self.net)
+        """A short name of the model and the weights that training began with: those of now, or of before it."""
+        now = digest_of(self.net)
+        if now != self._left:
+            self._origin = self._left = now
+        return self._origin
+
+    def leave(self) -> None:
+        """Remember the weights as those that a training has left, so that it can go on from them."""
+        self._left = digest_of(self.net)
 
     @property
     def mixed(self) -> Mapping[str, MixedOperator]:

@@ -33,7 +33,7 @@ from fxopt.nas._architecture import BinaryGates, Reinforce, Relaxed, sample
 from fxopt.nas._batches import Numbered
 from fxopt.nas._checkpoint import restore, store
 from fxopt.nas._objective import Cost, CostTerm
-from fxopt.nas._parallel import Workers
+from fxopt.nas._parallel import Workers, tensors_of
 from fxopt.nas._supernet import Supernet, check_table
 from fxopt.progress import Progress, Silent
 from fxopt.training import Loss, make_optimizer, own_loss, rising_cosine
@@ -204,7 +204,11 @@ def train_supernet(
         with Workers(supernet.net) as workers:
             run = Run(supernet, train, val, Cost(table, terms), chosen, workers, loss)
             start = run.begin(stem)
-            run.go(start, stem, checkpoint_steps, progress or Silent(), stop_after)
+            try:
+                run.go(start, stem, checkpoint_steps, progress or Silent(), stop_after)
+            finally:
+                if stem is not None:
+                    supernet.leave()
     supernet.choose_policy(supernet.most_likely())
     supernet.net.eval()
     return SupernetResult(supernet, supernet.most_likely(), run.history, run.notes(), start)
@@ -236,6 +240,8 @@ class Run:
         self.steps = self.train.steps
         self._workers = workers
         self._own_loss = loss
+        self.loss_name = None if loss is None else getattr(loss, "__qualname__", type(loss).__name__)
+        self.origin = ""
         methods: dict[str, BinaryGates | Relaxed | Reinforce] = {
             "binary": BinaryGates(2),
             "binary-all": BinaryGates(None),
@@ -263,6 +269,8 @@ class Run:
 
         A first checkpoint is written at once, so that a folder that cannot be written to is noticed before any work.
         """
+        # In every process, and before anything is put in the place of the weights.
+        self.origin = "" if stem is None else self.supernet.origin()
         start = restore(self, stem)
         self._workers.begin(self.supernet.alpha, start)
         if stem is not None and start == 0 and self._workers.is_first:
@@ -375,7 +383,11 @@ class Run:
         inputs, label = batch_for(self.supernet.net, self._workers.share(batch, what), what)
         output = call_model(net, inputs, what)
         if self._own_loss is not None:
-            return own_loss(self._own_loss, output, label) * self._workers.weight(batch, what)
+            weight = self._workers.weight(batch, what)
+            if weight:
+                return own_loss(self._own_loss, output, label) * weight
+            # A process without a sample of its own: what it is given in place of one counts for nothing.
+            return sum((leaf.sum() for leaf in tensors_of(output)), torch.zeros(())) * 0.0
         remedy = "a supernet is trained as a classifier unless it is given a loss"
         scores = class_scores(output, remedy)
         numbers = class_numbers(label, scores, what, remedy)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from fxopt import _files, targets
 from fxopt.data import Loader
@@ -134,6 +134,36 @@ def test_a_checkpoint_of_another_models_weights_is_refused(tmp_path: Path) -> No
     with pytest.raises(FxoptError, match="its model and its weights"):
         trained(other, checkpoint=place)
     assert trained(supernet, checkpoint=place).resumed_at == 3
+    assert trained(supernet, checkpoint=place).resumed_at == 9
+    with torch.no_grad():
+        next(supernet.net.parameters()).add_(1.0)
+    with pytest.raises(FxoptError, match="its model and its weights"):
+        trained(supernet, checkpoint=place)
+
+
+def test_what_a_dataloader_does_besides_is_kept_or_refused() -> None:
+    data = TensorDataset(torch.arange(60))
+
+    def samples(given: DataLoader[Any]) -> list[set[int]]:
+        numbered = [Numbered(part, "train", 0) for part in split(given, 0.2)]
+        return [{one for step in range(2 * part.steps) for one in part.at(step)[0].tolist()} for part in numbered]
+
+    class Pairs(TensorDataset):
+        """Samples as inputs and labels."""
+
+        def __getitem__(self, index: int) -> Any:
+            return index, 0
+
+    pairs = Pairs(torch.arange(60))
+    assert set.union(*samples(DataLoader(pairs, 4, sampler=SequentialSampler(range(20))))) == set(range(20))
+    own = RandomSampler(pairs, generator=torch.Generator().manual_seed(0))
+    weights, architecture = samples(DataLoader(pairs, batch_sampler=BatchSampler(own, 4, False)))
+    assert not weights & architecture
+    assert {len(batch[0]) for part in split(DataLoader(pairs, 11, shuffle=True), 0.2) for batch in part} == {11, 4}
+    assert {len(batch[0]) for part in split(DataLoader(pairs, 47, shuffle=True), 0.2) for batch in part} == {47, 12}
+    kept = DataLoader(data, batch_sampler=BatchSampler(own, 4, False), num_workers=1, persistent_workers=True)
+    with pytest.raises(DataError, match="persistent_workers=False"):
+        split(kept)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -211,6 +241,8 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         trained(checkpoint=place, settings=dataclasses.replace(SETTINGS, seed=1))
     with pytest.raises(FxoptError, match="terms"):
         trained(checkpoint=place, terms=[])
+    with pytest.raises(FxoptError, match="its loss: None, of this one: cross_entropy"):
+        trained(checkpoint=place, loss=nn.functional.cross_entropy)
     with pytest.raises(FxoptError, match="batches for weights: 3, of this one: 2"):
         trained(checkpoint=place, data=loader(16))
     other = lower_operators(*mobile()).table(targets.load("v100"))
@@ -218,9 +250,9 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         trained(checkpoint=place, table=other)
     before = state(SupernetResult(Supernet(*mobile()), Policy({})))
     wider = Supernet(*mobile())
-    assert wider.origin == Supernet(*mobile()).origin
+    assert wider.origin() == Supernet(*mobile()).origin()
     wider.net.get_submodule("stem.0").weight = torch.nn.Parameter(torch.zeros(8, 2, 5, 5))
-    with pytest.raises(FxoptError, match=r"stem\.0\.weight is of shape"):
+    with pytest.raises(FxoptError, match="its model and its weights"):
         trained(wider, checkpoint=place)
     kept = wider.net.state_dict()
     assert all(

@@ -119,6 +119,41 @@ def test_a_fused_candidate_begins_as_the_block_without_its_first_activation(
     assert_equivalent(smaller, fused, torch.randn(2, 3, 9, 9), batch=3)
 
 
+def test_only_what_is_linear_and_alike_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere a fused candidate gets weights from its seed, and one of a user's own has layers of its own."""
+    monkeypatch.setattr("fxopt.passes._operators._CUSTOM", dict(_CUSTOM))
+    register_candidate("fused-mine", lambda shape, style: nn.Conv2d(shape.inputs, shape.outputs, 1, shape.stride))
+
+    def strided(block: Any) -> None:
+        block.expand[0].stride = (2, 2)
+
+    def without_norm(block: Any) -> None:
+        block.depthwise[1] = nn.Identity()
+
+    def without_activation(block: Any) -> None:
+        block.depthwise[2] = nn.Identity()
+
+    for change in (strided, without_norm, without_activation):
+        block = models.InvertedResidual(8, 12, 1, 6)
+        change(block)
+        gm = block_graph(block)
+        step = SelectOperators(candidates=("mb{e}-k{k}", "fused{e}-k{k}", "fused-mine"))
+        (found,) = step.explain(gm)
+        fused, again = (
+            step.with_policy(Policy({("operator", found.site): "fused6-k3"}))(graph).graph_module
+            for graph in (gm, block_graph(block))
+        )
+        with torch.no_grad():
+            for parameter in gm.get_submodule(found.site).parameters():
+                parameter.mul_(2.0)
+        other = step.with_policy(Policy({("operator", found.site): "fused6-k3"}))(gm).graph_module
+        weights = [one.state_dict()[f"{found.site}.fused6_k3.expand.conv.weight"] for one in (fused, again, other)]
+        assert torch.equal(weights[0], weights[1])
+        assert torch.equal(weights[0], weights[2])
+        mine = step.with_policy(Policy({("operator", found.site): "fused-mine"}))(gm).graph_module
+        assert mine(torch.randn(2, 3, 9, 9)).isfinite().all()
+
+
 def test_a_fused_candidate_inside_the_borders() -> None:
     torch.manual_seed(0)
     block = models.InvertedResidual(8, 8, 1, 6)
