@@ -121,6 +121,8 @@ class Selector:
                 completed(supernet.derive(_cheapest(supernet, table, limits)))
         found = self._train(supernet, table, wanted, train)
         policy = self._within(supernet, table, wanted, completed, found.duals)
+        # Another supernet may choose the same operators with other weights.
+        name = "" if self.folder is None else f"selected-{digest_of(supernet.derive(policy))}"
         network = fine_tune(
             supernet,
             policy,
@@ -130,7 +132,7 @@ class Selector:
             learning_rate=self.tuning.learning_rate,
             loss=self.tuning.loss,
             seed=self.tuning.seed,
-            checkpoint=self._place(f"selected-{digest_of(supernet.derive(policy))}"),
+            checkpoint=self._place(name),
             progress=self.show,
         )
         row = supernet.space.encode(policy)[None]
