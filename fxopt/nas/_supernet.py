@@ -146,7 +146,7 @@ class Supernet:
     """
 
     def __init__(self, graph: fx.GraphModule, step: SelectOperators) -> None:
-        check_kinds(graph=graph, step=step)
+        check_kinds(step=step)
         self.step = step
         self.space: SearchSpace = step.search_space(graph)
         if not len(self.space):
@@ -296,7 +296,6 @@ class Supernet:
 
 
 _KINDS: Mapping[str, tuple[type, str]] = {
-    "graph": (fx.GraphModule, "fxopt.trace(model, example_inputs)"),
     "step": (SelectOperators, "fxopt.passes.SelectOperators()"),
     "supernet": (Supernet, "fxopt.nas.Supernet(graph, step)"),
     "table": (OperatorTable, "fxopt.lowering.lower_operators(graph, step).table(target)"),

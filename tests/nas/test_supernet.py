@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fxopt.decisions import Policy
-from fxopt.errors import PassError, PolicyError
+from fxopt.errors import PassError, PolicyError, VerifyError
 from fxopt.graph import trace, verify
 from fxopt.nas import Supernet
 from fxopt.passes import SelectOperators
@@ -82,7 +82,7 @@ def test_what_does_not_fit() -> None:
         Supernet(trace(nn.Linear(3, 2), torch.randn(2, 3)), SelectOperators())
     with pytest.raises(PassError, match=r"step is a str; give what fxopt\.passes\.SelectOperators\(\) makes"):
         Supernet(mobile()[0], "select-operators")  # type: ignore[arg-type]
-    with pytest.raises(PassError, match=r"graph is a Linear; give what fxopt\.trace"):
+    with pytest.raises(VerifyError, match=r"A Linear is no graph; give what fxopt\.trace"):
         Supernet(nn.Linear(3, 2), SelectOperators())  # type: ignore[arg-type]
     supernet = Supernet(*mobile())
     with pytest.raises(PolicyError, match="cannot be chosen"):
