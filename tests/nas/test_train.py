@@ -25,6 +25,7 @@ from fxopt.nas._batches import Numbered
 from fxopt.nas._parallel import Workers
 from fxopt.nas._train import Run
 from fxopt.progress import Silent
+from fxopt.training import read_tensors, write_tensors
 from tests.nas.toys import between, loader, mobile, mobile_table, table, toy
 
 SETTINGS = SupernetSettings(warm_up=1, epochs=2, learning_rate=0.02)
@@ -234,6 +235,26 @@ def test_a_loss_of_ones_own_trains_weights_and_architecture() -> None:
         trained(loss=lambda output, label: output)
 
 
+def test_a_process_without_a_sample_adds_nothing_to_a_loss_of_ones_own() -> None:
+    """Means over processes, each with its weight, are the mean of the batch."""
+    supernet, batch = Supernet(*mobile()), next(iter(loader()))
+    with Workers(supernet.net) as workers:
+        costs = Cost(mobile_table(), [])
+        run = Run(supernet, loader(), loader(), costs, SETTINGS, workers, nn.functional.cross_entropy)
+        whole = run._loss(supernet.net.eval(), batch, "train", 0.0)
+        workers.size, parts = 3, []
+        for workers._rank in range(3):
+            parts.append(run._loss(supernet.net, batch, "train", 0.0).item())
+        assert sum(parts) / 3 == pytest.approx(whole.item())
+        one = tuple(part[:1] for part in batch)
+        idle = run._loss(supernet.net, one, "train", 0.0)
+        torch.autograd.backward(idle)
+        assert idle.item() == 0.0
+        with pytest.raises(DataError, match="labels without a tensor"):
+            workers.weight((batch[0], ["a"]), "train")
+        workers.size = 1
+
+
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     place = tmp_path / "supernet"
     trained(checkpoint=place, stop_after=3)
@@ -254,6 +275,10 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     wider.net.get_submodule("stem.0").weight = torch.nn.Parameter(torch.zeros(8, 2, 5, 5))
     with pytest.raises(FxoptError, match="its model and its weights"):
         trained(wider, checkpoint=place)
+    _, tensors, told = read_tensors(place) or pytest.fail("there is no checkpoint")
+    write_tensors(place, {**tensors, "net.stem.0.weight": torch.zeros(8, 2, 5, 5)}, told)
+    with pytest.raises(FxoptError, match=r"stem\.0\.weight is of shape"):
+        trained(checkpoint=place)
     kept = wider.net.state_dict()
     assert all(
         torch.equal(kept[name], value) for name, value in before.items() if "stem.0" not in name and name in kept
