@@ -3,8 +3,8 @@
 The census traces architectures of pytorchcv, timm and torchvision and counts the blocks that SelectOperators finds, by
 pattern, and the convolutions outside of them, by reason. The runs call ``fxopt optimize ... --passes
 select-operators,prune-channels,quantize`` in a process of its own for each network and target, and run the file that
-comes out in onnxruntime; for ``host`` the networks are whole, since most of what the small ones take there is to start
-their layers. A package that is not installed is skipped and said to be.
+comes out in onnxruntime; for ``host`` the whole networks besides, since most of what the small ones take there is to
+start their layers. A package that is not installed is skipped and said to be.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BUDGET = "latency=0.5"
 NETWORKS = ("pytorchcv_resnet10", "pytorchcv_mobilenetv2", "timm_mobilenetv3")
 TARGETS = ("bitfusion", "zynq7020", "pixel1", "host")
 WHOLE = "host"
-"""The target whose networks are whole."""
+"""The target for which there are whole networks, too."""
 CENSUS = {
     "pytorchcv": "resnet18 resnet50 preresnet18 seresnet18 seresnet50 vgg16 darknet53 mobilenet_w1 fdmobilenet_w1 "
     "mobilenetv2_w1 mobilenetv2b_w1 mobilenetv3_small_w1 mobilenetv3_large_w1 shufflenetv2_w1 efficientnet_b0 "
@@ -94,10 +94,9 @@ def count(package: str, name: str) -> dict[str, Any]:
     }
 
 
-def optimize(network: str, target: str, folder: Path) -> dict[str, Any]:
-    """One command, and the file that it leaves."""
+def optimize(network: str, size: str, target: str, folder: Path) -> dict[str, Any]:
+    """One command, and the file that it leaves; the size is nothing or ``_whole``."""
     models = HERE / "common" / "strangers.py"
-    size = "_whole" if target == WHOLE else ""
     words = ["optimize", f"{models}:{network}{size}", "--passes", "select-operators,prune-channels,quantize", "--json"]
     words += ["--target", target, "--budget", BUDGET, "--epochs", "1", "--trials", "6", "--out", str(folder)]
     words += ["--train", f"{models}:train{size}", "--val", f"{models}:val{size}"]
@@ -150,10 +149,13 @@ def main() -> None:
         if any(fnmatch.fnmatchcase(f"{package}:{name}", pattern) for pattern in asked.census):
             census[f"{package}:{name}"] = count(package, name)
             progress(f"{package}:{name}: {census[f'{package}:{name}']}")
-    for network, target in itertools.product(asked.networks, asked.targets):
+    for network, target, size in itertools.product(asked.networks, asked.targets, ("", "_whole")):
+        if size and target != WHOLE:
+            continue
+        name = f"{network}{size} on {target}"
         with tempfile.TemporaryDirectory() as folder:
-            runs[f"{network} on {target}"] = optimize(network, target, Path(folder))
-        progress(f"{network} on {target}: {runs[f'{network} on {target}']}")
+            runs[name] = optimize(network, size, target, Path(folder))
+        progress(f"{name}: {runs[name]}")
     finish("select_zoo", {"census": census, "runs": runs}, budget=BUDGET)
 
 
