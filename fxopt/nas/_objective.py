@@ -132,9 +132,9 @@ class Cost:
 
     def __init__(self, table: OperatorTable, terms: Sequence[CostTerm]) -> None:
         given: object = terms
-        if not isinstance(given, Iterable) or not all(isinstance(one, CostTerm) for one in given):
+        self.terms = tuple(terms) if isinstance(given, Iterable) else ()
+        if not isinstance(given, Iterable) or not all(isinstance(one, CostTerm) for one in self.terms):
             raise BudgetError(f"terms is a list of fxopt.nas.CostTerm, got {given!r}.")
-        self.terms = tuple(terms)
         self.expected = tuple(ExpectedCost(table, term.metric) for term in self.terms)
         self.duals = [0.0] * len(self.terms)
         self.references = [term.reference for term in self.terms]

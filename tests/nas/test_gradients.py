@@ -14,7 +14,7 @@ import torch
 from fxopt.errors import BudgetError, InfeasibleError, UnknownNameError
 from fxopt.nas import BinaryGates, Cost, CostTerm, ExpectedCost, Reinforce, Relaxed, Supernet
 from fxopt.nas._architecture import gate_gradient, path_matrix, sample
-from tests.nas.toys import CLASSES, paths, table, toy
+from tests.nas.toys import CLASSES, between, mobile_table, paths, table, toy
 
 BATCH = (
     torch.randn(6, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
@@ -360,6 +360,8 @@ def test_a_budget_comes_down_to_its_reference_in_half_of_the_search() -> None:
 
 
 def test_terms_out_of_range() -> None:
+    term = CostTerm("latency", between(0.5))
+    assert Cost(mobile_table(), (one for one in (term,))).terms == (term,)  # type: ignore[arg-type]
     for reference in (0.0, "1ms"):
         with pytest.raises(
             BudgetError, match="reference of a cost term, in SI units, has to be above zero and finite, got"
