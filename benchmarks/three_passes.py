@@ -39,6 +39,7 @@ from torch import fx, nn
 import fxopt
 from fxopt import models, targets
 from fxopt.decisions import Capabilities, SearchSpace
+from fxopt.errors import InfeasibleError
 from fxopt.evaluate import accuracy
 from fxopt.lowering import lower
 from fxopt.passes import PruneChannels, Quantize, SelectOperators, TunablePass
@@ -94,9 +95,17 @@ def quantized_latency(width: float, bits: int) -> float:
 
 
 def widest(limit: float, bits: int) -> float:
-    """The largest width within a latency, in steps of a twentieth."""
+    """The largest width within a latency, in steps of a twentieth.
+
+    Raises:
+        InfeasibleError: If not even a fifth of the width is.
+    """
     widths = [step / 20 for step in range(4, 31)]
-    return widths[bisect.bisect_right(widths, limit, key=lambda width: quantized_latency(width, bits)) - 1]
+    fitting = bisect.bisect_right(widths, limit, key=lambda width: quantized_latency(width, bits))
+    if not fitting:
+        least = quantized_latency(widths[0], bits)
+        raise InfeasibleError(f"{bits} bits take {least:g} s.", metric="latency", limit=limit, least=least)
+    return widths[fitting - 1]
 
 
 class Experiment:
@@ -228,8 +237,12 @@ def main() -> None:
                 shares = [options.operators, options.share] if name in ("channels", "all") else None
                 key = {"seed": seed, "point": point, "way": name, "shares": shares}
                 label = "-".join(map(str, (name.replace(" ", "-"), point, seed, *(shares or ()))))
-                found = parts.add(key, experiment.way, name, point * whole, label)
-                progress(f"{label}: {found['accuracy']:.4f} at {found['latency_us']:.1f} us")
+                try:
+                    found = parts.add(key, experiment.way, name, point * whole, label)
+                except InfeasibleError as failure:
+                    progress(f"{label}: {failure}")
+                else:
+                    progress(f"{label}: {found['accuracy']:.4f} at {found['latency_us']:.1f} us")
     finish("three_passes", {"all": parts.done}, **{key: str(value) for key, value in vars(options).items()})
 
 

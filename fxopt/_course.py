@@ -16,7 +16,6 @@ from fxopt._applying import Stages
 from fxopt._files import JOURNAL
 from fxopt._job import Job
 from fxopt._precision import Quickest
-from fxopt._selecting import bits_alone
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Constraint, Policy, SearchSpace, format_score
@@ -204,12 +203,12 @@ class Course:
             judge: Judges the first of them.
         """
         found: list[SearchResult] = []
+        made: list[Quickest] = []
         policy = Policy({})
-        final = max((number for number, group in enumerate(groups) if not bits_alone(group)), default=0)
         for number, group in enumerate(groups):
             last = number == len(groups) - 1
             space, constraint = (job.space, job.constraint) if last else job.part(group[0])
-            if not last and not len(space):
+            if not len(space) and (made or not last):
                 continue
             if number:
                 judge = self.judging.of(job, group, self.tuning)
@@ -219,14 +218,16 @@ class Course:
             own = space.default() if search is None else search.policy
             if search is not None:
                 self.judging.wanted.check(judge.score(own), "The best policy found")
-            built = self._built(job, group, own, judge, final=number >= final)
+            built = self._built(job, group, own, judge, final=_nothing_but_bits_is_left(job.space, group))
+            made.append(built)
             policy = policy.merged(built.policy)
             if not last:
                 rest = tuple(one for later in groups[number + 1 :] for one in later)
                 job = job.after(built.graph, group[0].with_policy(built.policy), rest)
         known = self.steps[-1].accuracy if self.steps else None
-        score = judge.judge(built.graph) if known is None else known
-        return Outcome(built.graph, policy, score, judge.score_name, tuple(found), built.note)
+        end = made[-1]
+        score = judge.judge(end.graph) if known is None else known
+        return Outcome(end.graph, policy, score, judge.score_name, tuple(found), end.note)
 
     def _journal(self, job: Job, group: tuple[TunablePass, ...], number: int) -> Path | None:
         if self.folder is None:
@@ -306,6 +307,12 @@ class Course:
             found = f"{line.detail}; taken back, it ended at {format_score(judge.score_name, line.accuracy)}"
             line = dataclasses.replace(before, name=step, detail=found)
         self.steps.append(line)
+
+
+def _nothing_but_bits_is_left(space: SearchSpace, group: tuple[TunablePass, ...]) -> bool:
+    """Whether the passes behind a group have at most bits to decide in the space that it is part of."""
+    known = {"bits"}.union(*(one.kinds for one in group))
+    return all(decision.kind in known for decision in space)
 
 
 def _below(line: PassLine, before: PassLine) -> bool:

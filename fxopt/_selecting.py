@@ -30,7 +30,7 @@ from fxopt.passes import Quantize, SelectOperators, TunablePass
 from fxopt.progress import Progress
 from fxopt.targets import Target
 
-__all__ = ["Selection", "Selector", "bits_alone", "parted"]
+__all__ = ["Selection", "Selector", "parted"]
 
 _SEARCH_EPOCHS = 2
 """Epochs of the search for each epoch of fine-tuning; the warm-up has as many as fine-tuning."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import fx, nn
 
+from fxopt._numbers import check_whole
 from fxopt.decisions import Capabilities, Choice, Decision, SearchSpace
 from fxopt.errors import PassError, PolicyError, UnknownNameError
 from fxopt.graph import verify
@@ -119,7 +120,7 @@ class SelectOperators(TunablePass):
         """Check the options.
 
         Raises:
-            PassError: If kernels are not odd, expansions below 1, or an option is of another kind.
+            PassError: If kernels are not odd, expansions below 1, the seed below 0, or an option is of another kind.
             UnknownNameError: If there is no such pattern or candidate.
         """
         super().__post_init__()
@@ -134,6 +135,7 @@ class SelectOperators(TunablePass):
             if name not in PATTERNS:
                 raise UnknownNameError("pattern", name, PATTERNS)
         check_names(self.candidates)
+        check_whole(0, PassError, seed=self.seed)
 
     def search_space(self, graph_module: fx.GraphModule, capabilities: Capabilities | None = None) -> SearchSpace:
         """One decision for every block that has more than one candidate; the default is what the block computes.

@@ -17,7 +17,7 @@ from fxopt.decisions import SearchSpace
 from fxopt.errors import DataError, FxoptError, JournalError, UnknownNameError
 from fxopt.evaluate import Evaluator
 from fxopt.graph.fake_quantize import ActivationQuantizer, WeightQuantizer
-from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize
+from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, SparsifyWeights
 from fxopt.sensitivity import sensitivities
 from fxopt.training import Distillation, EarlyStop, FineTuning
 from tests.optimizing import DATA, EXAMPLE, Stopping, half_right, make_net, optimize, outcome
@@ -52,6 +52,9 @@ def test_the_last_training_in_floats_may_be_longer() -> None:
     assert epochs_told(tuned(None, **few, final_epochs=0)) == ["epochs: 1"]
     assert epochs_told(tuned(None, **few, shares={}, final_epochs=2)) == ["epochs: 2", "epochs: 1"]
     assert epochs_told(tuned(None, **(few | {"passes": "quantize"}), final_epochs=2)) == ["epochs: 1"]
+    nothing_behind = ("prune-channels", SparsifyWeights(ignore=("*",)))
+    last = {"budget": {"latency": 0.9}, "passes": nothing_behind, "shares": {}}
+    assert epochs_told(tuned(None, **(few | last), final_epochs=2)) == ["epochs: 2"]
     assert outcome(tuned(None, **few, final_epochs=1)) == outcome(tuned(None, **few))
     with pytest.raises(FxoptError, match="final_epochs"):
         tuned(None, final_epochs=-1)

@@ -65,20 +65,22 @@ def _samples(loader: Any) -> int:
 
 def _part(loader: Any, chosen: torch.Tensor, seed: int) -> Loader:
     """The samples of a loader that have certain numbers, or else its batches."""
+    samples = isinstance(loader, TensorLoader) or _is_plain(loader)
+    if samples and len(chosen) > 1 and len(chosen) % loader.batch_size == 1 < loader.batch_size:
+        chosen = chosen[:-1]  # Batch norm can take no variance of a last batch of one sample.
     if isinstance(loader, TensorLoader):
         inputs, labels = loader.inputs[chosen], loader.labels[chosen]
         return TensorLoader(inputs, labels, loader.batch_size, shuffle=True, seed=loader.seed)
-    if not _is_plain(loader):
+    if not samples:
         if getattr(loader, "persistent_workers", False):
             raise DataError("The parts of train cannot share persistent workers; give persistent_workers=False.")
         return _Batches(loader, frozenset(chosen.tolist()), seed)
-    alone = len(chosen) % loader.batch_size == 1  # Batch norm can take no variance of a last batch of one sample.
     same = ("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context")
     return DataLoader(
         Subset(loader.dataset, chosen.sort().values.tolist()),
         loader.batch_size,
         shuffle=isinstance(loader.sampler, RandomSampler),
-        drop_last=(loader.drop_last or alone) and len(chosen) >= loader.batch_size > 1,
+        drop_last=loader.drop_last and len(chosen) >= loader.batch_size,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
         **{name: getattr(loader, name) for name in same},

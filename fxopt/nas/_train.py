@@ -193,7 +193,9 @@ def train_supernet(
             checkpoint stays at the last good state. If the checkpoint cannot be written or is of another training, or
             the table is of other decisions; if an argument is of another kind or out of range.
     """
-    chosen = settings or SupernetSettings()
+    chosen: Any = SupernetSettings() if settings is None else settings
+    if not isinstance(chosen, SupernetSettings):
+        raise FxoptError(f"settings is a {type(chosen).__name__}; give a fxopt.nas.SupernetSettings.")
     check_table(supernet, table)
     check_whole(1, checkpoint_steps=checkpoint_steps)
     check_whole(0, stop_after=0 if stop_after is None else stop_after)

@@ -202,6 +202,15 @@ def test_a_shuffling_dataloader_is_split_by_samples_and_resumed(tmp_path: Path, 
         assert torch.equal(value, state(resumed)[name]), name
 
 
+def test_no_part_ends_with_a_batch_of_one_sample() -> None:
+    """Batch norm could not take a variance of it."""
+    data = loader(22)
+    for whole in (dataclasses.replace(data, batch_size=8), DataLoader(TensorDataset(data.inputs, data.labels), 8)):
+        weights, architecture = split(whole, 5 / 22)
+        assert [len(label) for _, label in weights] == [8, 8]
+        assert [len(label) for _, label in architecture] == [5]
+
+
 def test_batches_of_a_loader_of_ones_own_are_parted_in_one_order() -> None:
     class Shuffled:
         """Batches in an order that torch's global generator decides."""
@@ -439,6 +448,8 @@ def test_loaders_are_split_or_refused() -> None:
         split(batches[:1])
     with pytest.raises(DataError, match="val"):
         train_supernet(Supernet(*mobile()), loader(), [], mobile_table())
+    with pytest.raises(FxoptError, match=r"settings is a dict; give a fxopt\.nas\.SupernetSettings"):
+        train_supernet(Supernet(*mobile()), loader(), loader(), mobile_table(), settings={"epochs": 1})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -329,6 +329,7 @@ def test_what_is_decided_can_be_narrowed() -> None:
         ({"expansions": 2.5}, PassError, "expansions takes whole numbers above zero, got 2.5"),
         ({"kernels": None}, PassError, "kernels takes odd numbers above zero, got None"),
         ({"kernels": True}, PassError, "got True"),
+        ({"seed": "a"}, PassError, "seed has to be a whole number"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], error: type[Exception], words: str) -> None:
