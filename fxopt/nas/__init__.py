@@ -6,8 +6,9 @@ from fxopt.nas._architecture import BinaryGates, Reinforce, Relaxed
 from fxopt.nas._batches import split
 from fxopt.nas._choose import PathScore, check_budget, fine_tune, policy_within
 from fxopt.nas._objective import Cost, CostTerm, ExpectedCost
+from fxopt.nas._settings import Epoch, SupernetSettings
 from fxopt.nas._supernet import MixedOperator, Supernet
-from fxopt.nas._train import Epoch, SupernetResult, SupernetSettings, train_supernet
+from fxopt.nas._train import SupernetResult, train_supernet
 
 __all__ = [
     "BinaryGates",

@@ -6,16 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fxopt.errors import FxoptError
 from fxopt.nas._architecture import Reinforce
+from fxopt.nas._run import Run
+from fxopt.nas._settings import Epoch
 from fxopt.training import read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from fxopt.nas._train import Run
 
 __all__ = ["restore", "store"]
 
@@ -24,7 +23,9 @@ _OPTIMIZERS = {"weights.": "optimizer", "architecture.": "alpha_optimizer"}
 
 
 def store(run: Run, stem: Path, step: int) -> None:
-    """Write everything that decides what the training does next, whole or not at all."""
+    """Write everything that decides what the training does next, whole or not at all; the first process does."""
+    if not run.workers.is_first:
+        return
     tensors = {f"{_NET}{name}": tensor for name, tensor in run.supernet.net.state_dict().items()}
     tensors[_ALPHA] = run.supernet.alpha
     for prefix, attribute in _OPTIMIZERS.items():
@@ -48,8 +49,6 @@ def restore(run: Run, stem: Path | None) -> int:
     Raises:
         FxoptError: If the file is damaged or of another training.
     """
-    from fxopt.nas._train import Epoch
-
     found = None if stem is None else read_tensors(stem)
     if found is None:
         return 0

@@ -23,7 +23,7 @@ from fxopt.lowering import lower_operators
 from fxopt.nas import Cost, CostTerm, Supernet, SupernetResult, SupernetSettings, split, train_supernet
 from fxopt.nas._batches import Numbered
 from fxopt.nas._parallel import Workers
-from fxopt.nas._train import Run
+from fxopt.nas._run import Run
 from fxopt.progress import Silent
 from fxopt.training import read_tensors, write_tensors
 from tests.nas.toys import between, loader, mobile, mobile_table, table, toy
