@@ -23,6 +23,7 @@ __all__ = [
     "careful",
     "check_data",
     "check_executor",
+    "check_objective_of_operators",
     "check_weights",
     "resolve_passes",
     "terms_of",
@@ -89,6 +90,21 @@ def wanted_objective(objective: Objective | None) -> Objective:
             f"objective is a {type(objective).__name__}; give one of fxopt.objectives, such as SmallestCost(0.97)."
         )
     return objective or BestScore()
+
+
+def check_objective_of_operators(
+    objective: Objective, budgets: Sequence[Budget], following: Sequence[TunablePass]
+) -> None:
+    """A supernet learns what keeps accuracy within budgets; another objective has to have something else to go by.
+
+    Raises:
+        SearchError: If it has not.
+    """
+    if not isinstance(objective, BestScore) and not (budgets and following):
+        lacking = "passes behind it, which the objective is for" if budgets else "a budget too, such as latency=0.5"
+        raise SearchError(
+            f"'select-operators' keeps accuracy within a budget, and does not search by {objective!r}; give {lacking}."
+        )
 
 
 def wanted_shares(

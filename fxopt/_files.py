@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from fxopt.errors import FxoptError
 
-__all__ = ["JOURNAL", "MODEL", "PAGE", "REPORT", "path_of", "replacing", "write_bytes", "write_text"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["JOURNAL", "MODEL", "PAGE", "REPORT", "locked", "path_of", "replacing", "write_bytes", "write_text"]
 
 JOURNAL, MODEL, PAGE, REPORT = "journal.jsonl", "model.onnx", "report.html", "report.json"
 """Files in the folder of a run: of its first search, what was exported, and its report for people and as data."""
@@ -27,37 +34,92 @@ def path_of(name: str, given: object) -> Path:
     return Path(given)
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_LOCKED_WITHIN_S = 5.0
+"""A writer has locked its scratch folder by then."""
+
+
+def locked(descriptor: int) -> bool | None:
+    """Lock an open file or folder until it is closed; whether that is done.
+
+    Returns:
+        False if another process holds it, None where the platform or the file system has no locks.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as failure:
+        if failure.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], error: type[FxoptError] = FxoptError) -> Iterator[Path]:
-    """Give a scratch path beside ``path``; rename it over ``path`` when the block ends well.
+    """Give a scratch path in a hidden folder beside ``path``; rename it over ``path`` when the block ends well.
 
-    The parent folder is created. On any failure the scratch file is removed and whatever stood under
-    ``path`` before is untouched.
+    The parent folder is created. On any failure the scratch folder is removed and whatever stood under ``path`` before
+    is untouched. Scratch folders of writers that were killed are removed by the next one.
 
     Args:
         path: The final path.
         error: The error type that an operating system failure (read-only folder, full disk) is raised as.
 
     Yields:
-        The scratch path, in the same folder and with the same suffix.
+        The scratch path, of the same name and on the same file system.
     """
     final = Path(path)
+    prefix = f".{final.name}-"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{final.stem}-", suffix=final.suffix, dir=final.parent)
-        os.close(handle)
+        _remove_left(final.parent, prefix)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
     except OSError as failure:
         raise error(_cannot_write(final, failure)) from failure
-    scratch = Path(name)
+    scratch = folder / final.name
     try:
-        yield scratch
-        _sync(scratch)
-        scratch.chmod(0o666 & ~_umask())
-        scratch.replace(final)
+        with _open(folder) as held:
+            if held is not None:
+                locked(held)
+            yield scratch
+            _sync(scratch)
+            scratch.chmod(0o666 & ~_umask())
+            scratch.replace(final)
     except OSError as failure:
         raise error(_cannot_write(final, failure)) from failure
     finally:
-        scratch.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_left(parent: Path, prefix: str) -> None:
+    """Remove scratch folders that no process holds: their writers were killed."""
+    for entry in os.scandir(parent):
+        if not entry.name.startswith(prefix) or not entry.is_dir(follow_symlinks=False):
+            continue
+        # Another process may remove it meanwhile.
+        with contextlib.suppress(OSError):
+            left = Path(entry.path)
+            if time.time() - left.stat().st_mtime > _LOCKED_WITHIN_S:
+                with _open(left) as held:
+                    if held is not None and locked(held):
+                        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _open(folder: Path) -> Iterator[int | None]:
+    """A folder's descriptor; None where folders cannot be opened."""
+    if sys.platform == "win32":
+        yield None
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | os.PathLike[str], text: str, error: type[FxoptError] = FxoptError) -> None:

@@ -19,6 +19,7 @@ from fxopt._arguments import (
     careful,
     check_data,
     check_executor,
+    check_objective_of_operators,
     resolve_passes,
     terms_of,
     wanted_objective,
@@ -244,6 +245,8 @@ def optimize(
     selecting, rest = parted(everything)
     selector = None if selecting is None else Selector(selecting, tuning, rest, folder, show)
     divided = wanted_shares(shares, everything, budgets)
+    if selecting is not None:
+        check_objective_of_operators(wanted, budgets, rest)
     job = Job(model, example_inputs, device, rest, budgets, folder, show, selector, divided)
     groups = tuple((one,) for one in rest) if divided is not None and rest else (rest,)
     judge, before = course.rehearse(job, groups[0])

@@ -21,6 +21,7 @@ from fxopt._lowering.build import Builder, Row
 from fxopt._lowering.by_index import IndexCosts
 from fxopt._lowering.choices import OperatorTable, OperatorWorkload, lower_choices, no_blocks
 from fxopt._lowering.forms import Forms, Size
+from fxopt._numbers import check_whole
 from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import PolicyError
 from fxopt.graph.packing import position_bytes
@@ -107,6 +108,7 @@ def lower(gm: fx.GraphModule, batch: int = 1, attention: str = "heads") -> Param
         The parametric workload. Its parameters are the channel counts of every channel group that can be cut and
         the bits of every layer; binding the empty policy gives the graph as it is.
     """
+    check_whole(1, batch=batch)
     builder = Builder(gm, batch, attention)
     builder.walk()
     return ParametricWorkload(builder)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from fxopt.errors import PassError
+from fxopt.errors import FxoptError, PassError
 from fxopt.passes._operators import ORIGINAL, Shape, Style, check_names
 
-__all__ = ["PATTERNS", "SQUEEZE", "Block", "Pattern", "Squeeze", "Unit", "register_pattern"]
+__all__ = ["PATTERNS", "SQUEEZE", "Block", "Pattern", "Squeeze", "Unit", "blaming", "register_pattern"]
 
 SQUEEZE = "squeeze?"
 _POINTWISE, _DENSE, _GROUPED, _DEPTHWISE = "pointwise", "dense", "grouped", "depthwise"
@@ -169,7 +170,8 @@ class Block:
     @property
     def operator(self) -> str:
         """Name of what the block computes now."""
-        return self.pattern.operator(self) or ORIGINAL
+        with blaming(f"operator of the pattern {self.pattern.name!r}", self.site, "register_pattern"):
+            return self.pattern.operator(self) or ORIGINAL
 
     @property
     def partner(self) -> fx.Node | None:
@@ -177,6 +179,20 @@ class Block:
         if self.join is None:
             return None
         return next(source for source in self.join.all_input_nodes if source is not self.exit)
+
+
+@contextlib.contextmanager
+def blaming(what: str, site: str, registered: str = "register_candidate") -> Iterator[None]:
+    """Raise an error of the user's own code as a PassError that says whose it is, and at which block."""
+    try:
+        yield
+    except FxoptError:
+        raise
+    except Exception as failure:
+        reason = (str(failure).splitlines() or [""])[0].rstrip(".")
+        raise PassError(
+            f"{what} fails at {site!r}: {type(failure).__name__}: {reason}. Correct what {registered} was given."
+        ) from failure
 
 
 def _strides_only(block: Block, place: int) -> bool:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxopt.errors import FxoptError, PassError
+from fxopt.errors import PassError
 from fxopt.graph import edit, ops, propagate
 from fxopt.graph import trace as trace_graph
-from fxopt.passes._operator_patterns import Block
+from fxopt.passes._operator_patterns import Block, blaming
 from fxopt.passes._operators import IDENTITY, ORIGINAL, OWN, ZERO, SqueezeExcite, build, fits, is_custom
 
 __all__ = ["SITE_META", "Chosen", "check_custom", "offered", "replace_blocks"]
@@ -49,7 +48,7 @@ def offered(gm: fx.GraphModule, block: Block, name: str) -> bool:
     Raises:
         PassError: If a user's own ``fits`` raises.
     """
-    with _blaming(f"fits of candidate {name!r}", block):
+    with blaming(f"fits of candidate {name!r}", block.site):
         fitting = fits(name, block.shape)
     if not fitting:
         return False
@@ -164,6 +163,8 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
         if node.op == "placeholder":
             names[node] = value
         elif node.op == "call_module":
+            if node.target in (other.target for other in names if other.op == "call_module"):
+                raise PassError(f"The candidate for {path!r} uses {node.target!r} twice; give each use its own layer.")
             args = fx.map_arg(node.args, names.__getitem__)
             part = inner.get_submodule(str(node.target))
             after = names[node] = edit.insert_module(gm, f"{path}.{node.target}", part, after, args)
@@ -193,12 +194,17 @@ def check_custom(name: str, module: nn.Module, block: Block) -> None:
             f"Candidate {name!r} at {block.site!r} is a {type(given).__name__}; let what register_candidate was given "
             "return a torch.nn.Module."
         )
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise PassError(
+            f"Candidate {name!r} at {block.site!r} is on the meta device, without values; let what register_candidate "
+            "was given make it on a real one."
+        )
     shape, size = block.shape, edit.shape(block.entry)[2:]
     x = torch.zeros(_EXAMPLE_BATCH, shape.inputs, *size)
     wanted = (_EXAMPLE_BATCH, shape.outputs, *(-(-one // shape.stride) for one in size))
     modes = [(part, part.training) for part in module.modules()]
     try:
-        with torch.no_grad(), _blaming(f"Candidate {name!r}, given an input of {tuple(x.shape)},", block):
+        with torch.no_grad(), blaming(f"Candidate {name!r}, given an input of {tuple(x.shape)},", block.site):
             found = module.eval()(x)
     finally:
         for part, training in modes:
@@ -217,22 +223,7 @@ def make(name: str, block: Block, builder: Callable[[], nn.Module] | None = None
     Raises:
         PassError: If a user's own cannot be built or does not keep the block's shape.
     """
-    with _blaming(f"The builder of candidate {name!r}", block):
+    with blaming(f"The builder of candidate {name!r}", block.site):
         module = builder() if builder is not None else build(name, block.shape, block.style)
     check_custom(name, module, block)
     return module
-
-
-@contextlib.contextmanager
-def _blaming(what: str, block: Block) -> Iterator[None]:
-    """Raise an error of the user's own code as a PassError that says whose it is, and at which block."""
-    try:
-        yield
-    except FxoptError:
-        raise
-    except Exception as failure:
-        reason = (str(failure).splitlines() or [""])[0].rstrip(".")
-        raise PassError(
-            f"{what} fails at {block.site!r}: {type(failure).__name__}: {reason}. Correct what register_candidate was "
-            "given."
-        ) from failure

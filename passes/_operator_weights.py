@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from fxopt._seeding import seeded
 from fxopt.passes._operator_patterns import Block, Squeeze, Unit
 from fxopt.passes._operators import OWN, SqueezeExcite, is_custom
 from fxopt.passes._scaling import scale_and_shift
@@ -28,17 +29,30 @@ _SAME_LAYERS: Mapping[str, str] = {
 }
 
 
-def initialize(module: nn.Module, seed: int, *names: str) -> None:
-    """Set all weights anew from a seed and names: convolutions as He et al. (2015), norms to one and zero."""
+def initialize(module: nn.Module, seed: int, *names: str) -> list[str]:
+    """Set all weights anew from a seed and names.
+
+    Convolutions and linear layers as He et al. (2015), everything else by its own ``reset_parameters``.
+
+    Returns:
+        The parameters that nothing sets anew, which are as they were.
+    """
     digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    for part in module.modules():
-        if isinstance(part, (_ConvNd, nn.Linear)):
-            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, _BatchNorm):
-            part.reset_parameters()
+    start = int.from_bytes(digest[:8], "big") >> 1
+    generator = torch.Generator().manual_seed(start)
+    left = []
+    with seeded(start):
+        for path, part in module.named_modules():
+            reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+            if isinstance(part, (_ConvNd, nn.Linear)):
+                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+            elif callable(reset):
+                reset()
+            else:
+                left += [f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters(recurse=False)]
+    return left
 
 
 def inherit(module: nn.Module, gm: fx.GraphModule, block: Block, name: str) -> bool:

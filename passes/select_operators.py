@@ -143,9 +143,8 @@ class SelectOperators(TunablePass):
         Raises:
             PassError: If layers are quantized or sparse already, or a pattern of ``ignore`` matches no site.
         """
-        refuse_quantized(graph_module, self.name)
-        refuse_sparse(graph_module, self.name)
         verify(graph_module)
+        self.requires(graph_module)
         decisions = []
         for block in self.blocks(graph_module):
             choices = self.choices(graph_module, block)
@@ -256,7 +255,7 @@ class SelectOperators(TunablePass):
         return bool(chosen)
 
     def candidate(self, graph_module: fx.GraphModule, block: Block, name: str, *, weights: bool = True) -> nn.Module:
-        """A candidate as the pass would put it in the place of a block.
+        """A candidate as the pass would put it in the place of a block: on its device and of its type.
 
         Raises:
             PassError: If it does not keep the block's shape.
@@ -265,7 +264,8 @@ class SelectOperators(TunablePass):
         if weights:
             initialize(module, self.seed, block.site, name)
             inherit(module, graph_module, block, name)
-        return module.train(graph_module.training)
+        like = block.units[0].module.weight
+        return module.to(like.device, like.dtype).train(graph_module.training)
 
     def _checked(self, gm: fx.GraphModule, blocks: Mapping[str, Block], site: str, choice: Choice) -> tuple[Block, str]:
         block = blocks.get(site)

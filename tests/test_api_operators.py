@@ -11,7 +11,8 @@ import torch
 import fxopt
 from fxopt import models
 from fxopt.api import OptimizationResult
-from fxopt.errors import BudgetError, DataError, FxoptError, InfeasibleError, PassError
+from fxopt.errors import BudgetError, DataError, FxoptError, InfeasibleError, PassError, SearchError
+from fxopt.objectives import SmallestCost
 from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, SelectOperators, TunablePass
 from fxopt.progress import Silent
 from tests.optimizing import InProcess, make_batches, optimize, outcome
@@ -200,5 +201,9 @@ def test_what_does_not_go() -> None:
         optimize(make(), EXAMPLE, passes=("prune-channels", STEP), train=make_batches(5))
     with pytest.raises(DataError, match="give train"):
         optimize(make(), EXAMPLE, passes=(STEP,))
+    smallest = SmallestCost(0.9, "latency")
+    for options, words in (({}, "give a budget too"), ({"budget": {"macs": 0.9}}, "give passes behind it")):
+        with pytest.raises(SearchError, match=f"does not search by SmallestCost.*{words}"):
+            optimize(make(), EXAMPLE, passes=(STEP,), train=make_batches(5), objective=smallest, **options)
     with pytest.raises(PassError, match="no block"):
         optimize(torch.nn.Linear(3, 4), torch.randn(2, 3), passes=(STEP,), train=[(torch.randn(4, 3), torch.arange(4))])

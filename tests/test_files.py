@@ -38,14 +38,32 @@ def test_it_replaces_what_was_there(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file.txt"]
 
 
-def test_the_scratch_file_lies_beside_and_has_the_suffix(tmp_path: Path) -> None:
+def test_the_scratch_file_lies_beside_and_has_the_name(tmp_path: Path) -> None:
     with replacing(tmp_path / "model.onnx") as scratch:
-        assert scratch.parent == tmp_path
-        assert scratch.suffix == ".onnx"
+        assert scratch.parent.parent == tmp_path
+        assert scratch.parent.name.startswith(".model.onnx-")
+        assert scratch.name == "model.onnx"
         assert not (tmp_path / "model.onnx").exists()
         scratch.write_bytes(b"graph")
     assert not scratch.exists()
     assert (tmp_path / "model.onnx").read_bytes() == b"graph"
+
+
+def test_what_a_killed_writer_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Not what a living one is at, nor what has just been made, which is not locked yet, nor other names."""
+    path = tmp_path / "file.txt"
+    left, young, other = (tmp_path / name for name in (".file.txt-abcd", ".file.txt-efgh", ".other.txt-abcd"))
+    for folder in (left, young, other):
+        folder.mkdir()
+        (folder / "file.txt").write_text("half")
+    with replacing(path) as scratch:
+        for folder in (left, other, scratch.parent):
+            os.utime(folder, (0, 0))
+        write_text(path, "meanwhile")
+        assert scratch.parent.is_dir()
+        scratch.write_text("whole")
+    assert path.read_text() == "whole"
+    assert names(tmp_path) == [young.name, other.name, "file.txt"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

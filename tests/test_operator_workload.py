@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import fx, nn
 
 from fxopt import models, targets
 from fxopt.decisions import Policy
-from fxopt.errors import PassError, PolicyError, TargetError, UnknownNameError, UnsupportedError
+from fxopt.errors import FxoptError, PassError, PolicyError, TargetError, UnknownNameError, UnsupportedError
 from fxopt.graph import trace
 from fxopt.lowering import OperatorWorkload, lower, lower_operators
 from fxopt.passes import SelectOperators
@@ -120,6 +121,22 @@ def test_a_graph_without_blocks_says_why() -> None:
         lower_operators(gm, SelectOperators())
     with pytest.raises(PassError, match="step is a str; give"):
         lower_operators(gm, "select-operators")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch", [0, -1, "1", 1.5])
+def test_batches_are_counted(batch: Any) -> None:
+    gm = trace(models.small_mobilenet_v2(width=8), torch.zeros(2, 1, 16, 16))
+    for build in (lambda: lower(gm, batch), lambda: lower_operators(gm, SelectOperators(), batch)):
+        with pytest.raises(FxoptError, match=f"batch has to be a whole number of at least 1, got {batch!r}"):
+            build()
+
+
+def test_tables_are_of_targets_and_whole_numbers() -> None:
+    workload = lower_operators(trace(models.small_mobilenet_v2(width=8), torch.zeros(2, 1, 16, 16)), SelectOperators())
+    with pytest.raises(TargetError, match=r"target is a str; give what fxopt\.targets\.load"):
+        workload.table("pixel1")  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match="whole numbers, got an array of float64"):
+        workload.table(targets.load("pixel1")).score(np.zeros((1, len(workload.space))))  # type: ignore[arg-type]
 
 
 def test_a_target_that_cannot_cost_a_candidate_says_which(monkeypatch: pytest.MonkeyPatch) -> None:

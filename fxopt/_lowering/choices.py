@@ -102,6 +102,9 @@ class OperatorTable:
     """
 
     def __init__(self, workload: OperatorWorkload, target: Target) -> None:
+        given: object = target
+        if not isinstance(given, Target):
+            raise TargetError(f"target is a {type(given).__name__}; give what fxopt.targets.load(name) makes.")
         self.space = workload.space
         self.target = target
         flat = [(part, index) for part in workload.parts for index in range(len(part.rows))]
@@ -183,6 +186,8 @@ class OperatorTable:
         """
         costs, fixed = self.of(metric)
         sizes = self.space.sizes
+        if not np.issubdtype(indices.dtype, np.integer):
+            raise PolicyError(f"Choice indices are whole numbers, got an array of {indices.dtype}.")
         if indices.ndim != 2 or indices.shape[1] != len(sizes):
             raise PolicyError(f"Choice indices need the shape (policies, {len(sizes)}), got {indices.shape}.")
         if indices.size and ((indices < 0) | (indices >= sizes)).any():

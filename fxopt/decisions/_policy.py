@@ -41,7 +41,13 @@ class Policy(Mapping[Key, Choice]):
     _hash: int | None
 
     def __init__(self, choices: Mapping[Key, Choice] | Iterable[tuple[Key, Choice]] = ()) -> None:
-        plain = {_checked_key(key): _checked_choice(key, value) for key, value in dict(choices).items()}
+        try:
+            pairs = dict(choices)
+        except (TypeError, ValueError) as failure:
+            raise PolicyError(
+                f"choices is a {type(choices).__name__}; give a mapping of (kind, site) to choices, or pairs."
+            ) from failure
+        plain = {_checked_key(key): _checked_choice(key, value) for key, value in pairs.items()}
         object.__setattr__(self, "_choices", plain)
         object.__setattr__(self, "_hash", None)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
 
-from fxopt._numbers import check_below_one
+from fxopt._numbers import check_below_one, check_whole
 from fxopt._seeding import seeded
 from fxopt.data import IGNORED_LABEL, Loader, TensorLoader, check_loader, pass_of, read, split_batch
 from fxopt.errors import DataError
@@ -36,6 +36,7 @@ def split(loader: Loader, share: float = 0.2, seed: int = 0) -> tuple[Loader, Lo
     """
     check_loader(loader, "train")
     check_below_one(DataError, share=share)
+    check_whole(0, DataError, seed=seed)
     samples = isinstance(loader, TensorLoader) or _is_plain(loader)
     count = _samples(loader) if samples else _count(loader, "train")
     held, least = round(count * share), 2 if samples else 1

@@ -16,15 +16,16 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from fxopt._numbers import check_positive
-from fxopt.data import Loader, first_batch, read
+from fxopt._numbers import check_not_negative, check_positive, check_whole
+from fxopt.data import Loader, check_loader, first_batch, read
 from fxopt.decisions import Policy, format_quantity
 from fxopt.decisions._budget import within
-from fxopt.errors import BudgetError, InfeasibleError, PassError
+from fxopt.errors import BudgetError, FxoptError, InfeasibleError, PassError
 from fxopt.evaluate import accuracy, recalibrate_batch_norm
+from fxopt.graph import verify
 from fxopt.lowering import OperatorTable, lower
 from fxopt.nas._supernet import Supernet, check_kinds, check_table, choose_path, encoded
-from fxopt.progress import Progress, Silent
+from fxopt.progress import Progress, reporter
 from fxopt.search.solver import solve
 from fxopt.training import Loss, fit
 
@@ -56,6 +57,8 @@ class PathScore:
         check_kinds(supernet=supernet)
         first_batch(train, "train")
         first_batch(val, "val")
+        if max_batches is not None:
+            check_whole(1, max_batches=max_batches)
         self._net, self._space = supernet.net, supernet.space
         self._mixed = tuple(supernet.mixed.values())
         self._train = list(read(train, "train", _SETTLING_BATCHES))
@@ -122,6 +125,7 @@ def policy_within(
     """
     check_table(supernet, table)
     _check_limits(limits)
+    check_not_negative(**{f"duals[{index}]": dual for index, dual in enumerate(_listed(duals))})
     scores = supernet.alpha.detach().double().cpu().log_softmax(1).numpy()
     offered = supernet.mask.numpy().copy()
     summed: list[str] = []
@@ -187,14 +191,16 @@ def check_budget(graph: fx.GraphModule, table: OperatorTable, limits: Mapping[st
         PassError: If it is not.
         BudgetError: If a limit is no number above zero.
     """
+    check_kinds(table=table)
+    verify(graph)
     _check_limits(limits)
     estimate = table.target.estimate(lower(graph, batch).bind())
     for metric, limit in limits.items():
         cost = float(estimate.metric(metric)[0])
         if not within(cost, limit):
             raise PassError(
-                f"The derived network costs {cost:g} in {metric}, over the limit of {limit:g} that its policy keeps; "
-                "report this with the model and the policy."
+                f"The network costs {cost:g} in {metric}, over the limit of {limit:g}. Derive one within it, by "
+                "policy_within; if it is one, report this with the model and the policy."
             )
 
 
@@ -210,7 +216,7 @@ def fine_tune(
     loss: Loss | None = None,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
 ) -> fx.GraphModule:
     """Derive a network and train it, the supernet as its teacher.
 
@@ -225,12 +231,14 @@ def fine_tune(
         loss: ``loss(output, label)``; cross entropy by default.
         seed: Seed of the training.
         checkpoint: A file without suffix that the same call resumes from; see :func:`fxopt.training.fit`.
-        progress: Told of every epoch.
+        progress: True shows progress on a terminal; or a reporter of one's own.
 
     Returns:
         The trained network, in eval mode.
     """
-    show = progress or Silent()
+    check_kinds(supernet=supernet)
+    check_loader(train, "train")
+    show = reporter(progress)
     network = supernet.derive(policy, keep_weights=keep_weights)
     teacher: nn.Module | None = None
     if distil and epochs:
@@ -253,6 +261,12 @@ def fine_tune(
     )
     show.finish(_DERIVED)
     return network.eval()
+
+
+def _listed(duals: object) -> Sequence[Any]:
+    if isinstance(duals, Sequence) and not isinstance(duals, str):
+        return duals
+    raise FxoptError(f"duals is a {type(duals).__name__}; give a sequence of numbers, such as SupernetResult.duals.")
 
 
 def _check_limits(limits: Mapping[str, float]) -> None:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxopt._digests import digest_of
 from fxopt.decisions import Policy, SearchSpace
-from fxopt.errors import FxoptError, PassError
+from fxopt.errors import FxoptError, PassError, PolicyError
 from fxopt.graph import edit
 from fxopt.lowering import OperatorTable, no_blocks
 from fxopt.passes import SelectOperators
@@ -113,7 +113,15 @@ class _Nothing(nn.Module):
 
 
 def choose_path(mixed: Iterable[MixedOperator], path: Sequence[int] | Indices) -> None:
-    """Compute one path from now on: the index of a candidate for every mixed operator."""
+    """Compute one path from now on: the index of a candidate for every mixed operator.
+
+    Raises:
+        PolicyError: If there is another number of them, or an index is out of range.
+    """
+    mixed = tuple(mixed)
+    sizes = [len(one.candidates) for one in mixed]
+    if len(path) != len(sizes) or not all(0 <= index < size for index, size in zip(path, sizes, strict=True)):
+        raise PolicyError(f"A path has an index below {sizes}, one for each block; got {list(path)}.")
     for one, index in zip(mixed, path, strict=True):
         one.active = int(index)
         one.others, one.gates, one.mixture = (), None, None
@@ -248,7 +256,9 @@ class Supernet:
 
         Raises:
             PolicyError: If the policy does not fit.
+            PassError: If all is to begin anew, and nothing tells how a parameter begins.
         """
+        encoded(self.space, policy)
         twin = edit.fork(self._base)
         modules = {
             (decision.site, str(name)): module
@@ -258,7 +268,12 @@ class Supernet:
         self.step.with_policy(policy).rewrite(twin, modules)
         found = edit.own_copy(twin)
         if not keep_weights:
-            initialize(found, self.step.seed, "from scratch")
+            left = initialize(found, self.step.seed, "from scratch")
+            if left:
+                raise PassError(
+                    f"Nothing in the graph tells how {', '.join(left)} began; keep the weights, or build the model "
+                    "anew and give its graph to the pass with this policy."
+                )
         return found.eval()
 
     def _make_net(self) -> fx.GraphModule:

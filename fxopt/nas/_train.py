@@ -21,7 +21,7 @@ from fxopt.nas._parallel import Workers
 from fxopt.nas._run import Run
 from fxopt.nas._settings import Epoch, SupernetSettings
 from fxopt.nas._supernet import Supernet, check_table
-from fxopt.progress import Progress, Silent
+from fxopt.progress import Progress, reporter
 from fxopt.training import Loss
 from fxopt.training._checkpoint import stem_of
 
@@ -63,7 +63,7 @@ def train_supernet(
     loss: Loss | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_steps: int = 200,
-    progress: Progress | None = None,
+    progress: bool | Progress | None = None,
     stop_after: int | None = None,
 ) -> SupernetResult:
     """Train weights and architecture in turn, in place.
@@ -86,7 +86,8 @@ def train_supernet(
             everything is written to ``<checkpoint>.safetensors``, and the same call resumes there. Resumed equals
             uninterrupted.
         checkpoint_steps: Steps from one checkpoint to the next.
-        progress: Told of every step, with loss, entropy and expected costs of the epoch before.
+        progress: True shows progress on a terminal; or a reporter of one's own, told of every step, with loss,
+            entropy and expected costs of the epoch before.
         stop_after: Stop when so many steps are done, as if killed; None to go on to the end.
 
     Returns:
@@ -114,7 +115,7 @@ def train_supernet(
             keep = None if stem is None else functools.partial(store, run, stem)
             start = _begin(run, stem)
             try:
-                run.go(start, stop_after, progress or Silent(), checkpoint_steps, keep)
+                run.go(start, stop_after, reporter(progress), checkpoint_steps, keep)
             finally:
                 if stem is not None:
                     supernet.leave()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
@@ -18,13 +16,11 @@ from typing import Any
 import numpy as np
 
 import fxopt
+from fxopt._files import locked
 from fxopt.decisions import Policy
 from fxopt.errors import JournalError, PolicyError
 from fxopt.search._engine import Engine
 from fxopt.search._trial import Trial
-
-if sys.platform != "win32":
-    import fcntl
 
 __all__ = ["JOURNAL_SCHEMA", "Journal", "journal_header", "read_journal"]
 
@@ -252,25 +248,10 @@ def _open_locked(path: Path) -> FileIO:
         file = FileIO(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666), "r+b")
     except OSError as failure:
         raise JournalError(_cannot_write(path, failure)) from failure
-    try:
-        _lock(file)
-    except BlockingIOError as failure:
+    if locked(file.fileno()) is False:
         file.close()
-        raise JournalError(f"{path} is in use by another search; wait for it, or give another file.") from failure
+        raise JournalError(f"{path} is in use by another search; wait for it, or give another file.")
     return file
-
-
-def _lock(file: FileIO) -> None:
-    """Lock the file until it is closed, where the platform and the file system can."""
-    if sys.platform == "win32":
-        return
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError as failure:
-        if failure.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
 
 
 def _not_a_journal(path: Path) -> str:

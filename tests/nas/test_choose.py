@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fxopt.decisions import Constraint, Policy
-from fxopt.errors import BudgetError, DataError, FxoptError, InfeasibleError, PassError
+from fxopt.errors import BudgetError, DataError, FxoptError, InfeasibleError, PassError, VerifyError
 from fxopt.nas import PathScore, Supernet, check_budget, fine_tune, policy_within
 from fxopt.search import engines, run_search
 from tests.nas.toys import between, loader, mobile, mobile_table, paths, table, toy
@@ -69,8 +69,21 @@ def test_limits_and_tables_that_do_not_fit(supernet: Supernet) -> None:
         policy_within(supernet, table(toy()), {"latency": 1.0})
     with pytest.raises(PassError, match=r"table is a NoneType; give what .*lower_operators"):
         policy_within(supernet, None, {})  # type: ignore[arg-type]
+    for duals, words in ((None, "duals is a NoneType"), ("x", "duals is a str"), ([-1.0], r"duals\[0\] has to be")):
+        with pytest.raises(FxoptError, match=words):
+            policy_within(supernet, mobile_table(), {"latency": 1.0}, duals=duals)  # type: ignore[arg-type]
     with pytest.raises(PassError, match="supernet is a GraphModule"):
         PathScore(supernet.net, loader(), loader())  # type: ignore[arg-type]
+    with pytest.raises(FxoptError, match="max_batches has to be a whole number"):
+        PathScore(supernet, loader(), loader(), max_batches="a")  # type: ignore[arg-type]
+    with pytest.raises(PassError, match="supernet is a GraphModule"):
+        fine_tune(supernet.net, supernet.space.default(), loader(), epochs=0)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="train is a NoneType"):
+        fine_tune(supernet, supernet.space.default(), None, epochs=0)  # type: ignore[arg-type]
+    with pytest.raises(VerifyError, match="A Supernet is no graph"):
+        check_budget(supernet, mobile_table(), {"latency": 1.0})  # type: ignore[arg-type]
+    with pytest.raises(PassError, match=r"The network costs .* over the limit of 1e-09\. Derive one within it"):
+        check_budget(mobile()[0], mobile_table(), {"latency": 1e-9})
 
 
 def test_engines_choose_from_a_supernet(supernet: Supernet) -> None:

@@ -85,5 +85,37 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(VerifyError, match=r"A Linear is no graph; give what fxopt\.trace"):
         Supernet(nn.Linear(3, 2), SelectOperators())  # type: ignore[arg-type]
     supernet = Supernet(*mobile())
-    with pytest.raises(PolicyError, match="cannot be chosen"):
-        supernet.choose_policy(Policy({("operator", "blocks.1"): "conv-k9"}))
+    for take in (supernet.choose_policy, supernet.derive):
+        with pytest.raises(PolicyError, match="cannot be chosen"):
+            take(Policy({("operator", "blocks.1"): "conv-k9"}))
+    for path in ([0], [99, 0, 0], [-1, 0, 0]):
+        with pytest.raises(PolicyError, match=r"an index below \[\d+, \d+, \d+\], one for each block; got"):
+            supernet.choose(path)
+
+
+def test_all_of_a_network_from_scratch_begins_anew() -> None:
+    """Norms and activations with parameters, too; what nothing tells the beginning of is named."""
+    torch.manual_seed(0)
+    behind = (nn.GroupNorm(2, 4), nn.PReLU(4), nn.AvgPool2d(5), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 3))
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=1), *behind).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    graph = trace(model, torch.randn(2, 2, 5, 5))
+    step = SelectOperators(candidates=("conv-k3", "conv-k5"))
+    found = Supernet(graph, step).derive(Policy({("operator", "1"): "conv-k5"}), keep_weights=False)
+    trained = model.state_dict()
+    kept = [name for name, one in found.state_dict().items() if name in trained and torch.equal(one, trained[name])]
+    assert kept == []
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = model, nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) * self.scale
+
+    supernet = Supernet(trace(Scaled().eval(), torch.randn(2, 2, 5, 5)), step)
+    with pytest.raises(PassError, match="how scale began; keep the weights"):
+        supernet.derive(supernet.space.default(), keep_weights=False)

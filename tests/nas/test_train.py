@@ -442,6 +442,8 @@ def test_loaders_are_split_or_refused() -> None:
     ):
         with pytest.raises(DataError, match=words):
             split(whole, share)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="seed has to be a whole number"):
+        split(whole, seed="a")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="train is a generator, which can be read only once"):
         split(one for one in whole)
     with pytest.raises(DataError, match=r"1 batch cannot be split .* Give more data or smaller batches"):

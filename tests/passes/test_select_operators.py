@@ -385,6 +385,43 @@ def test_candidates_and_patterns_of_ones_own(monkeypatch: pytest.MonkeyPatch) ->
         SelectOperators(Policy({("operator", found.site): "wrong"}))(gm)
 
 
+class _Twice(nn.Module):
+    """One layer that is used two times."""
+
+    def __init__(self, shape: Shape, style: Style) -> None:
+        super().__init__()
+        self.share = nn.Conv2d(shape.inputs, shape.outputs, 3, shape.stride, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.share(x) + self.share(-x)
+
+
+def _on_meta(shape: Shape, style: Style) -> nn.Module:
+    return nn.Conv2d(shape.inputs, shape.outputs, 3, shape.stride, 1, device="meta")
+
+
+def test_a_candidate_that_cannot_be_put_in_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.passes._operators._CUSTOM", dict(_CUSTOM))
+    gm = block_graph(models.DepthwiseSeparable(8, 16, 2))
+    site = SelectOperators().explain(gm)[0].site
+    for name, build, words in (
+        ("twice", _Twice, "uses 'share' twice; give each use its own layer"),
+        ("on-meta", _on_meta, "'on-meta' at .* is on the meta device"),
+    ):
+        register_candidate(name, build)
+        with pytest.raises(PassError, match=words):
+            SelectOperators(Policy({("operator", site): name}))(gm)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_candidates_are_of_the_type_of_their_block(dtype: torch.dtype) -> None:
+    gm = trace(models.small_mobilenet_v2(width=8).to(dtype).eval(), torch.zeros(2, 1, 16, 16, dtype=dtype))
+    policy = Policy({("operator", "blocks.0"): "mb6-k5", ("operator", "blocks.1"): "fused3-k3"})
+    made = SelectOperators(policy)(gm).graph_module
+    assert {parameter.dtype for parameter in made.parameters()} == {dtype}
+    assert made(torch.zeros(2, 1, 16, 16, dtype=dtype)).dtype == dtype
+
+
 @pytest.mark.parametrize(
     ("name", "given", "words"),
     [
@@ -412,6 +449,10 @@ def test_a_pattern_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> N
         assert found.candidates == ("original", "conv-k3", "conv-k5", "conv-k7", "mb3-k3")
         with pytest.raises(PassError, match="already"):
             register_pattern(Pattern("two-dense", ("dense",), ()))
+        register_pattern(Pattern("three-dense", ("dense",) * 3, ("conv-k{k}",), operator=lambda block: str(1 // 0)))
+        three = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)]
+        with pytest.raises(PassError, match=r"operator of the pattern 'three-dense' fails at .*ZeroDivisionError"):
+            SelectOperators().explain(block_graph(nn.Sequential(*three)))
         with pytest.raises(PassError, match="roles"):
             register_pattern(Pattern("another", ("sparse",), ()))
         with pytest.raises(PassError, match=r"candidates of pattern 'another' has to be a tuple.*got 'conv-k3'"):
