@@ -109,7 +109,9 @@ class Run:
 
     def notes(self) -> tuple[str, ...]:
         """What to know of the result."""
-        if self.history and self.settings.method != "uniform" and self.supernet.collapsed(self.supernet.most_likely()):
+        if self.method is None:
+            return ("Weights alone were trained, no candidate is preferred: choose by PathScore and a search engine.",)
+        if self.history and self.supernet.collapsed(self.supernet.most_likely()):
             return (
                 f"The search collapsed to skips: {self.history[-1].skipped:.0%} of what can be left out is. "
                 "Raise the budget, lower alpha_learning_rate or the weight of costs, or warm up for longer.",

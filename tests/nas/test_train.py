@@ -73,6 +73,7 @@ def test_every_method_trains(method: Any) -> None:
     assert all(0.0 <= epoch.entropy <= 1.0 + 1e-9 for epoch in result.history)
     moved = bool((result.supernet.alpha[result.supernet.mask] != 0.0).any())
     assert moved == (method != "uniform")
+    assert any("no candidate is preferred" in note for note in result.notes) == (method == "uniform")
     assert result.supernet.derive(result.policy)(torch.randn(3, 2, 8, 8)).shape == (3, 3)
 
 
