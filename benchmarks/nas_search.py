@@ -241,12 +241,12 @@ def run(options: argparse.Namespace, parts: Parts) -> list[dict[str, Any]]:
     for seed in options.seeds:
         course = Course(options, seed)
         for device in options.devices:
-            key = {"what": "network", "seed": seed, "device": device, "method": "baseline"}
-            parts.add(key, course.baseline, device)
+            key = {"what": "network", "seed": seed, "device": device, "samples": len(course.train.inputs)}
+            parts.add({**key, "method": "baseline"}, course.baseline, device)
             for method in options.methods:
-                key = {"seed": seed, "device": device, "method": method}
-                found = parts.add({"what": "search", **key}, course.searched, method, device)
-                parts.add({"what": "network", **key}, course.judged_network, found["operators"])
+                key |= {"method": method, "fused": device in options.fused}
+                found = parts.add({**key, "what": "search"}, course.searched, method, device)
+                parts.add(key, course.judged_network, found["operators"])
     return parts.done
 
 

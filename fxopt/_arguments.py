@@ -92,18 +92,16 @@ def wanted_objective(objective: Objective | None) -> Objective:
     return objective or BestScore()
 
 
-def check_objective_of_operators(
-    objective: Objective, budgets: Sequence[Budget], following: Sequence[TunablePass]
-) -> None:
-    """A supernet learns what keeps accuracy within budgets; another objective has to have something else to go by.
+def check_objective_of_operators(objective: Objective, following: Sequence[TunablePass]) -> None:
+    """A supernet learns what is accurate within budgets: another objective has to be one of the passes behind it.
 
     Raises:
-        SearchError: If it has not.
+        SearchError: If there are none.
     """
-    if not isinstance(objective, BestScore) and not (budgets and following):
-        lacking = "passes behind it, which the objective is for" if budgets else "a budget too, such as latency=0.5"
+    if not isinstance(objective, BestScore) and not following:
         raise SearchError(
-            f"'select-operators' keeps accuracy within a budget, and does not search by {objective!r}; give {lacking}."
+            f"'select-operators' looks for accuracy within a budget, not for {objective!r}. Give a budget in its "
+            "place, such as budget={'latency': 0.5}, or passes behind it, which the objective is for."
         )
 
 

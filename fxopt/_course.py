@@ -16,6 +16,7 @@ from fxopt._applying import Stages
 from fxopt._files import JOURNAL
 from fxopt._job import Job
 from fxopt._precision import Quickest
+from fxopt._selecting import bits_are_left
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Constraint, Policy, SearchSpace, format_score
@@ -203,7 +204,8 @@ class Course:
             judge: Judges the first of them.
         """
         found: list[SearchResult] = []
-        made: list[Quickest] = []
+        # What was selected is trained already where other passes follow.
+        made = [Quickest(job.graph, Policy({}), "")] if len(job.operators) and job.passes else []
         policy = Policy({})
         for number, group in enumerate(groups):
             last = number == len(groups) - 1
@@ -218,7 +220,7 @@ class Course:
             own = space.default() if search is None else search.policy
             if search is not None:
                 self.judging.wanted.check(judge.score(own), "The best policy found")
-            built = self._built(job, group, own, judge, final=_nothing_but_bits_is_left(job.space, group))
+            built = self._built(job, group, own, judge, final=bits_are_left(job.space, group))
             made.append(built)
             policy = policy.merged(built.policy)
             if not last:
@@ -307,12 +309,6 @@ class Course:
             found = f"{line.detail}; taken back, it ended at {format_score(judge.score_name, line.accuracy)}"
             line = dataclasses.replace(before, name=step, detail=found)
         self.steps.append(line)
-
-
-def _nothing_but_bits_is_left(space: SearchSpace, group: tuple[TunablePass, ...]) -> bool:
-    """Whether the passes behind a group have at most bits to decide in the space that it is part of."""
-    known = {"bits"}.union(*(one.kinds for one in group))
-    return all(decision.kind in known for decision in space)
 
 
 def _below(line: PassLine, before: PassLine) -> bool:

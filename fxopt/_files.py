@@ -34,9 +34,10 @@ def path_of(name: str, given: object) -> Path:
     return Path(given)
 
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_LOCKED_WITHIN_S = 5.0
-"""A writer has locked its scratch folder by then."""
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+_SCRATCH = ".partial"
+_OLD_S = 600.0
+"""By then a writer has locked its scratch folder, or has ended where locks do not reach."""
 
 
 def locked(descriptor: int) -> bool | None:
@@ -63,7 +64,7 @@ def replacing(path: str | os.PathLike[str], error: type[FxoptError] = FxoptError
     """Give a scratch path in a hidden folder beside ``path``; rename it over ``path`` when the block ends well.
 
     The parent folder is created. On any failure the scratch folder is removed and whatever stood under ``path`` before
-    is untouched. Scratch folders of writers that were killed are removed by the next one.
+    is untouched. Scratch folders of writers that were killed are removed by one that comes ten minutes later.
 
     Args:
         path: The final path.
@@ -77,14 +78,15 @@ def replacing(path: str | os.PathLike[str], error: type[FxoptError] = FxoptError
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_left(final.parent, prefix)
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+        folder = Path(tempfile.mkdtemp(_SCRATCH, prefix, final.parent))
     except OSError as failure:
         raise error(_cannot_write(final, failure)) from failure
     scratch = folder / final.name
     try:
         with _open(folder) as held:
             if held is not None:
-                locked(held)
+                with contextlib.suppress(OSError):
+                    locked(held)
             yield scratch
             _sync(scratch)
             scratch.chmod(0o666 & ~_umask())
@@ -98,12 +100,13 @@ def replacing(path: str | os.PathLike[str], error: type[FxoptError] = FxoptError
 def _remove_left(parent: Path, prefix: str) -> None:
     """Remove scratch folders that no process holds: their writers were killed."""
     for entry in os.scandir(parent):
-        if not entry.name.startswith(prefix) or not entry.is_dir(follow_symlinks=False):
+        own = entry.name.startswith(prefix) and entry.name.endswith(_SCRATCH)
+        if not own or not entry.is_dir(follow_symlinks=False):
             continue
         # Another process may remove it meanwhile.
         with contextlib.suppress(OSError):
             left = Path(entry.path)
-            if time.time() - left.stat().st_mtime > _LOCKED_WITHIN_S:
+            if time.time() - left.stat().st_mtime > _OLD_S:
                 with _open(left) as held:
                     if held is not None and locked(held):
                         shutil.rmtree(left, ignore_errors=True)

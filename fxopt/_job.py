@@ -151,7 +151,7 @@ class Job:
                 self._constrained(graph, self.lowered(graph), self._decisions(graph))
 
         limits = dict(zip(self._metrics, self._limits_behind(selector.step).tolist(), strict=True))
-        return selector.select(self.source, self.target, limits, completed)
+        return selector.select(self.source, self.target, limits, completed, self._decisions)
 
     def _limits_behind(self, one: TunablePass) -> npt.NDArray[np.float64]:
         """What the network behind a pass may cost in every budgeted metric, by the pass's share."""

@@ -11,7 +11,7 @@ from torch import fx
 from fxopt._digests import digest_of
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
-from fxopt.decisions import Policy
+from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import DataError, InfeasibleError, PassError
 from fxopt.lowering import OperatorTable, lower_operators
 from fxopt.nas import (
@@ -26,11 +26,11 @@ from fxopt.nas import (
     split,
     train_supernet,
 )
-from fxopt.passes import Quantize, SelectOperators, TunablePass
+from fxopt.passes import SelectOperators, TunablePass
 from fxopt.progress import Progress
 from fxopt.targets import Target
 
-__all__ = ["Selection", "Selector", "parted"]
+__all__ = ["Selection", "Selector", "bits_are_left", "parted"]
 
 _SEARCH_EPOCHS = 2
 """Epochs of the search for each epoch of fine-tuning; the warm-up has as many as fine-tuning."""
@@ -88,7 +88,12 @@ class Selector:
         return not self.following
 
     def select(
-        self, graph: fx.GraphModule, target: Target, limits: Mapping[str, float], completed: Completed
+        self,
+        graph: fx.GraphModule,
+        target: Target,
+        limits: Mapping[str, float],
+        completed: Completed,
+        decisions: Callable[[fx.GraphModule], SearchSpace],
     ) -> Selection:
         """Train a supernet of ``graph`` and derive the most probable network within limits.
 
@@ -100,6 +105,7 @@ class Selector:
             target: The target.
             limits: What this pass may leave, by metric.
             completed: Looks whether the others can do the rest.
+            decisions: What the others have to decide about a network.
 
         Raises:
             DataError: If there is nothing to train on.
@@ -121,13 +127,15 @@ class Selector:
                 completed(supernet.derive(_cheapest(supernet, table, limits)))
         found = self._train(supernet, table, wanted, train)
         policy = self._within(supernet, table, wanted, completed, found.duals)
+        derived = supernet.derive(policy)
         # Another supernet may choose the same operators with other weights.
-        name = "" if self.folder is None else f"selected-{digest_of(supernet.derive(policy))}"
+        name = "" if self.folder is None else f"selected-{digest_of(derived)}"
+        final = bits_are_left(decisions(derived))
         network = fine_tune(
             supernet,
             policy,
             train,
-            epochs=0 if self.alone else self.tuning.epochs_of(on_grids=False, final=bits_alone(self.following)),
+            epochs=0 if self.alone else self.tuning.epochs_of(on_grids=False, final=final),
             distil=self.tuning.loss is None,
             learning_rate=self.tuning.learning_rate,
             loss=self.tuning.loss,
@@ -199,9 +207,10 @@ def _cheapest(supernet: Supernet, table: OperatorTable, limits: Mapping[str, flo
     return supernet.space.decode(indices)
 
 
-def bits_alone(passes: Sequence[TunablePass]) -> bool:
-    """Whether passes decide bits and nothing else."""
-    return all(isinstance(one, Quantize) for one in passes)
+def bits_are_left(space: SearchSpace, deciding: Sequence[TunablePass] = ()) -> bool:
+    """Whether at most bits are left to decide in a space, besides what some passes decide."""
+    known = {"bits"}.union(*(one.kinds for one in deciding))
+    return all(decision.kind in known for decision in space)
 
 
 def parted(passes: tuple[TunablePass, ...]) -> tuple[SelectOperators | None, tuple[TunablePass, ...]]:

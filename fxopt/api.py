@@ -246,7 +246,7 @@ def optimize(
     selector = None if selecting is None else Selector(selecting, tuning, rest, folder, show)
     divided = wanted_shares(shares, everything, budgets)
     if selecting is not None:
-        check_objective_of_operators(wanted, budgets, rest)
+        check_objective_of_operators(wanted, rest)
     job = Job(model, example_inputs, device, rest, budgets, folder, show, selector, divided)
     groups = tuple((one,) for one in rest) if divided is not None and rest else (rest,)
     judge, before = course.rehearse(job, groups[0])

@@ -157,7 +157,8 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
     if "val" not in value.meta:
         propagate(gm)
     sizes = (_EXAMPLE_BATCH, *edit.shape(value)[1:])
-    inner = trace_graph(module.eval(), torch.zeros(sizes))
+    like = next(module.parameters(), torch.zeros(()))
+    inner = trace_graph(module.eval(), torch.zeros(sizes, dtype=like.dtype, device=like.device))
     names: dict[fx.Node, fx.Node] = {}
     for node in inner.graph.nodes:
         if node.op == "placeholder":

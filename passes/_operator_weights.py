@@ -16,7 +16,7 @@ from fxopt.passes._operator_patterns import Block, Squeeze, Unit
 from fxopt.passes._operators import OWN, SqueezeExcite, is_custom
 from fxopt.passes._scaling import scale_and_shift
 
-__all__ = ["inherit", "initialize"]
+__all__ = ["inherit", "initialize", "restart", "seed_of"]
 
 _INVERTED, _FUSED = "mb", "fused"
 _SAME_LAYERS: Mapping[str, str] = {
@@ -29,29 +29,39 @@ _SAME_LAYERS: Mapping[str, str] = {
 }
 
 
-def initialize(module: nn.Module, seed: int, *names: str) -> list[str]:
-    """Set all weights anew from a seed and names.
+def seed_of(seed: int, *names: str) -> int:
+    """A seed for something that has names."""
+    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
-    Convolutions and linear layers as He et al. (2015), everything else by its own ``reset_parameters``.
+
+def initialize(module: nn.Module, seed: int, *names: str) -> None:
+    """Set weights anew from a seed and names: convolutions as He et al. (2015), norms to one and zero."""
+    generator = torch.Generator().manual_seed(seed_of(seed, *names))
+    for part in module.modules():
+        if isinstance(part, (_ConvNd, nn.Linear)):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, _BatchNorm):
+            part.reset_parameters()
+
+
+def restart(gm: fx.GraphModule, seed: int) -> list[str]:
+    """Set all of a graph's weights anew from a seed: as :func:`initialize`, other layers by ``reset_parameters``.
 
     Returns:
         The parameters that nothing sets anew, which are as they were.
     """
-    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
-    start = int.from_bytes(digest[:8], "big") >> 1
-    generator = torch.Generator().manual_seed(start)
     left = []
-    with seeded(start):
-        for path, part in module.named_modules():
-            reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-            if isinstance(part, (_ConvNd, nn.Linear)):
-                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)
-                if part.bias is not None:
-                    nn.init.zeros_(part.bias)
-            elif callable(reset):
+    with seeded(seed_of(seed, "other layers")):
+        for path, part in gm.named_modules():
+            reset = getattr(part, "reset_parameters", None)
+            if callable(reset):
                 reset()
             else:
                 left += [f"{path}.{name}".lstrip(".") for name, _ in part.named_parameters(recurse=False)]
+    initialize(gm, seed, "from scratch")
     return left
 
 
@@ -124,12 +134,12 @@ def _chosen(block: Block, index: int, new: nn.Module) -> torch.Tensor | None:
     old = block.units[index].module
     if index == len(block.units) - 1 or fresh.out_channels == old.out_channels:
         return None
-    order = torch.arange(old.out_channels)
+    order = torch.arange(old.out_channels, device=old.weight.device)
     if fresh.out_channels < old.out_channels:
         scores = _reading(block, index).abs().double().sum((0, 2, 3))
         order = torch.argsort(scores, descending=True, stable=True)[: fresh.out_channels].sort().values
     missing = fresh.out_channels - len(order)
-    return torch.cat([order, torch.full((missing,), -1)])
+    return torch.cat([order, order.new_full((missing,), -1)])
 
 
 def _reading(block: Block, index: int) -> torch.Tensor:

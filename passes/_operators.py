@@ -326,8 +326,9 @@ def register_candidate(name: str, build: Builder, fits: Callable[[Shape], bool] 
     Args:
         name: Its name in policies, without braces. Who replays such a policy has to register the same candidate first.
         build: Makes the operator from the block's shape and style, a module of one input and one output; convolutions
-            and norms in it get their weights from the pass's seed. It may be anything that ``fxopt.trace`` accepts and
-            that uses each of its layers once, parameters being those of layers.
+            and norms in it get their weights from the pass's seed, and what it draws itself comes from that, too. It
+            may be anything that ``fxopt.trace`` accepts and that uses each of its layers once, parameters being those
+            of layers.
         fits: Whether it can stand in the place of a block; by default wherever it keeps the block's shape.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import fx, nn
 
 from fxopt._numbers import check_whole
+from fxopt._seeding import seeded
 from fxopt.decisions import Capabilities, Choice, Decision, SearchSpace
 from fxopt.errors import PassError, PolicyError, UnknownNameError
 from fxopt.graph import verify
@@ -18,7 +19,7 @@ from fxopt.passes._calibrate import refuse_quantized, refuse_sparse
 from fxopt.passes._operator_matching import find_blocks
 from fxopt.passes._operator_patterns import PATTERNS, Block, Pattern, register_pattern
 from fxopt.passes._operator_rewrite import SITE_META, Chosen, make, offered, replace_blocks
-from fxopt.passes._operator_weights import inherit, initialize
+from fxopt.passes._operator_weights import inherit, initialize, restart, seed_of
 from fxopt.passes._operators import IDENTITY, ZERO, Shape, Style, check_names, known, register_candidate
 from fxopt.passes.base import PassResult, Refusal, TunablePass
 
@@ -35,6 +36,7 @@ __all__ = [
     "initialize",
     "register_candidate",
     "register_pattern",
+    "restart",
 ]
 
 
@@ -260,12 +262,15 @@ class SelectOperators(TunablePass):
         Raises:
             PassError: If it does not keep the block's shape.
         """
-        module = make(name, block)
+        with seeded(seed_of(self.seed, "built", block.site, name)):
+            module = make(name, block)
         if weights:
             initialize(module, self.seed, block.site, name)
-            inherit(module, graph_module, block, name)
         like = block.units[0].module.weight
-        return module.to(like.device, like.dtype).train(graph_module.training)
+        module.to(like.device, like.dtype)
+        if weights:
+            inherit(module, graph_module, block, name)
+        return module.train(graph_module.training)
 
     def _checked(self, gm: fx.GraphModule, blocks: Mapping[str, Block], site: str, choice: Choice) -> tuple[Block, str]:
         block = blocks.get(site)

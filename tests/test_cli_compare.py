@@ -101,9 +101,9 @@ def test_behind_operators_engines_have_what_their_share_left(tmp_path: Path, mon
     blocks, given = str(tmp_path / "blocks.py"), []
     select = Selector.select
 
-    def spied(self: Selector, graph: Any, target: Any, limits: Any, completed: Any) -> Any:
+    def spied(self: Selector, graph: Any, target: Any, limits: Any, *others: Any) -> Any:
         given.append((float(lower(graph).estimate(target, [Policy({})]).macs[0]), limits["macs"]))
-        return select(self, graph, target, limits, completed)
+        return select(self, graph, target, limits, *others)
 
     monkeypatch.setattr(Selector, "select", spied)
     options = ["--target", "pixel1", "--budget", "macs=60%", "--passes", "select-operators,prune-channels"]

@@ -49,21 +49,24 @@ def test_the_scratch_file_lies_beside_and_has_the_name(tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").read_bytes() == b"graph"
 
 
+_LEFT = ("file.txt-abcd.partial", "file.txt-efgh.partial", "other.txt-abcd.partial", "file.txt-cache")
+
+
 def test_what_a_killed_writer_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
-    """Not what a living one is at, nor what has just been made, which is not locked yet, nor other names."""
+    """Not what a living one is at, nor what has just been made and may not be locked yet, nor other names."""
     path = tmp_path / "file.txt"
-    left, young, other = (tmp_path / name for name in (".file.txt-abcd", ".file.txt-efgh", ".other.txt-abcd"))
-    for folder in (left, young, other):
+    left, young, other, users = (tmp_path / f".{name}" for name in _LEFT)
+    for folder in (left, young, other, users):
         folder.mkdir()
         (folder / "file.txt").write_text("half")
     with replacing(path) as scratch:
-        for folder in (left, other, scratch.parent):
+        for folder in (left, other, users, scratch.parent):
             os.utime(folder, (0, 0))
         write_text(path, "meanwhile")
         assert scratch.parent.is_dir()
         scratch.write_text("whole")
     assert path.read_text() == "whole"
-    assert names(tmp_path) == [young.name, other.name, "file.txt"]
+    assert names(tmp_path) == [users.name, young.name, other.name, "file.txt"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

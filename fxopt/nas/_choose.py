@@ -121,11 +121,13 @@ def policy_within(
         InfeasibleError: If no policy is within all limits.
         UnknownNameError: If there is no such metric.
         UnsupportedError: If the target has no figures for it.
-        FxoptError: If the table is of other decisions than the supernet, or a limit is no number above zero.
+        FxoptError: If the table is of other decisions than the supernet, a limit is no number above zero, or a dual
+            variable none from zero on.
     """
     check_table(supernet, table)
     _check_limits(limits)
-    check_not_negative(**{f"duals[{index}]": dual for index, dual in enumerate(_listed(duals))})
+    duals = _listed(duals)
+    check_not_negative(**{f"duals[{index}]": dual for index, dual in enumerate(duals)})
     scores = supernet.alpha.detach().double().cpu().log_softmax(1).numpy()
     offered = supernet.mask.numpy().copy()
     summed: list[str] = []
@@ -187,8 +189,15 @@ def _filled(
 def check_budget(graph: fx.GraphModule, table: OperatorTable, limits: Mapping[str, float], batch: int = 1) -> None:
     """See that a derived graph is within limits: the graph that was built, not the policy.
 
+    Args:
+        graph: The graph.
+        table: Costs of all candidates; its target is asked.
+        limits: Upper limits in SI units, by metric.
+        batch: Batch size that costs are for.
+
     Raises:
-        PassError: If it is not.
+        PassError: If it is not, or ``table`` is something else.
+        VerifyError: If ``graph`` is no canonical graph.
         BudgetError: If a limit is no number above zero.
     """
     check_kinds(table=table)
@@ -248,25 +257,29 @@ def fine_tune(
         recalibrate_batch_norm(network, train, _SETTLING_BATCHES)
         return network.eval()
     show.start(_DERIVED, epochs)
-    fit(
-        network,
-        train,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        loss=loss,
-        teacher=teacher,
-        checkpoint=checkpoint,
-        seed=seed,
-        progress=lambda epoch, _, value: show.advance(_DERIVED, 1, f"loss {value:.4f}"),
-    )
-    show.finish(_DERIVED)
+    try:
+        fit(
+            network,
+            train,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            loss=loss,
+            teacher=teacher,
+            checkpoint=checkpoint,
+            seed=seed,
+            progress=lambda epoch, _, value: show.advance(_DERIVED, 1, f"loss {value:.4f}"),
+        )
+    finally:
+        show.finish(_DERIVED)
     return network.eval()
 
 
-def _listed(duals: object) -> Sequence[Any]:
-    if isinstance(duals, Sequence) and not isinstance(duals, str):
-        return duals
-    raise FxoptError(f"duals is a {type(duals).__name__}; give a sequence of numbers, such as SupernetResult.duals.")
+def _listed(duals: Any) -> list[float]:
+    try:
+        return [float(dual) for dual in duals]
+    except (TypeError, ValueError) as failure:
+        kind = type(duals).__name__
+        raise FxoptError(f"duals is a {kind}; give a sequence of numbers, such as SupernetResult.duals.") from failure
 
 
 def _check_limits(limits: Mapping[str, float]) -> None:

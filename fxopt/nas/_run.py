@@ -105,7 +105,6 @@ class Run:
             show.advance("supernet", 1, self._told())
         self._check_weights(self.total - 1)
         self.workers.end()
-        show.finish("supernet")
 
     def notes(self) -> tuple[str, ...]:
         """What to know of the result."""

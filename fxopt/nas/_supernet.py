@@ -19,7 +19,7 @@ from fxopt.errors import FxoptError, PassError, PolicyError
 from fxopt.graph import edit
 from fxopt.lowering import OperatorTable, no_blocks
 from fxopt.passes import SelectOperators
-from fxopt.passes.select_operators import IDENTITY, ZERO, Block, initialize
+from fxopt.passes.select_operators import IDENTITY, ZERO, Block, restart
 
 __all__ = ["MixedOperator", "Supernet"]
 
@@ -202,7 +202,11 @@ class Supernet:
         return self.space.decode(self.alpha.detach().argmax(1).cpu().numpy())
 
     def choose(self, path: Sequence[int] | Indices) -> None:
-        """Compute one path from now on: the index of a candidate for every block."""
+        """Compute one path from now on: the index of a candidate for every block.
+
+        Raises:
+            PolicyError: If there is another number of them, or an index is out of range.
+        """
         choose_path(self._mixed.values(), path)
 
     def choose_policy(self, policy: Policy) -> None:
@@ -268,7 +272,7 @@ class Supernet:
         self.step.with_policy(policy).rewrite(twin, modules)
         found = edit.own_copy(twin)
         if not keep_weights:
-            left = initialize(found, self.step.seed, "from scratch")
+            left = restart(found, self.step.seed)
             if left:
                 raise PassError(
                     f"Nothing in the graph tells how {', '.join(left)} began; keep the weights, or build the model "

@@ -21,7 +21,7 @@ from fxopt.nas._parallel import Workers
 from fxopt.nas._run import Run
 from fxopt.nas._settings import Epoch, SupernetSettings
 from fxopt.nas._supernet import Supernet, check_table
-from fxopt.progress import Progress, reporter
+from fxopt.progress import Progress, Silent, reporter
 from fxopt.training import Loss
 from fxopt.training._checkpoint import stem_of
 
@@ -103,6 +103,7 @@ def train_supernet(
     chosen: Any = SupernetSettings() if settings is None else settings
     if not isinstance(chosen, SupernetSettings):
         raise FxoptError(f"settings is a {type(chosen).__name__}; give a fxopt.nas.SupernetSettings.")
+    show = reporter(progress)
     check_table(supernet, table)
     check_whole(1, checkpoint_steps=checkpoint_steps)
     check_whole(0, stop_after=0 if stop_after is None else stop_after)
@@ -115,8 +116,9 @@ def train_supernet(
             keep = None if stem is None else functools.partial(store, run, stem)
             start = _begin(run, stem)
             try:
-                run.go(start, stop_after, reporter(progress), checkpoint_steps, keep)
+                run.go(start, stop_after, show if workers.is_first else Silent(), checkpoint_steps, keep)
             finally:
+                show.finish("supernet")
                 if stem is not None:
                     supernet.leave()
     supernet.choose_policy(supernet.most_likely())

@@ -96,13 +96,12 @@ class Checkpoint:
 
 
 def stem_of(checkpoint: object) -> Path:
-    """The file that is meant by ``checkpoint``, without the suffix ``.safetensors``.
+    """The file that is meant by ``checkpoint``, without suffix.
 
     Raises:
         FxoptError: If it is no path, or that of a folder.
     """
     stem = path_of("checkpoint", checkpoint)
-    stem = stem.with_suffix("") if stem.suffix == ".safetensors" else stem
     if stem.is_dir():
         raise FxoptError(f"checkpoint is the folder {stem}; give a file in it, such as {stem / 'training'}.")
     if _file(stem).is_dir():

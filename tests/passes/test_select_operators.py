@@ -414,12 +414,19 @@ def test_a_candidate_that_cannot_be_put_in_says_why(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_candidates_are_of_the_type_of_their_block(dtype: torch.dtype) -> None:
+def test_candidates_are_of_the_type_of_their_block(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are traced, too; weights of a block are not rounded on their way into a candidate."""
+    monkeypatch.setattr("fxopt.passes._operators._CUSTOM", dict(_CUSTOM))
+    register_candidate("two-paths", _TwoPaths)
     gm = trace(models.small_mobilenet_v2(width=8).to(dtype).eval(), torch.zeros(2, 1, 16, 16, dtype=dtype))
-    policy = Policy({("operator", "blocks.0"): "mb6-k5", ("operator", "blocks.1"): "fused3-k3"})
+    operators = {"blocks.0": "mb6-k5", "blocks.1": "fused3-k3", "blocks.2": "two-paths"}
+    policy = Policy({("operator", site): name for site, name in operators.items()})
     made = SelectOperators(policy)(gm).graph_module
     assert {parameter.dtype for parameter in made.parameters()} == {dtype}
     assert made(torch.zeros(2, 1, 16, 16, dtype=dtype)).dtype == dtype
+    weights = [one for name, one in gm.state_dict().items() if name.startswith("blocks.0") and one.shape[-2:] == (3, 3)]
+    padded = [nn.functional.pad(one, (1,) * 4) for one in weights]
+    assert all(any(torch.equal(one, new[: len(one)]) for new in made.parameters() if new.dim()) for one in padded)
 
 
 @pytest.mark.parametrize(
