@@ -133,6 +133,9 @@ def encoded(space: SearchSpace, policy: Policy) -> Indices:
     Raises:
         PolicyError: If the policy does not fit.
     """
+    given: object = policy
+    if not isinstance(given, Mapping):
+        raise PolicyError(f"policy is a {type(given).__name__}; give a Policy, such as that of a search.")
     return space.encode(Policy({key: one for key, one in policy.items() if key[0] == "operator"}))
 
 

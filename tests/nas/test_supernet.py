@@ -88,6 +88,8 @@ def test_what_does_not_fit() -> None:
     for take in (supernet.choose_policy, supernet.derive):
         with pytest.raises(PolicyError, match="cannot be chosen"):
             take(Policy({("operator", "blocks.1"): "conv-k9"}))
+        with pytest.raises(PolicyError, match="policy is a NoneType; give a Policy"):
+            take(None)  # type: ignore[arg-type]
     for path in ([0], [99, 0, 0], [-1, 0, 0]):
         with pytest.raises(PolicyError, match=r"an index below \[\d+, \d+, \d+\], one for each block; got"):
             supernet.choose(path)
