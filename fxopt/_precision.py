@@ -133,7 +133,7 @@ def not_slower(
 
     def graph(name: str) -> fx.GraphModule:
         if name not in graphs:
-            own = Policy({key: choice for key, choice in policies[name].items() if key[0] in kinds})
+            own = policies[name].only(kinds)
             graphs[name] = apply_policy(floats, passes[first:], own, calibration=calibration).eval()
         return graphs[name]
 

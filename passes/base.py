@@ -163,8 +163,7 @@ class TunablePass(Pass):
     @property
     def own_choices(self) -> dict[Key, Choice]:
         """The choices of the policy that are of this pass's kinds."""
-        policy = self.policy if self.policy is not None else {}
-        return {key: choice for key, choice in policy.items() if key[0] in self.kinds}
+        return {} if self.policy is None else dict(self.policy.only(self.kinds))
 
 
 @dataclass(frozen=True)

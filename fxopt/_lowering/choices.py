@@ -62,7 +62,7 @@ class OperatorWorkload:
         Raises:
             PolicyError: If the policy does not fit the space.
         """
-        chosen = self.space.encode(_of_operators(policy or Policy({})))
+        chosen = self.space.encode(Policy(policy or {}).only(SelectOperators.kinds))
         picked = [(part, int(chosen[part.site]) if part.site >= 0 else 0) for part in self._parts]
         names = [name for part, index in picked for name in part.names[index]]
         return Workload(np.concatenate([part.rows[index] for part, index in picked]), names)
@@ -203,8 +203,8 @@ class OperatorTable:
             PolicyError: If a policy decides operators that the space does not have.
         """
         many = [policies] if isinstance(policies, Policy) else list(policies)
-        own = [_of_operators(one) for one in many]
-        indices = np.array([self.space.encode(one) for one in own], dtype=np.intp).reshape(len(own), len(self.space))
+        own = [self.space.encode(one.only(SelectOperators.kinds)) for one in many]
+        indices = np.array(own, dtype=np.intp).reshape(len(own), len(self.space))
         scores = {metric: self.score(indices, metric) for metric in self.costs}
         return Estimate(
             target=self.target.name,
@@ -308,7 +308,3 @@ def _runs(
 def _joined(site: int, runs: Sequence[_Run]) -> _Run:
     rows = np.concatenate([run.rows for run in runs]) if runs else default_rows(0)
     return _Run(site, rows, tuple(name for run in runs for name in run.names))
-
-
-def _of_operators(policy: Policy) -> Policy:
-    return Policy({key: choice for key, choice in policy.items() if key[0] == "operator"})

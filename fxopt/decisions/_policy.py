@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,6 +98,10 @@ class Policy(Mapping[Key, Choice]):
     def of_kind(self, kind: str) -> dict[str, Choice]:
         """The choices of one kind, by site."""
         return {site: choice for (its_kind, site), choice in self._choices.items() if its_kind == kind}
+
+    def only(self, kinds: Container[str]) -> Policy:
+        """A policy with the choices of these kinds alone."""
+        return Policy._trusted({key: choice for key, choice in self._choices.items() if key[0] in kinds})
 
     def merged(self, other: Mapping[Key, Choice]) -> Policy:
         """A policy with the choices of both; where both decide, ``other`` wins."""

@@ -136,7 +136,7 @@ def encoded(space: SearchSpace, policy: Policy) -> Indices:
     given: object = policy
     if not isinstance(given, Mapping):
         raise PolicyError(f"policy is a {type(given).__name__}; give a Policy, such as that of a search.")
-    return space.encode(Policy({key: one for key, one in policy.items() if key[0] == "operator"}))
+    return space.encode(Policy(policy).only(SelectOperators.kinds))
 
 
 class Supernet:

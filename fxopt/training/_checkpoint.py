@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fxopt._digests import digest_of_tensors
 from fxopt._files import path_of, replacing
 from fxopt.errors import FxoptError
 from fxopt.training._options import History
@@ -22,6 +23,7 @@ __all__ = ["Checkpoint", "read_tensors", "stem_of", "write_tensors"]
 
 _TOLD = ("loss", "learning_rate", "gradient_norm", "score", "best_epoch")
 _MODEL, _OPTIMIZER, _BEST = "model.", "optimizer.", "best."
+_DIGEST = "digest"
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,10 @@ def write_tensors(stem: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """
     path = _file(stem)
     own = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    told = dict(metadata or {})
     with replacing(path) as scratch:
         try:
-            save_file(own, scratch, metadata=dict(metadata or {}))
+            save_file(own, scratch, metadata=told | {_DIGEST: _digest(own, told)})
         except SafetensorError as failure:
             raise FxoptError(f"Cannot write {path}: {failure}. Choose a folder that has space.") from failure
 
@@ -136,7 +139,16 @@ def read_tensors(stem: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, s
     with _reading(path):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        return path, load_file(path), metadata
+        wanted = metadata.pop(_DIGEST)
+        tensors = load_file(path)
+    if _digest(tensors, metadata) != wanted:
+        raise FxoptError(f"{path} is damaged: its content has changed since it was written. Remove it to start afresh.")
+    return path, tensors, metadata
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """A name for all that a file holds; files tell tensors and metadata in an order of their own."""
+    return digest_of_tensors(dict(sorted(tensors.items())), json.dumps(metadata, sort_keys=True))
 
 
 @contextlib.contextmanager

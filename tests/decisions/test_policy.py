@@ -76,6 +76,8 @@ def test_merged_prefers_the_other() -> None:
     assert merged == {("channels", "a"): 8, ("channels", "b"): 16, ("bits", "a"): (8, 8)}
     assert policy["channels", "b"] == 8
     assert merged.of_kind("channels") == {"a": 8, "b": 16}
+    assert dict(merged.only({"channels"})) == {("channels", "a"): 8, ("channels", "b"): 16}
+    assert merged.only(()) == Policy({})
 
 
 def test_numpy_values_become_plain() -> None:

@@ -192,6 +192,21 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage: str) -> None:
         fit(make_model(), make_data(), epochs=1, checkpoint=tmp_path / "run")
 
 
+def test_a_checkpoint_in_which_any_bit_has_changed_is_refused(tmp_path: Path) -> None:
+    fit(make_model(), make_data(), epochs=1, checkpoint=tmp_path / "run")
+    file = tmp_path / "run.safetensors"
+    written = file.read_bytes()
+    generator = np.random.default_rng(0)
+    for place in generator.choice(len(written), 100, replace=False):
+        damaged = bytearray(written)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        file.write_bytes(damaged)
+        model = make_model()
+        with pytest.raises(FxoptError, match=r"Remove it to start afresh"):
+            fit(model, make_data(), epochs=1, checkpoint=tmp_path / "run")
+        assert all(map(torch.equal, model.state_dict().values(), make_model().state_dict().values()))
+
+
 def test_an_unwritable_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FxoptError, match="Cannot write"):
