@@ -27,7 +27,7 @@ from fxopt.passes import Quantize, SelectOperators, TunablePass
 from fxopt.passes.quantize import CALIBRATION_META
 from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
-from fxopt.search import SearchResult, engines, run_search
+from fxopt.search import SearchResult, engines, options_of_search, run_search
 
 __all__ = ["Course", "Judging", "Outcome", "Searching"]
 
@@ -107,7 +107,8 @@ class Searching:
         if not len(space):
             return None
         task = "search"
-        engine = engines.create(self.engine, space, constraint, self.seed, **job.told(self.engine, judge))
+        options = options_of_search(self.engine, space, self.trials, journal) | job.told(self.engine, judge)
+        engine = engines.create(self.engine, space, constraint, self.seed, **options)
         show.start(task, self.trials)
         found = run_search(
             engine,

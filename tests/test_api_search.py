@@ -15,6 +15,7 @@ from fxopt.errors import (
     JournalError,
     SearchError,
 )
+from fxopt.search import read_journal
 from tests.optimizing import DATA, InProcess, Stopping, half_right, make_net, optimize, outcome
 
 # Interrupted, and gone on with.
@@ -59,6 +60,22 @@ def test_more_trials_extend_a_search(tmp_path: Path) -> None:
     assert extended.search is not None
     assert (extended.search.resumed, len(extended.search.trials)) == (3, 6)
     assert outcome(extended) == outcome(searched(tmp_path / "fresh", half_right, trials=6))
+
+
+@pytest.mark.parametrize("engine", ["evolution", "ddpg", "exact"])
+def test_engines_have_options_that_fit_the_trials_which_a_search_goes_on_with(engine: str, tmp_path: Path) -> None:
+    def options(trials: int, folder: str = "one") -> Any:
+        result = searched(
+            tmp_path / folder, half_right, engine=engine, trials=trials, passes=("prune-channels",), epochs=0
+        )
+        assert result.search is not None
+        header, found = read_journal(tmp_path / folder / "journal.jsonl")
+        assert [trial.policy for trial in result.search.trials] == [trial.policy for trial in found]
+        return header["options"]
+
+    few = options(4)
+    assert options(40) == few
+    assert options(40, "another") != few
 
 
 @pytest.mark.parametrize(

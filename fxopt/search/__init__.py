@@ -16,8 +16,9 @@ Example:
 from __future__ import annotations
 
 from fxopt.search import engines
-from fxopt.search._compare import Comparison, EngineRun, compare, fitting_options, installed
+from fxopt.search._compare import Comparison, EngineRun, compare, installed
 from fxopt.search._engine import FAILED, Engine
+from fxopt.search._fitting import fitting_options, options_of_search
 from fxopt.search._journal import JOURNAL_SCHEMA, read_journal
 from fxopt.search._run import SearchProgress, run_search
 from fxopt.search._trial import SearchResult, Trial, best_so_far
@@ -36,6 +37,7 @@ __all__ = [
     "engines",
     "fitting_options",
     "installed",
+    "options_of_search",
     "read_journal",
     "run_search",
 ]

@@ -13,10 +13,11 @@ from typing import Any
 from fxopt.decisions import Constraint, Policy, SearchSpace
 from fxopt.errors import SearchError
 from fxopt.search import engines
+from fxopt.search._fitting import fitting_options
 from fxopt.search._run import SearchProgress, run_search
 from fxopt.search._trial import SearchResult
 
-__all__ = ["Comparison", "EngineRun", "compare", "fitting_options"]
+__all__ = ["Comparison", "EngineRun", "compare", "installed"]
 
 
 @dataclass(frozen=True)
@@ -141,18 +142,6 @@ def compare(
 def installed() -> list[str]:
     """The engines that can be used: all but those that need a package which is not installed."""
     return [name for name in engines.names() if engines.available(name)]
-
-
-def fitting_options(name: str, space: SearchSpace, trials: int) -> dict[str, Any]:
-    """Options of an engine that suit a number of trials: half to learn, half to use what was learnt."""
-    if name == "exact":
-        return {"probes": max(1, trials // (2 * max(len(space), 1)))}
-    if name in ("ddpg", "reinforce"):
-        warmup = max(2, min(20, trials // 4))
-        return {"warmup": warmup, "decay": float(0.03 ** (1.0 / max(trials - warmup, 1)))}
-    if name == "evolution":
-        return {"population": max(4, min(16, trials // 4))}
-    return {}
 
 
 class _Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from fxopt.decisions import AdditiveCosts, Constraint, Decision, Policy, SearchSpace
 from fxopt.errors import SearchError, UnknownNameError
-from fxopt.search import compare, engines, fitting_options, installed
+from fxopt.search import compare, engines, fitting_options, installed, options_of_search
 
 SPACE = SearchSpace([Decision("channels", f"conv{i}", (8, 16, 24, 32), 32) for i in range(5)])
 COSTS = AdditiveCosts(SPACE, [(1.0 + i) * np.arange(1, 5) for i in range(5)])
@@ -59,6 +60,28 @@ def test_options_fit_the_trials() -> None:
     for name in installed():
         for trials in (1, 10, 1000):
             engines.create(name, SPACE, **fitting_options(name, SPACE, trials))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"engine": "random", "options": {"population": 7}},
+        {"engine": "evolution", "options": {"population": "7"}},
+        {"engine": "evolution", "options": [7]},
+        {"engine": "evolution"},
+        None,
+    ],
+)
+def test_a_journal_that_tells_no_options_leaves_those_that_fit(
+    header: dict[str, object] | None, tmp_path: Path
+) -> None:
+    journal = tmp_path / "journal.jsonl"
+    fitting = fitting_options("evolution", SPACE, 100)
+    assert options_of_search("evolution", SPACE, 100, journal) == fitting
+    journal.write_text(
+        "nothing" if header is None else json.dumps({"journal": "fxopt.search", "schema": 1} | header) + "\n"
+    )
+    assert options_of_search("evolution", SPACE, 100, journal) == fitting
 
 
 def test_wrong_arguments_are_refused() -> None:
