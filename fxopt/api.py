@@ -186,8 +186,8 @@ def optimize(
             shares with "select-operators", and for one search of all passes together without.
         engine: Name of a search engine. Where bits alone are decided, "exact" is told what each layer loses at each of
             its choices (``fxopt.sensitivity``, by gradients on a few samples); its first policy has the least sum.
-        trials: Policies to try. The engine's options fit their number (``fxopt.search.fitting_options``); where more are
-            asked for in the same ``workdir``, the search goes on with those that it began with.
+        trials: Policies to try. The engine's options fit their number (``fxopt.search.fitting_options``); where more
+            are asked for in the same ``workdir``, the search goes on with those that it began with.
         objective: What to search for: None for the best score within the budget, or
             ``fxopt.objectives.SmallestCost(0.97, "macs")`` for the smallest cost that keeps a score.
         train: Loader of (input, label) to fine-tune and calibrate on.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from fxopt.export._forms import IR_VERSIONS, Form, Format, check_opset, form_of,
 from fxopt.export._kernels import Kernel, kernels_of
 from fxopt.export._layers import ExportedLayer, layers_in, sites_in
 from fxopt.export._parity import check_integers, compare, random_like
+from fxopt.export._rewriter import Rewritten
 from fxopt.export._runtime import has_integer_instructions, optimized
 from fxopt.export._torch_onnx import export_marked, with_parameters
 from fxopt.graph import ExampleInputs, normalize, trace
@@ -39,6 +40,7 @@ _MAX_BYTES = 2**31 - 2**20
 
 _OTHER_BATCH = 3
 _RUNS = 15
+_MUCH = 0.05
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class ExportReport:
         opset: ONNX opset.
         file_bytes: Size of the file.
         batches: Batch sizes that file and graph were compared at; empty if not checked.
-        max_abs_diff: Largest absolute difference of an output, or None if not checked; so for all that follow.
+        max_abs_diff: Largest absolute difference of an output from the model's, what rounded biases change included, or
+            None if not checked; so for all that follow.
         mean_abs_diff: Largest mean absolute difference of an output.
         relative: Largest absolute difference over the largest magnitude of the same output.
         top1_agreement: Part of the positions where the best class (dimension 1) agrees; None without classes.
@@ -157,12 +160,12 @@ def export_onnx(
     with replacing(final, ExportError) as scratch:
         _write(proto, scratch)
         file_bytes = scratch.stat().st_size
-        checked = _checked(with_parameters(graph, made.rounded), proto, form, made.held, inputs) if check else {}
+        checked = _checked(graph, proto, made, form, inputs) if check else {}
         if check and form.runs:
             checked["latency_s"] = _latency(scratch, _at_traced_batch(gm, inputs), form)
     quantized = any(isinstance(module, QuantizedLayer) for module in gm.modules())
     layers = layers_in(gm, proto, checked.get("kernels"), baked=form.baked)
-    notes = _notes(gm, form, quantized)
+    notes = (*_notes(gm, form, quantized), *_apart(checked))
     return ExportReport(final, format, version, file_bytes, layers=layers, notes=notes, **checked)
 
 
@@ -207,9 +210,10 @@ def _write(proto: onnx.ModelProto, scratch: Path) -> None:
 
 
 def _checked(
-    gm: fx.GraphModule, proto: onnx.ModelProto, form: Form, held: Mapping[str, str], inputs: ExampleInputs
+    given: fx.GraphModule, proto: onnx.ModelProto, made: Rewritten, form: Form, inputs: ExampleInputs
 ) -> dict[str, Any]:
     """Run the file beside its graph; what the report tells of it."""
+    gm = with_parameters(given, made.rounded)
     example = _at_traced_batch(gm, inputs)
     trials = [example]
     if gm.meta.get(TRACE_META, {}).get("dynamic_batch"):
@@ -218,9 +222,9 @@ def _checked(
         trials.append(random_like(example, example.batch))
     quantized = any(isinstance(module, QuantizedLayer) for module in gm.modules())
     runnable = form.runnable(proto)
-    stepped = check_integers(gm, runnable, held, example, form.settings) if held else None
+    stepped = check_integers(gm, runnable, made.held, example, form.settings) if made.held else None
     packed = runnable.SerializeToString()
-    difference = compare(gm, packed, trials, quantized=quantized, settings=form.settings)
+    difference = compare(gm, packed, trials, quantized=quantized, settings=form.settings, given=given)
     running = optimized(packed, form.settings if form.native else None)
     operators = Counter(node.op_type for node in running.graph.node)
     kernels = kernels_of(runnable, running, sites_in(gm))
@@ -236,6 +240,16 @@ def _checked(
         "operators": tuple(sorted(operators.items())),
         "kernels": kernels if form.runs else (),
     }
+
+
+def _apart(checked: Mapping[str, Any]) -> Iterator[str]:
+    """What rounding does to the outputs, where it is much."""
+    if checked.get("relative", 0.0) > _MUCH:
+        yield (
+            f"Outputs of the file are up to {checked['relative']:.0%} of the largest one away from the model's: biases "
+            "are rounded to the integers that kernels add, and this network carries on what that changes. Judge "
+            "accuracy by the file."
+        )
 
 
 def _notes(gm: fx.GraphModule, form: Form, quantized: bool) -> tuple[str, ...]:

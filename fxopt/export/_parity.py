@@ -99,15 +99,18 @@ def compare(
     *,
     quantized: bool,
     settings: Mapping[str, str] | None = None,
+    given: fx.GraphModule | None = None,
 ) -> Difference:
     """Run a file and its graph on the same inputs, from end to end.
 
     Args:
-        gm: The graph that the file was made from.
+        gm: The graph that the file was made from, with the biases that the file holds.
         model: The file, or a serialized model.
         trials: Inputs to compare on.
         quantized: Which tolerance holds.
         settings: Session settings.
+        given: The graph with the biases from before they were rounded; None if none were. What the rounding does to the
+            outputs is no fault of the file, but part of the difference that is told.
 
     Raises:
         ParityError: If they differ by more than the tolerance; says where and by how much.
@@ -120,9 +123,11 @@ def compare(
         expected = run_graph(gm, trial)
         actual = _run_session(session, trial)
         nudged = run_graph(gm, trial, _Nudged(gm)) if quantized else expected
-        for name, one, other, moved in zip(names, expected, actual, nudged, strict=True):
+        asked = expected if given is None else run_graph(given, trial)
+        for name, one, other, moved, wanted in zip(names, expected, actual, nudged, asked, strict=True):
             where = f"output {name!r} at batch {trial.batch}"
-            found.append(_check(one, other, where, _allowed(one, moved) if quantized else None))
+            _check(one, other, where, _allowed(one, moved) if quantized else None)
+            found.append(_difference(wanted, other))
     agreements = [entry.top1_agreement for entry in found if entry.top1_agreement is not None]
     return Difference(
         max((entry.max_abs for entry in found), default=0.0),
@@ -241,17 +246,14 @@ def _allowed(expected: Array, nudged: Array) -> tuple[float, float]:
     )
 
 
-def _check(expected: Array, actual: Array, where: str, allowed: tuple[float, float] | None) -> Difference:
+def _check(expected: Array, actual: Array, where: str, allowed: tuple[float, float] | None) -> None:
     """Compare one output; ``allowed`` holds its largest and mean difference, None stands for the float tolerance."""
     if expected.shape != actual.shape:
         raise ParityError(f"The file gives shape {actual.shape} for {where}, the graph {expected.shape}.")
-    one, other = expected.astype(np.float64), actual.astype(np.float64)
-    if not np.array_equal(np.isfinite(one), np.isfinite(other)):
+    if not np.array_equal(np.isfinite(expected), np.isfinite(actual)):
         raise ParityError(f"The file and the graph have NaN or infinity at different places of {where}.")
-    valid = np.isfinite(one)
-    gap = np.abs(np.where(valid, one, 0.0) - np.where(valid, other, 0.0))
-    magnitude = float(np.abs(one[valid]).max(initial=0.0))
-    largest, mean = float(gap.max(initial=0.0)), float(gap.mean()) if gap.size else 0.0
+    found = _difference(expected, actual)
+    largest, mean, magnitude = found.max_abs, found.mean_abs, _magnitude(expected)
     # Outputs near zero throughout have no magnitude to compare with.
     limit = FLOAT_TOLERANCE * max(magnitude, FLOAT_TOLERANCE)
     most, most_mean = (limit, limit) if allowed is None else (max(allowed[0], limit), max(allowed[1], limit))
@@ -260,7 +262,19 @@ def _check(expected: Array, actual: Array, where: str, allowed: tuple[float, flo
             f"The file does not compute what its graph computes: a difference of {largest:.3g} (mean {mean:.3g}) for "
             f"{where}, where {most:.3g} (mean {most_mean:.3g}) is allowed and the largest magnitude is {magnitude:.3g}."
         )
+
+
+def _difference(expected: Array, actual: Array) -> Difference:
+    """How far apart two outputs are, where both are finite."""
+    one, other = expected.astype(np.float64), actual.astype(np.float64)
+    valid = np.isfinite(one) & np.isfinite(other)
+    gap = np.abs(np.where(valid, one, 0.0) - np.where(valid, other, 0.0))
+    largest, mean, magnitude = float(gap.max(initial=0.0)), float(gap.mean()) if gap.size else 0.0, _magnitude(one)
     return Difference(largest, mean, largest / magnitude if magnitude else largest, _agreement(one, other))
+
+
+def _magnitude(values: Array) -> float:
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
 
 
 def _agreement(one: Array, other: Array) -> float | None:

@@ -23,7 +23,7 @@ __all__ = ["Checkpoint", "read_tensors", "stem_of", "write_tensors"]
 
 _TOLD = ("loss", "learning_rate", "gradient_norm", "score", "best_epoch")
 _MODEL, _OPTIMIZER, _BEST = "model.", "optimizer.", "best."
-_DIGEST = "digest"
+_METADATA, _DIGEST = "told", "digest"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def write_tensors(stem: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     told = dict(metadata or {})
     with replacing(path) as scratch:
         try:
-            save_file(own, scratch, metadata=told | {_DIGEST: _digest(own, told)})
+            # One entry: several are written in any order, and the same training is to give the same file.
+            save_file(own, scratch, metadata={_METADATA: json.dumps(told | {_DIGEST: _digest(own, told)})})
         except SafetensorError as failure:
             raise FxoptError(f"Cannot write {path}: {failure}. Choose a folder that has space.") from failure
 
@@ -138,7 +139,7 @@ def read_tensors(stem: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, s
         return None
     with _reading(path):
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {})[_METADATA])
         wanted = metadata.pop(_DIGEST)
         tensors = load_file(path)
     if _digest(tensors, metadata) != wanted:
@@ -155,7 +156,7 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as failure:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as failure:
         reason = (str(failure).splitlines() or [""])[0].rstrip(".")
         raise FxoptError(f"{path} is no checkpoint of this model: {reason}. Remove it to start afresh.") from failure
 
