@@ -312,6 +312,26 @@ def test_a_large_bias_on_a_channel_of_tiny_weights_survives(tmp_path: Path) -> N
     np.testing.assert_allclose(found[:, 2], -2.0, atol=0.05)
 
 
+def test_what_rounding_a_bias_changes_is_told(tmp_path: Path) -> None:
+    """Products that cancel leave the bias, which is less than half of the least product."""
+    layer = nn.Conv2d(2, 3, 1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[100.0, -100.0]] * 3).reshape(3, 2, 1, 1))
+        layer.bias.copy_(torch.tensor([0.001, -0.002, 0.0015]))
+    torch.manual_seed(0)
+    example = torch.randn(2, 1, 4, 4).repeat(1, 2, 1, 1)
+    gm = Quantize(calibration=example)(trace(nn.Sequential(layer).eval(), example)).graph_module
+    report = export_onnx(gm, tmp_path / "m.onnx", example)
+    with torch.no_grad():
+        away = np.abs(run(tmp_path / "m.onnx", example)[0] - gm(example).numpy()).max()
+    assert away == pytest.approx(0.002, rel=0.1)
+    assert report.max_abs_diff is not None
+    assert report.max_abs_diff >= away * (1.0 - 1e-6)
+    assert any("Judge accuracy by the file" in note for note in report.notes)
+    report = export_onnx(small_network()[0], tmp_path / "m.onnx", torch.randn(IMAGE))
+    assert not any("Judge accuracy by the file" in note for note in report.notes)
+
+
 def test_a_plain_module_is_traced_and_left_in_its_mode(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(conv(), nn.BatchNorm2d(8), nn.Dropout(), nn.ReLU()).train()
