@@ -68,6 +68,10 @@ class _Scene:
             if isinstance(module, nn.modules.conv._ConvNd) and node not in self._taken:
                 reason = self._refused.get(node) or self._why_alone(node, names)
                 yield Refusal(node.name, str(node.target), reason)
+            elif node.op == "call_function" and ops.semantics(self.gm, node).kind == "conv":
+                yield Refusal(
+                    node.name, node.name, "its weights are computed, and candidates have weights of their own"
+                )
 
     def _why_alone(self, node: fx.Node, names: str) -> str:
         """Why a convolution that could be part of a block is part of none, and what can be done about it."""
@@ -127,11 +131,18 @@ class _Scene:
                 self._refused[node] = padding.reason
                 continue
             norm = _only_user(node)
-            norm = norm if norm is not None and type(self._module(norm)) is nn.BatchNorm2d else None
+            norm = norm if norm is not None and self._is_own_norm(norm) else None
             after = _only_user(norm or node)
             is_activation = after is not None and ops.is_activation(self.gm, after)
             activation = after if is_activation else None
             yield Unit(node, module, norm, activation, padding.node, padding.shift)  # type: ignore[arg-type]
+
+    def _is_own_norm(self, node: fx.Node) -> bool:
+        """Whether a node is a batch norm, and the only use of its statistics and weights."""
+        module = self._module(node)
+        if type(module) is not nn.BatchNorm2d or id(module.weight) in self._shared:
+            return False
+        return len(self.gm.graph.find_nodes(op="call_module", target=node.target)) == 1
 
     def _why_no_unit(self, node: fx.Node, module: Any) -> str | None:
         if type(module) is not nn.Conv2d:
@@ -147,10 +158,10 @@ class _Scene:
 
     def _padding(self, node: fx.Node, module: Any) -> _Padding:
         """How a convolution's input is padded, by itself or by an operation that it alone reads."""
-        own = module.padding
-        kernel, stride = module.kernel_size[0], module.stride[0]
-        if own == "same":
+        if module.padding == "same":
             return _Padding()
+        own = (0, 0) if module.padding == "valid" else module.padding
+        kernel, stride = module.kernel_size[0], module.stride[0]
         source = node.all_input_nodes[0]
         around = self._zeros_around(source) if len(source.users) == 1 else None
         before, value = (None, source) if around is None else (source, source.all_input_nodes[0])

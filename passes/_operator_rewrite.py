@@ -43,7 +43,8 @@ def offered(gm: fx.GraphModule, block: Block, name: str) -> bool:
     """Whether a candidate can stand in the place of a block.
 
     Candidates without layers also have to leave the cost of everything else as it is: what the block reads must be
-    read by the block alone, and what remains of it must not be computed together with what comes before.
+    read by the block alone and still be needed without it, what remains must not share its memory with anything else,
+    and must not be computed together with what comes before.
 
     Raises:
         PassError: If a user's own ``fits`` raises.
@@ -60,7 +61,9 @@ def offered(gm: fx.GraphModule, block: Block, name: str) -> bool:
         return False
     partner = block.partner
     if name == IDENTITY or block.join is None or partner is None:
-        return True
+        return _has_own_memory(gm, block.entry)
+    if set(block.entry.users) <= set(block.body) or not _has_own_memory(gm, partner):
+        return False
     if block.tail is None and _makes_fusable(gm, partner) and any(_fuses(gm, user) for user in block.join.users):
         return False
     if partner is not block.entry:
@@ -68,6 +71,20 @@ def offered(gm: fx.GraphModule, block: Block, name: str) -> bool:
     if block.tail is None or _drops_tail(gm, block):
         return True
     return not _makes_fusable(gm, block.entry)
+
+
+def _has_own_memory(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a value is no view of one that something else reads."""
+    while node.op.startswith("call_") and _is_view(gm, node):
+        (node, *others) = node.all_input_nodes
+        if others or len(node.users) != 1:
+            return False
+    return True
+
+
+def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
+    meaning = ops.semantics(gm, node)
+    return meaning.kind == "none" or meaning.flow == "split"
 
 
 def _changes_kernel(block: Block, kernel: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,18 +66,24 @@ def _norm(gm: fx.GraphModule, node: fx.Node | None) -> Callable[[int], nn.Module
     return lambda channels: nn.BatchNorm2d(channels, like.eps, like.momentum)
 
 
-_ATEN: Mapping[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-    "hardsigmoid": nn.Hardsigmoid,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "elu": nn.ELU,
-    "mish": nn.Mish,
-    "leaky_relu": nn.LeakyReLU,
+_ATEN: Mapping[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "relu": (nn.ReLU, ()),
+    "relu6": (nn.ReLU6, ()),
+    "silu": (nn.SiLU, ()),
+    "hardswish": (nn.Hardswish, ()),
+    "hardsigmoid": (nn.Hardsigmoid, ()),
+    "hardtanh": (nn.Hardtanh, ("min_val", "max_val")),
+    "sigmoid": (nn.Sigmoid, ()),
+    "tanh": (nn.Tanh, ()),
+    "elu": (nn.ELU, ("alpha",)),
+    "selu": (nn.SELU, ()),
+    "celu": (nn.CELU, ("alpha",)),
+    "softplus": (nn.Softplus, ("beta", "threshold")),
+    "gelu": (nn.GELU, ("approximate",)),
+    "mish": (nn.Mish, ()),
+    "leaky_relu": (nn.LeakyReLU, ("negative_slope",)),
 }
+"""The module of each function, and the function's arguments that it takes; all others have to be 1."""
 
 
 def _activation(gm: fx.GraphModule, node: fx.Node | None) -> Callable[[], nn.Module] | None:
@@ -91,15 +98,15 @@ def _activation(gm: fx.GraphModule, node: fx.Node | None) -> Callable[[], nn.Mod
         return lambda: _like(kind, options)
     bound = ops.arguments(node)
     name = ops.semantics(gm, node).name.rstrip("_")
-    if name == "hardtanh":
-        low, high = float(bound["min_val"]), float(bound["max_val"])
-        return nn.ReLU6 if (low, high) == (0.0, 6.0) else lambda: nn.Hardtanh(low, high)
-    if name == "gelu":
-        return lambda: nn.GELU(str(bound["approximate"]))
-    plain = name in _ATEN and all(not isinstance(value, float) or value in (1.0, 0.01) for value in bound.values())
-    if not plain:
+    made = _ATEN.get(name)
+    taken = () if made is None else made[1]
+    options = {argument: bound[argument] for argument in taken}
+    others = (value for argument, value in bound.items() if argument not in taken)
+    if made is None or any(isinstance(value, (int, float)) and value != 1 for value in others):
         raise NotHereError(f"its activation {name!r} is none that candidates could imitate")
-    return _ATEN[name]
+    if name == "hardtanh" and tuple(options.values()) == (0, 6):
+        return nn.ReLU6
+    return functools.partial(made[0], **options)
 
 
 def _like(kind: type[nn.Module], options: Mapping[str, Any]) -> nn.Module:

@@ -37,7 +37,8 @@ class Canonicalize(Pass):
     3. ``alias``, ``clone``, ``contiguous`` and casts that change neither type, device nor layout; with
        ``for_inference`` also ``detach``.
     4. Slices of everything, views and expansions to the shape there is already, permutations that leave the order,
-       padding by nothing, concatenation of one tensor.
+       padding by nothing, concatenation of one tensor; expansions for sums, differences, products and quotients with
+       something of that shape, which expand by themselves.
     5. ``x + 0``, ``x - 0``, ``x * 1``, ``x / 1``, ``x ** 1`` with a number.
     6. What depends on buffers and constants alone becomes a buffer that is not part of the state dict; with
        ``for_inference`` parameters count as constants. Random operators and what writes in place are never folded.
@@ -279,6 +280,22 @@ def _same_view(scene: _Scene, node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _expanded_by_readers(scene: _Scene, node: fx.Node) -> fx.Node | None:
+    """Expansions that everything that reads them would do as well."""
+    source = _source(node)
+    if source is None or not _is_packet(node, _aten.expand, _aten.expand_as):
+        return None
+    return source if all(_expands(scene, user, node) for user in node.users) else None
+
+
+def _expands(scene: _Scene, reader: fx.Node, value: fx.Node) -> bool:
+    """Whether a reader computes with something of a value's shape, and does so element by element."""
+    if reader.target not in _BY_ELEMENT:
+        return False
+    others = [operand for operand in reader.args if isinstance(operand, fx.Node) and operand is not value]
+    return len(others) == 1 and scene.same_size(others[0], value)
+
+
 def _neutral_number(scene: _Scene, node: fx.Node) -> fx.Node | None:
     source, other = _source(node), _argument(node, 1, "other")
     if node.target in _POWERS:
@@ -292,7 +309,14 @@ def _neutral_number(scene: _Scene, node: fx.Node) -> fx.Node | None:
 
 
 _Rule: TypeAlias = Callable[[_Scene, fx.Node], "fx.Node | None"]
-_RULES: tuple[_Rule, ...] = (_identity_module, _switched_off_dropout, _same_memory, _same_view, _neutral_number)
+_RULES: tuple[_Rule, ...] = (
+    _identity_module,
+    _switched_off_dropout,
+    _same_memory,
+    _same_view,
+    _expanded_by_readers,
+    _neutral_number,
+)
 
 _COPIES = (_aten.alias, _aten.detach, _aten.clone, _aten.contiguous, _aten.to, _aten._to_copy, _aten.type_as)
 _SOMETIMES_VIEWS = (_aten.reshape, _aten.contiguous, _aten.to, _aten.flatten, _aten.type_as, _aten.dropout)
@@ -309,6 +333,7 @@ _SHAPE_VIEWS = (
     _aten.narrow,
     _aten._unsafe_view,
 )
+_BY_ELEMENT = (_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor)
 _POWERS = (_aten.pow.Tensor_Scalar,)
 _NEUTRAL: dict[object, int] = {
     _aten.add.Tensor: 0,

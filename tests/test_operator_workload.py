@@ -37,12 +37,56 @@ class _Branches(nn.Module):
         return self.late(torch.cat([y.mean((2, 3)), both.mean((2, 3))], 1))
 
 
+class _Preactivated(nn.Module):
+    """Without its layers, nothing would read what the block reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.skip, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1, 2), nn.Linear(16, 4)
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        return self.head((self.body(torch.relu(x)) + self.skip(x)).mean((2, 3)))
+
+
+class _Parted(nn.Module):
+    """A block on a piece of a value, of which another piece lives on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(16, 4)
+        self.pool = nn.AvgPool2d(3, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, other = self.stem(x).chunk(2, 1)
+        one = torch.relu(self.body(one))
+        return self.head(torch.cat([one, self.pool(other)], 1).mean((2, 3)))
+
+
+class _OneNorm(nn.Module):
+    """Two layers with one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.free = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.one(self.stem(x))))
+        x = torch.relu(self.norm(self.other(x)))
+        return self.head(torch.relu(self.free(x)).mean((2, 3)))
+
+
 # A stage and a half of the space that ProxylessNAS searches.
 _BLOCKS = (models.Block(16, 3, 6, 2), *(models.Block(16, 3, 6),) * 3, models.Block(24, 5, 3))
 
 NETWORKS = {
     "space": lambda: models.MobileNetwork(models.Plan(8, (models.Block(8, 3, 1), *_BLOCKS), 16)),
     "branches": _Branches,
+    "preactivated": _Preactivated,
+    "parted": _Parted,
+    "one norm": _OneNorm,
     "small": lambda: models.SmallMobileNetV2(3, 10, 8),
     "resnet": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *(models.BasicBlock(8, 8),) * 1),
 }

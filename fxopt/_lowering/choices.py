@@ -239,16 +239,23 @@ def lower_choices(
     if not len(space):
         raise PassError(no_blocks(gm, step))
     index_of = {decision.site: index for index, decision in enumerate(space)}
-    layout = _runs(gm, step, Policy({}), index_of, lower)
-    fixed = _joined(-1, [one for one in layout if one.site < 0]).rows
+
+    def runs_of(policy: Policy) -> list[_Run]:
+        return _runs(gm, step, policy, index_of, lower)
+
+    layout = runs_of(Policy({}))
+    fixed = _outside(layout)
     candidates: list[list[_Run]] = [[] for _ in space]
     for number in range(max(len(decision.choices) for decision in space)):
         policy = Policy({one.key: one.choices[min(number, len(one.choices) - 1)] for one in space})
-        runs = _runs(gm, step, policy, index_of, lower)
-        if not np.array_equal(_joined(-1, [one for one in runs if one.site < 0]).rows, fixed):
+        runs = runs_of(policy)
+        if not np.array_equal(_outside(runs), fixed):
+            single = {f"{key[1]} ({choice})": Policy({key: choice}) for key, choice in policy.items()}
+            alone = [told for told, one in single.items() if not np.array_equal(_outside(runs_of(one)), fixed)]
+            sites = ", ".join(alone)
             raise PassError(
-                f"Costs outside the blocks depend on their candidates {policy!r}; report this, and leave "
-                "blocks out with ignore."
+                f"Costs outside of blocks depend on what these compute: {sites or 'several blocks together'}. Leave "
+                "them out with SelectOperators(ignore=(...)), and report this."
             )
         for index, decision in enumerate(space):
             if number < len(decision.choices):
@@ -303,6 +310,11 @@ def _runs(
         _Run(int(owners[start]), rows[start:stop], workload.names[start:stop])
         for start, stop in itertools.pairwise(edges)
     ]
+
+
+def _outside(runs: Sequence[_Run]) -> Rows:
+    """The rows that are of no block."""
+    return _joined(-1, [one for one in runs if one.site < 0]).rows
 
 
 def _joined(site: int, runs: Sequence[_Run]) -> _Run:

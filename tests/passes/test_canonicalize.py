@@ -103,6 +103,8 @@ STAYS: dict[str, Function] = {
     "to the second power": lambda m, x: x**2,
     "rounded division by one": lambda m, x: torch.div(x, 1, rounding_mode="floor"),
     "a parameter's product": lambda m, x: x * m.gain,
+    "expansion that is read otherwise": lambda m, x: x.mean(1, True).expand_as(x).relu(),
+    "expansion without another operand": lambda m, x: x.mean(1, True).expand_as(x) * 2.0,
     "batch as a number": lambda m, x: x * x.shape[0],
     "random numbers": lambda m, x: x + 0.0 * torch.rand(4, 1, 1),
 }
@@ -120,6 +122,25 @@ def test_what_only_looks_like_it_stays(what: str) -> None:
     gm, result, calls = between(STAYS[what])
     assert calls
     assert result is gm
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * x.mean((2, 3), True).expand_as(x),
+        lambda m, x: x.mean((2, 3), True).expand(-1, 4, 4, 4) - x,
+        lambda m, x: x / (2.0 + torch.sigmoid(m.gain)).expand_as(x),
+    ],
+)
+def test_an_expansion_goes_where_its_reader_expands(function: Function) -> None:
+    _, _, calls = between(function)
+    assert calls
+    assert not [node for node in calls if "expand" in str(node.target)]
+
+
+def test_one_expansion_stays_where_both_are_expanded() -> None:
+    _, _, calls = between(lambda m, x: x.mean((2, 3), True).expand_as(x) * x.mean(1, True).expand_as(x))
+    assert len([node for node in calls if "expand" in str(node.target)]) == 1
 
 
 @pytest.mark.parametrize("what", ["dropout", "detach"])

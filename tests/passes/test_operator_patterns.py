@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn import functional
 
 from fxopt.decisions import Policy
+from fxopt.errors import PassError
 from fxopt.graph import trace
 from fxopt.lowering import lower, lower_operators
 from fxopt.passes import Canonicalize, SelectOperators
@@ -311,6 +312,73 @@ def test_an_activation_that_is_spelled_out_has_to_be_joined_first() -> None:
     assert "Canonicalize joins" in refusal.reason
     (found,) = SelectOperators().explain(Canonicalize()(gm).graph_module)
     assert found.operator == "conv-k3"
+
+
+@pytest.mark.parametrize(
+    ("function", "module"),
+    [
+        (lambda x: functional.leaky_relu(x, 0.2), nn.LeakyReLU(0.2)),
+        (lambda x: functional.elu(x, 0.5), nn.ELU(0.5)),
+        (functional.selu, nn.SELU()),
+        (lambda x: functional.celu(x, 0.7), nn.CELU(0.7)),
+        (lambda x: functional.softplus(x, 2.0, 5.0), nn.Softplus(2.0, 5.0)),
+        (lambda x: functional.gelu(x, approximate="tanh"), nn.GELU("tanh")),
+        (lambda x: functional.hardtanh(x, -0.5, 0.5), nn.Hardtanh(-0.5, 0.5)),
+        (functional.relu6, nn.ReLU6()),
+        (functional.mish, nn.Mish()),
+    ],
+)
+def test_candidates_have_the_activation_of_a_function(function: Any, module: nn.Module) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(function(self.layer(x)).mean((2, 3)))
+
+    gm = trace(Net().eval(), torch.randn(2, 8, 6, 6))
+    (found,) = SelectOperators().explain(gm)
+    changed = SelectOperators(Policy({("operator", found.site): "conv-k5"}))(gm).graph_module
+    made = [one for one in changed.modules() if type(one) is type(module)]
+    x = torch.linspace(-9.0, 9.0, 100)
+    assert len(made) == 1
+    assert torch.equal(made[0](x), module(x))
+
+
+def test_a_gate_that_is_expanded_is_one() -> None:
+    class Expanded(Gate):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.expand(torch.relu(self.reduce(x.mean((2, 3), keepdim=True)))).sigmoid()
+            return x * y.expand_as(x)
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), *inverted(24, Expanded(24)), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    gm = Canonicalize()(trace(net, torch.randn(2, 3, 12, 12))).graph_module
+    assert "mb3-k3" in [block.operator for block in SelectOperators().explain(gm)]
+
+
+def test_weights_that_are_computed_are_told() -> None:
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1)), nn.ReLU()).eval()
+    gm = trace(net, torch.randn(2, 3, 8, 8))
+    (refusal,) = SelectOperators().refusals(gm)
+    assert "weights are computed" in refusal.reason
+    with pytest.raises(PassError, match="its weights are computed"):
+        lower_operators(gm, SelectOperators())
+
+
+def test_layers_with_one_norm_are_no_blocks() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.norm(self.other(torch.relu(self.norm(self.one(x))))))
+
+    gm = trace(Net().eval(), torch.randn(2, 8, 6, 6))
+    assert SelectOperators().explain(gm) == []
+    assert ["norm" in refusal.reason for refusal in SelectOperators().refusals(gm)] == [True, True]
 
 
 class Gated(nn.Module):

@@ -243,7 +243,7 @@ class _Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.dilated = nn.Conv2d(4, 4, 3, padding=2, dilation=2)
-        self.valid = nn.Conv2d(4, 4, 3)
+        self.valid = nn.Conv2d(4, 4, 3, padding="valid")
         self.twice = nn.Conv2d(4, 4, 3, padding=1)
         self.flat = nn.Conv2d(4, 4, (1, 3), padding=(0, 1))
         self.followed = nn.Conv2d(4, 4, 3, padding=1)
