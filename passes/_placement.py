@@ -29,9 +29,10 @@ from torch import fx, nn
 
 from fxopt.decisions import PLAIN_PLACEMENT, Placement, operator_key
 from fxopt.errors import PassError
-from fxopt.graph import ops
+from fxopt.graph import eval_mode, ops
 from fxopt.graph.grids import MAX_BITS
 from fxopt.graph.matrix_products import QuantMatMul
+from fxopt.passes.fold_batch_norm import FoldBatchNorm
 
 __all__ = ["ROLES", "Point", "Role", "check_names", "place"]
 
@@ -135,6 +136,7 @@ class _Placement:
             if isinstance(source, fx.Node) and _is_tensor(source)
         }
         self._integer: set[fx.Node] = set()
+        self._refuse_batch_norms()
         self._grow()
         self._prune()
         self._asked = self._demands()
@@ -212,7 +214,6 @@ class _Placement:
     def _grow(self) -> None:
         for node in self._gm.graph.nodes:
             if self._is_layer(node):
-                self._refuse_batch_norm(node)
                 self._integer.add(node)
             elif self._fuses(node):
                 self._fused[node] = node.args[0]
@@ -270,11 +271,23 @@ class _Placement:
         name = self._name(node)
         return None if operator_key(name) in self._how.floats else ROLES.get(name)
 
-    def _refuse_batch_norm(self, node: fx.Node) -> None:
-        for user in node.users:
-            if user.op == "call_module" and isinstance(self._gm.get_submodule(str(user.target)), _BATCH_NORMS):
+    def _refuse_batch_norms(self) -> None:
+        """See that no batch norm behind a layer is left that could be folded; others are computed in floats."""
+        behind = {
+            str(user.target): str(node.target)
+            for node in self._gm.graph.nodes
+            if self._is_layer(node)
+            for user in node.users
+            if user.op == "call_module" and isinstance(self._gm.get_submodule(str(user.target)), _BATCH_NORMS)
+        }
+        if not behind:
+            return
+        with eval_mode(self._gm):
+            staying = {refusal.site for refusal in FoldBatchNorm().explain(self._gm)}
+        for norm, layer in behind.items():
+            if norm not in staying:
                 raise PassError(
-                    f"Batch normalization {str(user.target)!r} follows {str(node.target)!r}, which is to be quantized. "
+                    f"Batch normalization {norm!r} follows {layer!r}, which is to be quantized. "
                     "Run the pass FoldBatchNorm first."
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from fxopt.decisions import Capabilities, Policy
 from fxopt.errors import DataError, PassError, PolicyError
+from fxopt.export import export_onnx
 from fxopt.graph import trace
 from fxopt.graph.fake_quantize import CodebookQuantizer, QuantConv2d, QuantizedLayer
 from fxopt.graph.grids import WeightScheme
@@ -218,6 +220,25 @@ def test_batch_norm_behind_a_layer_asks_for_folding() -> None:
     gm = graph_of(lambda s, x: s.n(s.a(x)), a=conv(), n=nn.BatchNorm2d(3))
     assert_refused(gm, PassError, "'n' follows 'a'.* FoldBatchNorm first")
     assert Quantize()(FoldBatchNorm()(gm).graph_module).modified
+
+
+def test_batch_norm_that_cannot_be_folded_stays_in_floats(tmp_path: Path) -> None:
+    """Before the activation: what the norm reads is added to later."""
+    gm = graph_of(
+        lambda s, x: (lambda y: y + s.b(torch.relu(s.n(y))))(s.a(x)),
+        a=conv(),
+        b=conv(),
+        n=nn.BatchNorm2d(3),
+    )
+    folded = FoldBatchNorm()(gm).graph_module
+    quantized_graph = Quantize(calibration=torch.randn(8, *IMAGE[1:]))(folded).graph_module
+    assert type(quantized_graph.get_submodule("n")) is nn.BatchNorm2d
+    layers = [name for name, one in quantized_graph.named_modules() if isinstance(one, QuantizedLayer)]
+    assert layers == ["a", "b"]
+    example = torch.randn(IMAGE)
+    away = (quantized_graph(example) - folded(example)).abs().max()
+    assert away < 0.1 * folded(example).abs().max()
+    assert export_onnx(quantized_graph, tmp_path / "m.onnx", example).integers_differing is not None
 
 
 def test_quantizing_what_is_partly_quantized_is_refused() -> None:
