@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -175,7 +176,8 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
         propagate(gm)
     sizes = (_EXAMPLE_BATCH, *edit.shape(value)[1:])
     like = next(module.parameters(), torch.zeros(()))
-    inner = trace_graph(module.eval(), torch.zeros(sizes, dtype=like.dtype, device=like.device))
+    with blaming("A candidate of your own", path):
+        inner = trace_graph(module.eval(), torch.zeros(sizes, dtype=like.dtype, device=like.device))
     names: dict[fx.Node, fx.Node] = {}
     for node in inner.graph.nodes:
         if node.op == "placeholder":
@@ -186,8 +188,12 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
             args = fx.map_arg(node.args, names.__getitem__)
             part = inner.get_submodule(str(node.target))
             after = names[node] = edit.insert_module(gm, f"{path}.{node.target}", part, after, args)
-        elif node.op == "call_function" and not node.kwargs:
-            after = names[node] = edit.insert_function(gm, node.target, after, fx.map_arg(node.args, names.__getitem__))
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), names.__getitem__)
+            after = names[node] = edit.insert_function(gm, node.target, after, args, kwargs=kwargs)
+        elif node.op == "get_attr" and not isinstance(tensor := _attribute(inner, str(node.target)), nn.Parameter):
+            free = edit.free_path(gm, f"{path}.{node.target}".replace(".", "_"))
+            names[node] = edit.insert_get_attr(gm, free, tensor)
         elif node.op == "output":
             found = [names[source] for source in node.all_input_nodes]
             if len(found) == 1:
@@ -198,11 +204,17 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
     raise PassError(f"The candidate for {path!r} gives nothing.")
 
 
+def _attribute(gm: fx.GraphModule, path: str) -> torch.Tensor:
+    owner, _, name = path.rpartition(".")
+    held: torch.Tensor = getattr(gm.get_submodule(owner), name)
+    return held
+
+
 def check_custom(name: str, module: nn.Module, block: Block) -> None:
-    """See that a user's candidate keeps the shape of its block.
+    """See that a user's candidate keeps the shape of its block, in both modes, and leaves its input as it is.
 
     Raises:
-        PassError: If it is no module, does not keep the shape, or fails on an input of the block's size.
+        PassError: If it is no module, does not keep the shape, fails on an input of the block's size, or writes to it.
     """
     if not is_custom(name):
         return
@@ -218,21 +230,38 @@ def check_custom(name: str, module: nn.Module, block: Block) -> None:
             "was given make it on a real one."
         )
     shape, size = block.shape, edit.shape(block.entry)[2:]
-    x = torch.zeros(_EXAMPLE_BATCH, shape.inputs, *size)
+    x = torch.linspace(-1.0, 1.0, _EXAMPLE_BATCH * shape.inputs * math.prod(size))
+    x = x.reshape(_EXAMPLE_BATCH, shape.inputs, *size)
+    given_x = x.clone()
     wanted = (_EXAMPLE_BATCH, shape.outputs, *(-(-one // shape.stride) for one in size))
     modes = [(part, part.training) for part in module.modules()]
+    buffers = [
+        (part, name, buffer.clone()) for part in module.modules() for name, buffer in part.named_buffers("", False)
+    ]
     try:
-        with torch.no_grad(), blaming(f"Candidate {name!r}, given an input of {tuple(x.shape)},", block.site):
-            found = module.eval()(x)
+        for mode, words in ((False, ""), (True, " in training")):
+            with (
+                torch.no_grad(),
+                blaming(f"Candidate {name!r}, given an input of {tuple(x.shape)}{words},", block.site),
+            ):
+                found = module.train(mode)(x)
+            if not isinstance(found, torch.Tensor) or tuple(found.shape) != wanted:
+                shown = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+                raise PassError(
+                    f"Candidate {name!r} makes {shown} of an input of {tuple(x.shape)}{words}, and the block "
+                    f"{block.site!r} that it would stand in for makes {wanted}. Correct it, or tell "
+                    "register_candidate(fits=...) where it can stand."
+                )
+            if not torch.equal(x, given_x):
+                raise PassError(
+                    f"Candidate {name!r} at {block.site!r} writes to its input, which the block's shortcut may read as "
+                    "well. Begin with a copy, such as nn.ReLU(inplace=False)."
+                )
     finally:
         for part, training in modes:
             part.training = training
-    if not isinstance(found, torch.Tensor) or tuple(found.shape) != wanted:
-        shown = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise PassError(
-            f"Candidate {name!r} makes {shown} of an input of {tuple(x.shape)}, and the block {block.site!r} that it "
-            f"would stand in for makes {wanted}. Correct it, or tell register_candidate(fits=...) where it can stand."
-        )
+        for part, key, buffer in buffers:
+            part._buffers[key] = buffer
 
 
 def make(name: str, block: Block, builder: Callable[[], nn.Module] | None = None) -> nn.Module:

@@ -6,7 +6,7 @@ Modules are never changed in place, for they may be the user's own: a changed co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,11 +120,16 @@ def insert_module(gm: fx.GraphModule, path: str, module: nn.Module, after: fx.No
 
 
 def insert_function(
-    gm: fx.GraphModule, target: Callable[..., Any], after: fx.Node, args: Sequence[Any], name: str | None = None
+    gm: fx.GraphModule,
+    target: Callable[..., Any],
+    after: fx.Node,
+    args: Sequence[Any],
+    name: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> fx.Node:
-    """Call the ATen operator ``target`` with ``args`` right after ``after``, by ``name`` if that is free."""
+    """Call the ATen operator ``target`` right after ``after``, by ``name`` if that is free."""
     with gm.graph.inserting_after(_last_input(gm, after)):
-        return gm.graph.create_node("call_function", target, tuple(args), name=name)
+        return gm.graph.create_node("call_function", target, tuple(args), dict(kwargs or {}), name=name)
 
 
 def replace_uses(node: fx.Node, new: fx.Node, except_: Sequence[fx.Node] = ()) -> None:

@@ -15,6 +15,7 @@ from fxopt import models
 from fxopt.decisions import Capabilities, Policy
 from fxopt.errors import PassError, PolicyError, UnknownNameError
 from fxopt.graph import trace
+from fxopt.lowering import lower_operators
 from fxopt.passes import FoldBatchNorm, SelectOperators
 from fxopt.passes._operator_patterns import PATTERNS
 from fxopt.passes._operators import _CUSTOM
@@ -411,6 +412,86 @@ def test_a_candidate_that_cannot_be_put_in_says_why(monkeypatch: pytest.MonkeyPa
         register_candidate(name, build)
         with pytest.raises(PassError, match=words):
             SelectOperators(Policy({("operator", site): name}))(gm)
+
+
+class _InTraining(nn.Module):
+    """Does something else in training, and counts how often it was called."""
+
+    def __init__(self, shape: Shape, training: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.norm = (
+            nn.Conv2d(shape.inputs, shape.outputs, 3, shape.stride, 1),
+            nn.BatchNorm2d(shape.outputs),
+        )
+        self.register_buffer("calls", torch.zeros(()))
+        self.then = training
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls = self.calls + 1
+        y = self.norm(self.layer(x))
+        return self.then(y) if self.training else y
+
+
+def _raising(y: torch.Tensor) -> torch.Tensor:
+    raise ValueError("not so")
+
+
+def test_a_candidate_is_tried_in_both_modes_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.passes._operators._CUSTOM", dict(_CUSTOM))
+    gm = block_graph(models.DepthwiseSeparable(8, 16, 2))
+    step, (block,) = SelectOperators(), SelectOperators().blocks(gm)
+    register_candidate("raising", lambda shape, style: _InTraining(shape, _raising))
+    register_candidate("shrinking", lambda shape, style: _InTraining(shape, lambda y: y[:, :3]))
+    register_candidate("same", lambda shape, style: _InTraining(shape, lambda y: y))
+    for name, words in (
+        ("raising", "in training, fails at .*not so"),
+        ("shrinking", r"3, \d, \d\) of an .* in training"),
+    ):
+        with pytest.raises(PassError, match=words):
+            step.candidate(gm, block, name)
+    made: Any = step.candidate(gm, block, "same")
+    assert made.calls == made.norm.num_batches_tracked == 0
+    assert torch.equal(made.norm.running_mean, torch.zeros(16))
+    assert not made.training
+
+
+def test_a_candidate_that_writes_to_its_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.passes._operators._CUSTOM", dict(_CUSTOM))
+
+    def writes(shape: Shape, style: Style) -> nn.Module:
+        return nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(shape.inputs, shape.outputs, 3, shape.stride, 1))
+
+    register_candidate("writes", writes)
+    gm = block_graph(models.BasicBlock(8, 8))
+    (found,) = SelectOperators().explain(gm)
+    with pytest.raises(PassError, match=r"'writes' at .* writes to its input.*inplace=False"):
+        SelectOperators(Policy({("operator", found.site): "writes"}))(gm)
+
+
+class _Weighed(nn.Module):
+    """A function with an argument by name, and a constant."""
+
+    def __init__(self, shape: Shape, style: Style) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(shape.inputs, shape.outputs, 3, shape.stride, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(self.layer(x), approximate="tanh") * torch.tensor([0.5])
+
+
+def test_candidates_may_hold_constants_and_name_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxopt.passes._operators._CUSTOM", dict(_CUSTOM))
+    register_candidate("weighed", _Weighed)
+    gm = block_graph(models.DepthwiseSeparable(8, 16, 2))
+    (found,) = SelectOperators().explain(gm)
+    made = SelectOperators(Policy({("operator", found.site): "weighed"}))(gm).graph_module
+    layer = made.get_submodule(f"{found.site}.weighed.layer")
+    x = torch.randn(2, 3, 9, 9)
+    value = layer(made.get_submodule("1")(made.get_submodule("0")(x)))
+    wanted = 0.5 * nn.functional.gelu(value, approximate="tanh").mean((2, 3), keepdim=True)
+    torch.testing.assert_close(made(x), wanted)
+    assert lower_operators(gm, SelectOperators(candidates=("weighed",))).space
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
