@@ -277,9 +277,10 @@ def split_batch(batch: Any, what: str = "the loader") -> tuple[Any, Any]:
     """
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
+    instead = " In place of val, evaluate=callable(module) -> float does, too." if what == "val" else ""
     raise DataError(
         f"{what} yields a {type(batch).__name__}, not a pair (input, label); wrap it in a class whose __iter__ yields "
-        "such pairs, either of which may be a mapping. In place of val, evaluate=callable(module) -> float does, too."
+        f"such pairs, either of which may be a mapping.{instead}"
     )
 
 

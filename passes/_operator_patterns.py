@@ -301,6 +301,9 @@ def register_pattern(pattern: Pattern) -> None:
         PassError: If there is one of that name, a role that fxopt does not know, or no tuple where one is needed.
         UnknownNameError: If there is no such candidate; register your own first.
     """
+    called: Any = getattr(pattern, "name", None)
+    if not isinstance(called, str) or not called:
+        raise PassError(f"A pattern needs a name, got {called!r}; give Pattern(name, roles, candidates).")
     for name in ("roles", "candidates"):
         given: Any = getattr(pattern, name, None)
         if not isinstance(given, (tuple, list)) or not all(isinstance(one, str) for one in given):

@@ -112,6 +112,13 @@ def test_loaders_that_cannot_be_used_are_refused_with_the_reason(given: Any, mes
         first_batch(given, "val")
 
 
+def test_a_function_that_judges_is_offered_in_place_of_val_alone() -> None:
+    with pytest.raises(DataError, match="In place of val, evaluate=callable"):
+        first_batch(Pairs(GOOD), "val")
+    with pytest.raises(DataError, match=r"may be a mapping\.$"):
+        first_batch(Pairs(GOOD), "train")
+
+
 def test_integer_inputs_are_not_taken_for_nan() -> None:
     tokens = torch.tensor([[1, 2]])
     assert first_batch([(tokens, torch.tensor([1]))], "train")[0] is tokens

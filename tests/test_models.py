@@ -106,6 +106,12 @@ def test_an_unknown_network_is_told_with_the_nearest() -> None:
         models.create("proxyless-mobil")
 
 
+@pytest.mark.parametrize("numbers", [{"classes": 0}, {"classes": "10"}, {"channels": 1.5}, {"seed": -1}])
+def test_numbers_of_a_published_network_are_checked(numbers: dict[str, Any]) -> None:
+    with pytest.raises(FxoptError, match=f"^{next(iter(numbers))} has to be .*got "):
+        models.create("mobilenet-v2", **numbers)
+
+
 @pytest.mark.parametrize(
     ("resolution", "pixels", "strides"),
     [(224, 7, 5), (128, 4, 5), (96, 6, 4), (64, 4, 4), (32, 4, 3), (28, 7, 2), (8, 4, 1), (3, 3, 0)],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
+from fxopt._numbers import check_whole
 from fxopt._seeding import seeded
 from fxopt.errors import UnknownNameError
 from fxopt.models._blocks import BasicBlock, Bottleneck, DepthwiseSeparable, InvertedResidual, SqueezeExcite
@@ -58,7 +59,10 @@ def create(name: str, classes: int = 1000, channels: int = 3, seed: int = 0) -> 
 
     Raises:
         UnknownNameError: If there is no such network; suggests the nearest name.
+        FxoptError: If a number is none, or too small.
     """
+    check_whole(1, classes=classes, channels=channels)
+    check_whole(0, seed=seed)
     if name not in _NETWORKS:
         raise UnknownNameError("network", name, _NETWORKS)
     with seeded(seed):

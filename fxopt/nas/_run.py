@@ -119,7 +119,7 @@ class Run:
 
     def _weight_step(self, step: int) -> None:
         settings, batch = self.settings, self.train.at(step)
-        torch.manual_seed(settings.seed * 1_000_003 + step)
+        torch.manual_seed((settings.seed * 1_000_003 + step) % 2**64)
         rng = np.random.default_rng([settings.seed, 0, step])
         self._set_path(step, rng)
         self.supernet.net.train()
@@ -155,7 +155,7 @@ class Run:
         settings, supernet = self.settings, self.supernet
         number = (step - settings.warm_up * self.steps) // settings.weight_steps
         batch = self.val.at(number)
-        torch.manual_seed(settings.seed * 1_000_003 + step)
+        torch.manual_seed((settings.seed * 1_000_003 + step) % 2**64)
         rng = np.random.default_rng([settings.seed, 1, step])
         if self.method is None:
             return

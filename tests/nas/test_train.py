@@ -44,6 +44,13 @@ def state(result: SupernetResult) -> dict[str, torch.Tensor]:
     return {**result.supernet.net.state_dict(), "alpha": result.supernet.alpha.detach()}
 
 
+def test_any_seed_that_torch_takes_does() -> None:
+    settings = dataclasses.replace(SETTINGS, warm_up=0, epochs=1)
+    found = [state(trained(settings=dataclasses.replace(settings, seed=seed))) for seed in (2**62, 2**62, 2**62 + 1)]
+    assert all(map(torch.equal, found[0].values(), found[1].values()))
+    assert not torch.equal(found[0]["alpha"], found[2]["alpha"])
+
+
 @pytest.mark.parametrize("method", ["binary", "reinforce"])
 def test_resumed_equals_uninterrupted(tmp_path: Path, method: Any) -> None:
     settings = dataclasses.replace(SETTINGS, method=method)
