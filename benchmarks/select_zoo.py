@@ -1,10 +1,10 @@
 """Operators of networks that nobody here wrote: which blocks are found, and one command to an ONNX file; print JSON.
 
 The census traces architectures of pytorchcv, timm and torchvision and counts the blocks that SelectOperators finds, by
-pattern, and the convolutions outside of them, by reason. The runs call ``fxopt optimize ... --passes
-select-operators,prune-channels,quantize`` in a process of its own for each network and target, and run the file that
-comes out in onnxruntime; for ``host`` the whole networks besides, since most of what the small ones take there is to
-start their layers. A package that is not installed is skipped and said to be.
+pattern, and the convolutions outside of them, by reason; and it lowers them with all candidates. The runs call
+``fxopt optimize ... --passes select-operators,prune-channels,quantize`` in a process of its own for each network and
+target, and run the file that comes out in onnxruntime; for ``host`` the whole networks besides, since most of what the
+small ones take there is to start their layers. A package that is not installed is skipped and said to be.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import numpy as np
 import torch
 from common.networks import Network, declare_torchvision_operators
 from common.output import finish, progress
-from torch import nn
+from torch import fx, nn
 
 from fxopt.errors import FxoptError
 from fxopt.graph import trace
+from fxopt.lowering import lower_operators
 from fxopt.passes import Canonicalize, SelectOperators
 
 HERE = Path(__file__).parent
@@ -46,7 +47,7 @@ CENSUS = {
     "timm": "resnet18 resnet50 seresnet18 resnetv2_50 mobilenetv2_100 mobilenetv3_small_100 mobilenetv3_large_100 "
     "efficientnet_b0 efficientnet_lite0 tf_efficientnet_b0 mnasnet_100 semnasnet_100 fbnetc_100 fbnetv3_b ghostnet_100 "
     "densenet121 convnext_atto regnetx_002 regnety_002 repvgg_a0 mobilenetv4_conv_small lcnet_050 rexnet_100 vgg11_bn "
-    "tf_efficientnetv2_b0",
+    "tf_efficientnetv2_b0 xception41 res2net50_14w_8s skresnet18 hrnet_w18_small",
     "torchvision": "resnet18 mobilenet_v2 mobilenet_v3_small efficientnet_b0 mnasnet0_5 regnet_y_400mf convnext_tiny",
 }
 
@@ -91,7 +92,16 @@ def count(package: str, name: str) -> dict[str, Any]:
         "candidates": sum(len(block.candidates) for block in found),
         "convolutions": sum(isinstance(module, nn.Conv2d) for module in graph.modules()),
         "refused": dict(collections.Counter(one.reason.partition(", in none of")[0] for one in refused)),
+        "lowered": lowered(graph, step),
     }
+
+
+def lowered(graph: fx.GraphModule, step: SelectOperators) -> str:
+    """Whether every candidate of every block has rows of its own; the error, if not."""
+    try:
+        return "yes" if len(lower_operators(graph, step).space) else "nothing to decide"
+    except FxoptError as failure:
+        return str(failure) if step.explain(graph) else "nothing to decide"
 
 
 def optimize(network: str, size: str, target: str, folder: Path) -> dict[str, Any]:

@@ -146,6 +146,15 @@ def _blocks(document: Document) -> Found:
     return Found(with_blocks, f"{with_blocks} of {len(census)} networks, {sum(one['blocks'] for one in census)} blocks")
 
 
+def _lowered(document: Document) -> Found:
+    census = {name: one for name, one in document["results"]["census"].items() if one.get("blocks")}
+    failed = [
+        name for name, one in some(census, "networks").items() if one["lowered"] not in ("yes", "nothing to decide")
+    ]
+    told = f"; not {', '.join(failed)}" if failed else ""
+    return Found(not failed, f"{len(census) - len(failed)} of {len(census)}{told}")
+
+
 _AHEAD = Wanted("ahead on each target", lambda gap: gap > 0)
 _NOT_BEHIND = Wanted("not behind by more than chance", lambda gap: gap >= 0)
 _GIVEN = "supernet of two gates for three targets, "
@@ -165,4 +174,5 @@ BARS = (
     Bar("three_passes", "operators, channels and bits against each part", Wanted("ahead", lambda gap: gap > 0), _whole),
     Bar("select_zoo", "one command from a network to a checked ONNX file", has_to("all"), _one_command),
     Bar("select_zoo", "networks in which blocks are found", REPORTED, _blocks),
+    Bar("select_zoo", "candidates of all of their blocks have costs", has_to("all"), _lowered),
 )
