@@ -164,7 +164,7 @@ class Experiment:
         """The MobileNetV2-style network of a width, trained from scratch."""
         model = network(width, self.seed)
         work = self.options.work
-        kept = None if work is None else work / f"floats-{width}-{epochs}-{self.seed}"
+        kept = None if work is None else work / f"floats-{self.options.samples}-{width}-{epochs}-{self.seed}"
         fit(model, self.images(), epochs=epochs, learning_rate=self.options.rate, checkpoint=kept, seed=self.seed)
         return model.eval()
 
@@ -207,7 +207,7 @@ class Experiment:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", default=",".join(WAYS))
-    parser.add_argument("--points", default="0.64,0.45,0.32", help="parts of the latency with 8 bits everywhere")
+    parser.add_argument("--points", default="0.45,0.32,0.12", help="parts of the latency with 8 bits everywhere")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=20_000, help="training images")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of each of five parts of the training")
@@ -220,7 +220,7 @@ def main() -> None:
     )
     parser.add_argument("--share", type=float, default=0.15, help="part of the way that bits go, with all three")
     parser.add_argument("--engine", default="exact")
-    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--judged", type=int, default=2000, help="held-out images that trials are judged on")
     parser.add_argument("--parts", type=Path, help="a file to keep results in")
     parser.add_argument("--work", type=Path, help="a folder for checkpoints")
@@ -233,10 +233,10 @@ def main() -> None:
         experiment = Experiment(seed, options)
         for point in map(float, options.points.split(",")):
             for name in options.ways.split(","):
-                # Results of other shares are others.
+                # Results of other shares, or with more images, are others.
                 shares = [options.operators, options.share] if name in ("channels", "all") else None
-                key = {"seed": seed, "point": point, "way": name, "shares": shares}
-                label = "-".join(map(str, (name.replace(" ", "-"), point, seed, *(shares or ()))))
+                key = {"seed": seed, "point": point, "way": name, "shares": shares, "samples": options.samples}
+                label = "-".join(map(str, (name.replace(" ", "-"), options.samples, point, seed, *(shares or ()))))
                 try:
                     found = parts.add(key, experiment.way, name, point * whole, label)
                 except InfeasibleError as failure:

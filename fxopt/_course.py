@@ -221,7 +221,7 @@ class Course:
             own = space.default() if search is None else search.policy
             if search is not None:
                 self.judging.wanted.check(judge.score(own), "The best policy found")
-            built = self._built(job, group, own, judge, final=bits_are_left(job.space, group))
+            built = self._built(job, group, own, judge, final=bits_are_left(job.space, group), trained=bool(made))
             made.append(built)
             policy = policy.merged(built.policy)
             if not last:
@@ -239,9 +239,16 @@ class Course:
         return self.folder / (f"journal-{group[0].name}-{job.digest}.jsonl" if number else JOURNAL)
 
     def _built(
-        self, job: Job, passes: tuple[TunablePass, ...], policy: Policy, judge: Evaluator, *, final: bool
+        self,
+        job: Job,
+        passes: tuple[TunablePass, ...],
+        policy: Policy,
+        judge: Evaluator,
+        *,
+        final: bool,
+        trained: bool,
     ) -> Quickest:
-        """The graph that a policy makes, fine-tuned and quantized."""
+        """The graph that a policy makes, fine-tuned and quantized; in floats only if that is not as it was trained."""
         floats: list[fx.GraphModule] = []
         train = self.tuning.train
 
@@ -250,7 +257,7 @@ class Course:
             line = job.step(", ".join(cut), _changes_in(job.space, policy), graph, judge) if cut else None
             if line is not None:
                 self.steps.append(line)
-            if Stages.of(policy).in_floats:
+            if Stages.of(policy).in_floats and (cut or not trained):
                 self._tune(job, graph, policy, judge, line, on_grids=False, final=final)
             floats.append(graph)
 
@@ -265,7 +272,9 @@ class Course:
         found = job.not_slower(made, floats[0], policy, train)
         source = found.graph.meta.get(CALIBRATION_META, {}).get("source")
         new = source is not None and CALIBRATION_META not in job.graph.meta
-        line = job.step("quantize", f"calibrated on: {source}", found.graph, judge) if new else None
+        floats_alone = len(found.policy.of_kind("bits")) if source is None else 0
+        told = f"calibrated on: {source}" if new else f"0 of {floats_alone} layers: floats were found better"
+        line = job.step("quantize", told, found.graph, judge) if new or floats_alone else None
         if line is not None:
             self.steps.append(line)
         if Stages.of(found.policy).on_grids:
@@ -283,7 +292,7 @@ class Course:
         on_grids: bool,
         final: bool,
     ) -> None:
-        """Train a graph, and take that back if it ends below its start, where there is something to judge by.
+        """Train a graph; take that back if its loss has diverged, or it ends below its start where something judges.
 
         ``before`` tells of the graph as it is; None if it was not judged yet.
         """
@@ -292,6 +301,7 @@ class Course:
         kept: dict[str, torch.Tensor] = {}
         if self.judging.by_data and self.tuning.epochs_of(on_grids=on_grids, final=final):
             before = before or job.step(step, "", graph, judge)
+        if self.tuning.epochs_of(on_grids=on_grids, final=final):
             kept = {key: value.clone() for key, value in graph.state_dict().items()}
         history = self.tuning(
             graph,
@@ -305,10 +315,15 @@ class Course:
         if history is None:
             return
         line = job.step(step, self.tuning.told(history, on_grids=on_grids), graph, judge)
-        if kept and before is not None and line.accuracy is not None and _below(line, before):
+        told = ""
+        if history.diverged:
+            told = f"its loss went from {history.first_loss:.3g} to {history.loss[-1]:.3g}; lower the learning rate"
+        elif self.judging.by_data and before is not None and line.accuracy is not None and _below(line, before):
+            told = f"it ended at {format_score(judge.score_name, line.accuracy)}"
+        if told:
             graph.load_state_dict(kept)
-            found = f"{line.detail}; taken back, it ended at {format_score(judge.score_name, line.accuracy)}"
-            line = dataclasses.replace(before, name=step, detail=found)
+            found = f"{line.detail}; taken back, {told}"
+            line = dataclasses.replace(before or job.step(step, "", graph, judge), name=step, detail=found)
         self.steps.append(line)
 
 

@@ -316,3 +316,37 @@ def test_without_anything_to_judge_by_training_stays() -> None:
     result = tuned(None, val=None, epochs=1, learning_rate=0.3)
     assert "taken back" not in detail(result)
     assert outcome(result)[3] != outcome(tuned(None, val=None, epochs=0))[3]
+
+
+def test_training_whose_loss_diverges_is_taken_back_whatever_the_score() -> None:
+    calls = []
+
+    def growing(output: Any, label: torch.Tensor) -> torch.Tensor:
+        calls.append(label)
+        return 10.0 ** len(calls) + output.mean()
+
+    for options in ({"val": None, "evaluate": half_right}, {"val": None}):
+        calls.clear()
+        result = tuned(None, loss=growing, epochs=4, **options)
+        assert "taken back, its loss went from" in detail(result)
+        assert outcome(result)[3] == outcome(tuned(None, epochs=0, **options))[3]
+
+
+def test_a_network_that_stays_in_floats_is_trained_once_and_that_is_told() -> None:
+    def floats_alone(module: nn.Module) -> float:
+        quantized = any(isinstance(one, WeightQuantizer) for one in module.modules())
+        return 0.0 if quantized else half_right(module)
+
+    result = optimize(
+        budget={"macs": 0.6},
+        passes=("prune-channels", "quantize"),
+        shares={"quantize": 0.0},
+        target="pixel1",
+        train=DATA,
+        evaluate=floats_alone,
+        epochs=1,
+        trials=8,
+    )
+    assert set(result.policy.of_kind("bits").values()) == {(32, 32)}
+    assert [step.name for step in result.report.passes] == ["prune-channels", "fine-tune", "quantize"]
+    assert "0 of 3 layers: floats were found better" in result.report.passes[-1].detail

@@ -209,13 +209,14 @@ def operators() -> Iterator[dict[str, Any]]:
     yield printed("nas_search", {"runs": list(of_operators())})
     points = {"operators": (0.85, 0.86), "channels": (0.84,), "6 bits": (0.84, 0.84), "all": (0.86, 0.855)}
     ways = [
-        {"seed": seed, "point": 0.45, "way": way, "accuracy": value}
+        {"seed": seed, "point": 0.45, "samples": 20_000, "way": way, "accuracy": value}
         for way, values in points.items()
         for seed, value in enumerate(values)
     ]
     yield printed("three_passes", {"all": ways})
     runs = {"a on pixel1": {"exit_code": 0, "finite": True}, "b on host": {"exit_code": 3, "error": "over"}}
-    census = {"a": {"blocks": 3}, "b": {"blocks": 0}, "c": {"skipped": "not installed"}}
+    census = {"a": {"blocks": 3, "lowered": "yes"}, "b": {"blocks": 0}, "c": {"skipped": "not installed"}}
+    census["d"] = {"blocks": 1, "lowered": "Costs outside of blocks depend on what these compute: 1 (zero)."}
     yield printed("select_zoo", {"census": census, "runs": runs})
 
 
@@ -363,11 +364,12 @@ EXPECTED = {
         "no",
     ),
     ("three_passes", "operators, channels and bits against each part"): (
-        "3 of 3, by 0.25 to 2.00 points, least before operators at 45%",
+        "3 of 3, by 0.25 to 2.00 points, least before operators at 45%, 20,000 images",
         "yes",
     ),
     ("select_zoo", "one command from a network to a checked ONNX file"): ("1 of 2; not b on host", "no"),
-    ("select_zoo", "networks in which blocks are found"): ("1 of 2 networks, 3 blocks", ""),
+    ("select_zoo", "networks in which blocks are found"): ("2 of 3 networks, 4 blocks", ""),
+    ("select_zoo", "candidates of all of their blocks have costs"): ("1 of 2; not d", "no"),
 }
 
 

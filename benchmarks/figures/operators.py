@@ -13,7 +13,7 @@ TEST_IMAGES = 10_000
 DEVICES = ("v100", "xeon-e5-2640v4", "pixel1")
 MEMORY = "memory, 224 x 224, batch 4"
 TIME = "time, 32 x 32, width 0.5, batch 64"
-PARTS = ("operators", "channels", "4 bits", "6 bits", "mixed bits")
+PARTS = ("operators", "channels", "4 bits", "6 bits", "8 bits", "mixed bits")
 """What operators, channels and bits together are compared with."""
 
 
@@ -116,20 +116,20 @@ def _chance(accuracy: float, pairs: int) -> float:
 
 def _whole(document: Document) -> Found:
     """Everything together less the best of its parts, at each latency: means over the seeds that both have."""
+    ways: dict[tuple[float, int], dict[str, dict[int, float]]] = {}
+    for one in document["results"]["all"]:
+        by_way = ways.setdefault((one["point"], one["samples"]), {})
+        by_way.setdefault(one["way"], {})[one["seed"]] = 100 * one["accuracy"]
     gaps = {}
-    for point in sorted({one["point"] for one in document["results"]["all"]}, reverse=True):
-        ways: dict[str, dict[int, float]] = {}
-        for one in document["results"]["all"]:
-            if one["point"] == point:
-                ways.setdefault(one["way"], {})[one["seed"]] = 100 * one["accuracy"]
+    for (point, samples), found in sorted(ways.items(), reverse=True):
         for part in PARTS:
-            both = sorted(ways.get("all", {}).keys() & ways.get(part, {}).keys())
+            both = sorted(found.get("all", {}).keys() & found.get(part, {}).keys())
             if both:
-                gaps[point, part] = sum(ways["all"][seed] - ways[part][seed] for seed in both) / len(both)
-    (point, part), least = min(some(gaps.items(), "all and a part of it"), key=lambda one: one[1])
+                gaps[point, samples, part] = sum(found["all"][seed] - found[part][seed] for seed in both) / len(both)
+    (point, samples, part), least = min(some(gaps.items(), "all and a part of it"), key=lambda one: one[1])
     ahead = sum(gap > 0 for gap in gaps.values())
-    text = f"{ahead} of {len(gaps)}, by {between(list(gaps.values()))} points, least before {part} at {point:.0%}"
-    return Found(least, text)
+    where = f"least before {part} at {point:.0%}, {samples:,} images"
+    return Found(least, f"{ahead} of {len(gaps)}, by {between(list(gaps.values()))} points, {where}")
 
 
 def _one_command(document: Document) -> Found:
@@ -146,11 +146,12 @@ def _blocks(document: Document) -> Found:
     return Found(with_blocks, f"{with_blocks} of {len(census)} networks, {sum(one['blocks'] for one in census)} blocks")
 
 
+_RIGHT = ("yes", "nothing to decide")
+
+
 def _lowered(document: Document) -> Found:
     census = {name: one for name, one in document["results"]["census"].items() if one.get("blocks")}
-    failed = [
-        name for name, one in some(census, "networks").items() if one["lowered"] not in ("yes", "nothing to decide")
-    ]
+    failed = [name for name in some(list(census), "networks") if census[name]["lowered"] not in _RIGHT]
     told = f"; not {', '.join(failed)}" if failed else ""
     return Found(not failed, f"{len(census) - len(failed)} of {len(census)}{told}")
 

@@ -78,6 +78,8 @@ def to_qdq(marked: Marked, *, native: bool, opset: int) -> Rewritten:
     return _QdqRewriter(marked, native=native, opset=opset).run()
 
 
+_COARSE = 0.125
+"""Part of a step behind a layer that rounding its bias may take."""
 _FUSED_BY_GEMM = ("Elu", "HardSigmoid", "LeakyRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Tanh")
 
 
@@ -104,7 +106,7 @@ class _QdqRewriter(Rewriter):
         return made
 
     def prepare(self) -> None:
-        """See what is redundant, which weights are quantized alone, and which biases need larger steps."""
+        """See what is redundant, which weights are quantized alone, and which biases integers do not hold."""
         for output, site in self.site_of.items():
             value = self.makers[output].input[0]
             self._sources[output] = self._before_redundant(value, self.activation(site))
@@ -119,6 +121,7 @@ class _QdqRewriter(Rewriter):
                 plain = weight.output in self._alone | self._floats
                 weight.factor = 1 if plain else 2 ** int(math.log2(_LARGEST / weight.quantizer.largest))
             self._fit_biases()
+            self._leave_coarse_biases()
 
     def _index_bits(self, bits: int) -> int:
         """Bits of the type that holds an index of so many bits."""
@@ -138,6 +141,28 @@ class _QdqRewriter(Rewriter):
             weight, site, bias = found
             least = np.abs(self.array(bias)) / (_MAX_BIAS * float(self.activation(site).scale.detach()))
             weight.least_scale = np.maximum(weight.least_scale, least.astype(np.float32))
+
+    def _leave_coarse_biases(self) -> None:
+        """A layer computes in floats where the integers of its bias are too coarse for what is made of its outputs.
+
+        So it is behind a channel of huge weights that a batch norm of next to no variance was folded into.
+        """
+        for node in self.graph.node:
+            found = self._bias_of(node)
+            steps = [float(self.activation(site).scale.detach()) for site in self._sites_behind(node)]
+            if found is None or not steps:
+                continue
+            weight, site, bias = found
+            scale = self._bias_scale(weight, site)
+            values = self.array(bias).astype(np.float64)
+            if np.abs(np.rint(values / scale) * scale - values).max(initial=0.0) > _COARSE * min(steps):
+                self._floats.add(weight.output)
+                weight.factor, weight.least_scale = 1, np.zeros(1, np.float32)
+
+    def _bias_scale(self, weight: QuantizedWeight, site: str) -> NDArray[np.float32]:
+        """The steps of the products that a bias is added to, one for each channel."""
+        own = self.activation(site).scale.detach().cpu().numpy().astype(np.float32)
+        return (own * weight.scale).astype(np.float32)
 
     def permutation_of(self, reader: onnx.NodeProto) -> tuple[int, ...] | None:
         """A product of floats with integer weights has a kernel as MatMul alone, which wants the weight transposed."""
@@ -214,13 +239,15 @@ class _QdqRewriter(Rewriter):
         yield from self._as_global_pool(node)
 
     def _is_float_amid_integers(self, node: onnx.NodeProto) -> bool:
-        """Whether onnxruntime would put the weight of a layer that stays in floats on a grid of 8 bits.
+        """Whether onnxruntime would put weight and bias of a layer that stays in floats on grids of its own.
 
         It does so between a DQ and a Q.
         """
         if self._native or node.op_type not in _BIASED or node.input[0] not in self.site_of:
             return False
-        return self.is_stored(node.input[1]) and self._writes_integers(node)
+        weight = self.weight_of.get(node.input[1])
+        floats = self.is_stored(node.input[1]) if weight is None else weight.output in self._floats
+        return floats and self._writes_integers(node)
 
     def _is_integer(self, node: onnx.NodeProto) -> bool:
         """Whether a layer with a quantized weight has a kernel that reads it as integers."""
@@ -232,10 +259,14 @@ class _QdqRewriter(Rewriter):
 
     def _writes_integers(self, node: onnx.NodeProto) -> bool:
         """Whether a Q stands behind a node, or behind the activation function there."""
+        return bool(self._sites_behind(node))
+
+    def _sites_behind(self, node: onnx.NodeProto) -> list[str]:
+        """The sites of the quantizers behind a node, or behind the activation function there."""
         behind = self.readers[node.output[0]]
         while len(behind) == 1 and behind[0].op_type in _FUSED_BY_Q:
             behind = self.readers[behind[0].output[0]]
-        return any(reader.output[0] in self.site_of for reader in behind)
+        return [self.site_of[reader.output[0]] for reader in behind if reader.output[0] in self.site_of]
 
     def _loosen(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """A clip that cuts nothing off keeps a DQ and the layer that reads it apart."""
@@ -311,9 +342,7 @@ class _QdqRewriter(Rewriter):
 
         key = (bias, weight.output, site)
         if key not in self._biases:
-            scale = (self.activation(site).scale.detach().cpu().numpy().astype(np.float32) * weight.scale).astype(
-                np.float32
-            )
+            scale = self._bias_scale(weight, site)
             integers = np.rint(self.array(bias).astype(np.float64) / scale)
             self.rounded[bias] = (integers * scale).astype(np.float32)
             read_as_float = any(self._bias_of(reader) is None for reader in self.readers[bias])

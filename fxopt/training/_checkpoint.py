@@ -21,7 +21,7 @@ from fxopt.training._options import History
 
 __all__ = ["Checkpoint", "read_tensors", "stem_of", "write_tensors"]
 
-_TOLD = ("loss", "learning_rate", "gradient_norm", "score", "best_epoch")
+_TOLD = ("loss", "learning_rate", "gradient_norm", "score", "best_epoch", "first_loss")
 _MODEL, _OPTIMIZER, _BEST = "model.", "optimizer.", "best."
 _METADATA, _DIGEST = "told", "digest"
 

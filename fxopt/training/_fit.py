@@ -220,6 +220,7 @@ class _Course:
                 break
             self._training.limit.start(history.gradient_norm[-1] if history.gradient_norm else 0.0)
             history.loss.append(self._training.run_epoch(epoch))
+            history.first_loss = history.first_loss if epoch else self._training.first_loss
             history.gradient_norm.append(self._training.limit.median)
             history.learning_rate.append(self._training.optimizer.param_groups[0]["lr"])
             self._judge(history)
@@ -273,6 +274,7 @@ class _Training:
         self._loss = loss if loss is not None else cross_entropy
         how = settings.distillation
         self._distiller = None if teacher is None or how is None else Distiller(model, teacher, how)
+        self.first_loss = 0.0
 
     @property
     def features(self) -> list[str]:
@@ -307,6 +309,7 @@ class _Training:
         for index, batch in enumerate(read(batches, "train")):
             value = self._step(epoch * self.settings.steps + index, batch)
             total, count = total + value, count + 1
+            self.first_loss = value if epoch == index == 0 else self.first_loss
             if not math.isfinite(value):
                 break
         if not count:

@@ -12,6 +12,8 @@ from fxopt.errors import FxoptError, UnknownNameError
 
 __all__ = ["Distillation", "EarlyStop", "FineTuning", "History", "OptimizerName", "ScalesName", "ScheduleName"]
 
+_DIVERGED = 1e3
+
 OptimizerName: TypeAlias = Literal["sgd", "adamw"]
 ScheduleName: TypeAlias = Literal["cosine", "step", "one-cycle", "constant"]
 
@@ -193,6 +195,7 @@ class History:
         features: Places where feature maps were compared with a teacher's.
         attention: Places where attention maps were.
         resumed_at: How many epochs came from a checkpoint; 0 for a fresh start.
+        first_loss: Loss of the first batch; 0 without any.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -203,6 +206,12 @@ class History:
     features: list[str] = field(default_factory=list)
     attention: list[str] = field(default_factory=list)
     resumed_at: int = 0
+    first_loss: float = 0.0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss ended a thousand times as high as it began: finite, but nothing was learnt."""
+        return bool(self.loss) and self.loss[-1] > _DIVERGED * max(abs(self.first_loss), 1.0)
 
 
 def check_names(optimizer: str, schedule: str) -> None:

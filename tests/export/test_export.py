@@ -312,14 +312,32 @@ def test_a_large_bias_on_a_channel_of_tiny_weights_survives(tmp_path: Path) -> N
     np.testing.assert_allclose(found[:, 2], -2.0, atol=0.05)
 
 
+def test_a_bias_that_integers_are_too_coarse_for_stays_a_float(tmp_path: Path) -> None:
+    """A channel of huge weights, of which a clip leaves nothing but what the bias decides."""
+    layer, last = nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 3, 1)
+    with torch.no_grad():
+        layer.weight[1] = -1e5
+        layer.bias.copy_(torch.tensor([0.5, 5.9, -2.0, 0.1]))
+    gm, example = quantized(lambda s, x: s.c(nn.functional.relu6(s.b(s.a(x).relu()))), a=conv(3, 4), b=layer, c=last)
+    with torch.no_grad():
+        gm.get_submodule("a").bias[1] = -100.0  # Nothing comes in, so that the bias of 5.9 comes out.
+        wanted = gm(example).numpy()
+    report = export_onnx(gm, tmp_path / "m.onnx", example)
+    assert report.max_abs_diff is not None
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", example)[0], wanted, atol=0.05 * np.abs(wanted).max())
+    kernels = {one.layer: one.integer for one in report.kernels if one.layer}
+    assert [kernels.get(site) for site in ("a", "b", "c")] == [True, False, True]
+    assert initializers(tmp_path / "m.onnx")["b.bias"].dtype == np.float32
+
+
 def test_what_rounding_a_bias_changes_is_told(tmp_path: Path) -> None:
     """Products that cancel leave the bias, which is less than half of the least product."""
-    layer = nn.Conv2d(2, 3, 1)
+    layer = nn.Linear(2, 3)
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[100.0, -100.0]] * 3).reshape(3, 2, 1, 1))
+        layer.weight.copy_(torch.tensor([[100.0, -100.0]] * 3))
         layer.bias.copy_(torch.tensor([0.001, -0.002, 0.0015]))
     torch.manual_seed(0)
-    example = torch.randn(2, 1, 4, 4).repeat(1, 2, 1, 1)
+    example = torch.randn(2, 1).repeat(1, 2)
     gm = Quantize(calibration=example)(trace(nn.Sequential(layer).eval(), example)).graph_module
     report = export_onnx(gm, tmp_path / "m.onnx", example)
     with torch.no_grad():
