@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from fxopt.errors import FxoptError, UnknownNameError
 
-__all__ = ["Registry", "lazily"]
+__all__ = ["Registry", "check_known", "lazily"]
 
 _Kind = TypeVar("_Kind")
 
@@ -34,6 +34,16 @@ def lazily(
         return value
 
     return find, lambda: sorted(public)
+
+
+def check_known(what: str, name: object, known: Collection[str]) -> None:
+    """Pass if something is one of the known names.
+
+    Raises:
+        UnknownNameError: If it is not, or no name at all; suggests the nearest.
+    """
+    if not isinstance(name, str) or name not in known:
+        raise UnknownNameError(what, str(name), known)
 
 
 class Registry(Generic[_Kind]):
@@ -66,8 +76,7 @@ class Registry(Generic[_Kind]):
         Raises:
             UnknownNameError: If there is none; suggests the nearest name.
         """
-        if name not in self._entries:
-            raise UnknownNameError(self._word, str(name), self._entries)
+        check_known(self._word, name, self._entries)
 
     def load(self, name: str) -> type[_Kind]:
         """The class under ``name``.

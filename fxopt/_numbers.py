@@ -10,12 +10,17 @@ from fxopt.errors import FxoptError
 
 __all__ = ["check_below_one", "check_not_negative", "check_positive", "check_whole"]
 
+_MOST = 2**63 - 1
+"""What torch takes."""
+
 
 def check_whole(least: int, error: type[FxoptError] = FxoptError, /, **values: Any) -> None:
     """Numbers are whole and not below the least."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
             raise error(f"{name} has to be a whole number of at least {least}, got {value!r}.")
+        if int(value) > _MOST:
+            raise error(f"{name} has to be a whole number of at most 2**63 - 1, got {value!r}.")
 
 
 def check_positive(error: type[FxoptError] = FxoptError, /, **values: Any) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from fxopt._named import check_known
 from fxopt.decisions import Policy, SearchSpace
-from fxopt.errors import PassError, PolicyError, TargetError, UnknownNameError, UnsupportedError
+from fxopt.errors import PassError, PolicyError, TargetError, UnsupportedError
 from fxopt.graph.edit import fork
 from fxopt.passes import SelectOperators
 from fxopt.passes.select_operators import SITE_META
@@ -168,8 +169,7 @@ class OperatorTable:
             UnknownNameError: If there is no such metric.
             UnsupportedError: If the target has no figures for it.
         """
-        if metric not in METRICS:
-            raise UnknownNameError("metric", metric, METRICS)
+        check_known("metric", metric, METRICS)
         if metric not in self.costs:
             raise UnsupportedError(
                 f"Target {self.target.name!r} cannot estimate {metric}: {self._estimate.energy_reason}"

@@ -57,12 +57,14 @@ class Difference:
         mean_abs: Largest mean absolute difference of an output.
         relative: Largest absolute difference over the largest magnitude of the same output.
         top1_agreement: Part of the positions where the best class is the same, or None if no output has classes.
+        positions: How many of them there are.
     """
 
     max_abs: float
     mean_abs: float
     relative: float
     top1_agreement: float | None
+    positions: int = 0
 
 
 def random_like(inputs: ExampleInputs, batch: int, seed: int = 0) -> ExampleInputs:
@@ -129,11 +131,13 @@ def compare(
             _check(one, other, where, _allowed(one, moved) if quantized else None)
             found.append(_difference(wanted, other))
     agreements = [entry.top1_agreement for entry in found if entry.top1_agreement is not None]
+    weights = [entry.positions for entry in found if entry.top1_agreement is not None]
     return Difference(
         max((entry.max_abs for entry in found), default=0.0),
         max((entry.mean_abs for entry in found), default=0.0),
         max((entry.relative for entry in found), default=0.0),
-        float(np.mean(agreements)) if agreements else None,
+        float(np.average(agreements, weights=weights)) if agreements else None,
+        sum(weights),
     )
 
 
@@ -270,7 +274,9 @@ def _difference(expected: Array, actual: Array) -> Difference:
     valid = np.isfinite(one) & np.isfinite(other)
     gap = np.abs(np.where(valid, one, 0.0) - np.where(valid, other, 0.0))
     largest, mean, magnitude = float(gap.max(initial=0.0)), float(gap.mean()) if gap.size else 0.0, _magnitude(one)
-    return Difference(largest, mean, largest / magnitude if magnitude else largest, _agreement(one, other))
+    agreement = _agreement(one, other)
+    positions = one.size // one.shape[1] if agreement is not None else 0
+    return Difference(largest, mean, largest / magnitude if magnitude else largest, agreement, positions)
 
 
 def _magnitude(values: Array) -> float:

@@ -247,6 +247,8 @@ def fine_tune(
     """
     check_kinds(supernet=supernet)
     check_loader(train, "train")
+    check_whole(0, epochs=epochs, seed=seed)
+    check_positive(learning_rate=learning_rate)
     show = reporter(progress)
     network = supernet.derive(policy, keep_weights=keep_weights)
     teacher: nn.Module | None = None

@@ -11,10 +11,12 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
+from fxopt._named import check_known
 from fxopt._numbers import check_positive
 from fxopt.decisions import format_quantity
-from fxopt.errors import BudgetError, InfeasibleError, UnknownNameError
+from fxopt.errors import BudgetError, InfeasibleError
 from fxopt.lowering import OperatorTable
+from fxopt.targets import METRICS
 
 __all__ = ["Cost", "CostTerm", "ExpectedCost"]
 
@@ -47,7 +49,7 @@ class CostTerm:
 
     Raises:
         BudgetError: If reference or weight are not above zero and finite.
-        UnknownNameError: If there is no such form.
+        UnknownNameError: If there is no such form or metric.
     """
 
     metric: str
@@ -57,8 +59,8 @@ class CostTerm:
 
     def __post_init__(self) -> None:
         """Check form and numbers."""
-        if self.form not in _FORMS:
-            raise UnknownNameError("form of a cost term", self.form, _FORMS)
+        check_known("form of a cost term", self.form, _FORMS)
+        check_known("metric", self.metric, METRICS)
         numbers = {
             "The reference of a cost term, in SI units,": self.reference,
             "The weight of a cost term": self.weight,

@@ -21,8 +21,9 @@ from torch import fx, nn
 from fxopt.decisions import Policy
 from fxopt.errors import ExportError, ParityError
 from fxopt.export import _export, export_onnx
+from fxopt.export._parity import compare, random_like
 from fxopt.export._runtime import make_session
-from fxopt.graph import trace
+from fxopt.graph import normalize, trace
 from fxopt.graph.fake_quantize import ActivationQuantizer
 from fxopt.passes import FoldBatchNorm, Quantize
 from tests.strategies import Cnn, Transformer, networks, traced
@@ -485,3 +486,20 @@ def test_example_inputs_have_to_fit_the_graph(tmp_path: Path) -> None:
 def test_importing_the_package_loads_no_runtime() -> None:
     code = "import sys, fxopt.export; sys.exit(bool({'onnx', 'onnxruntime', 'onnxscript'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_agreement_is_a_part_of_all_positions(tmp_path: Path) -> None:
+    """Batches of different sizes count by what they hold."""
+    gm, example = small_network()
+    report = export_onnx(gm, tmp_path / "m.onnx", example)
+    graph = trace(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)).eval(), torch.randn(IMAGE))
+    assert report.batches == (2, 3)
+    trials = [random_like(normalize(example), batch) for batch in (2, 3)]
+    found = compare(gm, str(tmp_path / "m.onnx"), trials, quantized=True, given=graph)
+    with torch.no_grad():
+        agree = [
+            (graph(*trial.args).numpy().argmax(1) == run(tmp_path / "m.onnx", *trial.args)[0].argmax(1)).tolist()
+            for trial in trials
+        ]
+    assert found.top1_agreement == pytest.approx(np.mean(agree[0] + agree[1]))
+    assert found.positions == 5

@@ -12,8 +12,16 @@ import pytest
 import torch
 
 from fxopt.decisions import Constraint, Policy
-from fxopt.errors import BudgetError, DataError, FxoptError, InfeasibleError, PassError, VerifyError
-from fxopt.nas import PathScore, Supernet, check_budget, fine_tune, policy_within
+from fxopt.errors import (
+    BudgetError,
+    DataError,
+    FxoptError,
+    InfeasibleError,
+    PassError,
+    UnknownNameError,
+    VerifyError,
+)
+from fxopt.nas import CostTerm, PathScore, Supernet, check_budget, fine_tune, policy_within
 from fxopt.search import engines, run_search
 from tests.nas.toys import between, loader, mobile, mobile_table, paths, table, toy
 
@@ -189,3 +197,22 @@ def test_a_limit_is_used_up_where_sums_in_another_order_differ_by_their_rounding
     limit = float(costs.score(dearest[None], "latency")[0]) * (1.0 - 1e-13)
     filled = policy_within(supernet, costs, {"latency": limit}, duals=[0.7])
     assert np.array_equal(supernet.space.encode(filled), dearest)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"epochs": None}, {"epochs": -1}, {"seed": "a"}, {"seed": 1.5}, {"seed": 10**30}, {"learning_rate": "fast"}],
+)
+def test_numbers_of_a_training_are_checked_whether_it_trains_or_not(wrong: dict[str, Any]) -> None:
+    supernet = Supernet(*mobile())
+    with pytest.raises(FxoptError, match=f"^{next(iter(wrong))} has to be .*got "):
+        fine_tune(supernet, supernet.space.default(), loader(), **({"epochs": 0} | wrong))
+
+
+@pytest.mark.parametrize("wrong", [{"metric": "speed"}, {"metric": [1]}, {"form": "hard"}, {"form": np.zeros(2)}])
+def test_names_of_a_cost_term_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UnknownNameError, match=r"^Unknown (metric|form of a cost term) .* Known: "):
+        CostTerm(**({"metric": "latency", "reference": 1.0} | wrong))
+    if "metric" in wrong:
+        with pytest.raises(UnknownNameError, match=r"^Unknown metric"):
+            mobile_table().of(wrong["metric"])
