@@ -150,6 +150,16 @@ def test_what_does_not_fit_is_refused() -> None:
         table.score(np.zeros((3, 1), np.intp))
     with pytest.raises(PolicyError, match="out of range"):
         table.score(np.full((3, len(workload.space)), 99))
+    for wrong in (None, 3, "zero", [1], [None]):
+        with pytest.raises(PolicyError, match="give a Policy or a sequence of them"):
+            table.estimate(wrong)  # type: ignore[arg-type]
+    for indices in (None, "a", [[0.5] * len(workload.space)], {}):
+        with pytest.raises(PolicyError, match="Choice indices"):
+            table.score(indices)  # type: ignore[arg-type]
+    listed = [[0] * len(workload.space)]
+    assert table.score(listed) == table.score(torch.tensor(listed)) == table.score(np.array(listed))  # type: ignore[arg-type]
+    with pytest.raises(PolicyError, match="capabilities is a str"):
+        SelectOperators().search_space(prepared("small")[0], "pixel1")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="latency"):
         table.of("latencies")
     with pytest.raises(UnsupportedError, match="energy"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -186,6 +186,7 @@ class OperatorTable:
         """
         costs, fixed = self.of(metric)
         sizes = self.space.sizes
+        indices = np.asarray(indices)
         if not np.issubdtype(indices.dtype, np.integer):
             raise PolicyError(f"Choice indices are whole numbers, got an array of {indices.dtype}.")
         if indices.ndim != 2 or indices.shape[1] != len(sizes):
@@ -200,10 +201,15 @@ class OperatorTable:
         """Costs of policies, thousands at once: sums of looked-up costs, so equal to the target's but for rounding.
 
         Raises:
-            PolicyError: If a policy decides operators that the space does not have.
+            PolicyError: If a policy decides operators that the space does not have, or is none.
         """
-        many = [policies] if isinstance(policies, Policy) else list(policies)
-        own = [self.space.encode(one.only(SelectOperators.kinds)) for one in many]
+        given: Any = policies
+        several = isinstance(given, Iterable) and not isinstance(given, (str, Mapping))
+        many = list(given) if several else [given]
+        if not all(isinstance(one, Mapping) for one in many):
+            wrong = next(type(one).__name__ for one in many if not isinstance(one, Mapping))
+            raise PolicyError(f"policies has a {wrong}; give a Policy or a sequence of them.")
+        own = [self.space.encode(Policy(one).only(SelectOperators.kinds)) for one in many]
         indices = np.array(own, dtype=np.intp).reshape(len(own), len(self.space))
         scores = {metric: self.score(indices, metric) for metric in self.costs}
         return Estimate(

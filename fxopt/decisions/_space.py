@@ -106,7 +106,15 @@ class SearchSpace(Sequence[Decision]):
         takes its place, and if none is left the decision keeps its default alone. Channel counts move to
         the nearest multiple of the target's tile (and of the decision's ``multiple``), never below one
         tile; the default stays. Operators the target has not are dropped, except the default.
+
+        Raises:
+            PolicyError: If ``capabilities`` are something else.
         """
+        given: object = capabilities
+        if not isinstance(given, Capabilities):
+            raise PolicyError(
+                f"capabilities is a {type(given).__name__}; give Capabilities, such as those of fxopt.targets.load(...)."
+            )
         return SearchSpace(_restricted(decision, capabilities) for decision in self._decisions)
 
     def validate(self, policy: Mapping[Key, Choice]) -> None:

@@ -100,13 +100,13 @@ def _identity(run: Run) -> dict[str, Any]:
     """What has to be the same for training to be resumed, as JSON gives it back."""
     found = {
         **{name.replace("_", " "): value for name, value in asdict(run.settings).items()},
-        "model and its weights": run.origin,
+        "model and its weights, candidates and their seed included": run.origin,
         "loss": run.loss_name,
         "decisions": run.supernet.space.fingerprint,
         "batches for weights": run.train.steps,
         "batches for the architecture": run.val.steps,
-        "terms": [asdict(term) for term in run.cost.terms],
-        "costs of candidates": run.cost.digest,
+        "terms of the cost, which target, budget and shares decide": [asdict(term) for term in run.cost.terms],
+        "costs of candidates on the target": run.cost.digest,
     }
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain

@@ -120,9 +120,11 @@ def choose_path(mixed: Iterable[MixedOperator], path: Sequence[int] | Indices) -
     """
     mixed = tuple(mixed)
     sizes = [len(one.candidates) for one in mixed]
-    if len(path) != len(sizes) or not all(0 <= index < size for index, size in zip(path, sizes, strict=True)):
-        raise PolicyError(f"A path has an index below {sizes}, one for each block; got {list(path)}.")
-    for one, index in zip(mixed, path, strict=True):
+    chosen = np.asarray(path)
+    whole = chosen.shape == (len(sizes),) and (np.issubdtype(chosen.dtype, np.integer) or not sizes)
+    if not whole or not ((chosen >= 0) & (chosen < sizes)).all():
+        raise PolicyError(f"A path has an index below {sizes}, one for each block; got {path!r}.")
+    for one, index in zip(mixed, chosen, strict=True):
         one.active = int(index)
         one.others, one.gates, one.mixture = (), None, None
 

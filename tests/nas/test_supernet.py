@@ -93,6 +93,9 @@ def test_what_does_not_fit() -> None:
     for path in ([0], [99, 0, 0], [-1, 0, 0]):
         with pytest.raises(PolicyError, match=r"an index below \[\d+, \d+, \d+\], one for each block; got"):
             supernet.choose(path)
+    for wrong in (None, 3, [0.5, 0.5, 0.5], "aaa"):
+        with pytest.raises(PolicyError, match="one for each block; got"):
+            supernet.choose(wrong)  # type: ignore[arg-type]
 
 
 def test_all_of_a_network_from_scratch_begins_anew() -> None:
