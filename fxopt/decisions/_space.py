@@ -113,7 +113,7 @@ class SearchSpace(Sequence[Decision]):
         given: object = capabilities
         if not isinstance(given, Capabilities):
             raise PolicyError(
-                f"capabilities is a {type(given).__name__}; give Capabilities, such as those of fxopt.targets.load(...)."
+                f"capabilities is a {type(given).__name__}; give Capabilities, such as those of a target."
             )
         return SearchSpace(_restricted(decision, capabilities) for decision in self._decisions)
 
