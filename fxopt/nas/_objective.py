@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fxopt._named import check_known
@@ -137,6 +138,7 @@ class Cost:
         self.terms = tuple(terms) if isinstance(given, Iterable) else ()
         if not isinstance(given, Iterable) or not all(isinstance(one, CostTerm) for one in self.terms):
             raise BudgetError(f"terms is a list of fxopt.nas.CostTerm, got {given!r}.")
+        self._table = table
         self.expected = tuple(ExpectedCost(table, term.metric) for term in self.terms)
         self.duals = [0.0] * len(self.terms)
         self.references = [term.reference for term in self.terms]
@@ -150,6 +152,17 @@ class Cost:
                     metric=term.metric,
                     limit=term.reference,
                     least=expected.least,
+                )
+
+    def exceeded(self, indices: npt.NDArray[np.intp]) -> Iterator[str]:
+        """The budgets that an architecture, an index for each block, does not meet, in words."""
+        for term in self.terms:
+            value = float(self._table.score(indices[np.newaxis], term.metric)[0])
+            if term.form == "budget" and value > term.reference * (1.0 + 1e-9):
+                yield (
+                    f"The most probable network has a {term.metric} of {format_quantity(term.metric, value)}, over the "
+                    f"limit of {format_quantity(term.metric, term.reference)}: fxopt.nas.policy_within gives the most "
+                    "probable one within it."
                 )
 
     @property

@@ -110,12 +110,14 @@ class Run:
         """What to know of the result."""
         if self.method is None:
             return ("Weights alone were trained, no candidate is preferred: choose by PathScore and a search engine.",)
-        if self.history and self.supernet.collapsed(self.supernet.most_likely()):
-            return (
+        policy = self.supernet.most_likely()
+        found = list(self.cost.exceeded(self.supernet.space.encode(policy)))
+        if self.history and self.supernet.collapsed(policy):
+            found.append(
                 f"The search collapsed to skips: {self.history[-1].skipped:.0%} of what can be left out is. "
-                "Raise the budget, lower alpha_learning_rate or the weight of costs, or warm up for longer.",
+                "Raise the budget, lower alpha_learning_rate or the weight of costs, or warm up for longer."
             )
-        return ()
+        return tuple(found)
 
     def _weight_step(self, step: int) -> None:
         settings, batch = self.settings, self.train.at(step)

@@ -36,7 +36,7 @@ class SupernetResult:
         supernet: The supernet; any of its networks can be derived from it.
         policy: The most probable candidate of every block.
         history: The epochs.
-        notes: What to know of the result, such as a collapse to skips.
+        notes: What to know of the result, such as a collapse to skips, or a policy over a limit.
         resumed_at: Number of the step that a checkpoint was resumed at; 0 for a fresh start.
     """
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from fxopt.data import Loader
 from fxopt.decisions import Policy
 from fxopt.errors import BudgetError, DataError, FxoptError, PassError, UnknownNameError
 from fxopt.lowering import lower_operators
-from fxopt.nas import Cost, CostTerm, Supernet, SupernetResult, SupernetSettings, split, train_supernet
+from fxopt.nas import Cost, CostTerm, Supernet, SupernetResult, SupernetSettings, policy_within, split, train_supernet
 from fxopt.nas._batches import Numbered
 from fxopt.nas._parallel import Workers
 from fxopt.nas._run import Run
@@ -118,8 +119,22 @@ def test_a_collapse_to_skips_is_told() -> None:
                 supernet.alpha[row, decision.choices.index("zero")] = 9.0
     result = trained(supernet)
     assert result.history[-1].skipped == 1.0
-    assert "collapsed to skips" in result.notes[0]
-    assert not trained().notes
+    assert "collapsed to skips" in result.notes[-1]
+    assert not any("collapsed" in note for note in trained().notes)
+
+
+def test_a_policy_over_a_limit_is_told() -> None:
+    supernet, costs = Supernet(*mobile()), mobile_table()
+    table = np.where(supernet.mask.numpy(), costs.of("latency")[0], -1.0)
+    with torch.no_grad():
+        for row, costliest in enumerate(table.argmax(1)):
+            supernet.alpha[row, int(costliest)] = 9.0
+    limit = between(0.3)
+    result = trained(supernet, terms=[CostTerm("latency", limit, "budget", 1e-6)])
+    (note,) = result.notes
+    assert note.startswith("The most probable network has a latency of ")
+    assert policy_within(supernet, costs, {"latency": limit}) != result.policy
+    assert not trained(terms=[CostTerm("latency", 10.0 * between(1.0), "budget", 1e-6)]).notes
 
 
 def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
