@@ -28,10 +28,9 @@ _ENOUGH = 10
 class ExactEngine(Engine):
     """Measures what each decision is worth and solves for the best policy, as a knapsack problem.
 
-    First it asks for a uniform policy within the constraint and for single changes of it: a choice of every decision,
-    then every other choice by turns with solutions, so that a search of any length comes to solve; or, first of all,
-    ``probes`` choices of every decision, evenly spaced. A change that would pass the budget is made all the same, and
-    other decisions make room. From the scores it learns what each choice adds (a Gaussian process that is a sum over
+    First it asks for a uniform policy within the constraint and for single changes of it: every other choice of every
+    decision, or ``probes`` of them, evenly spaced. A change that would pass the budget is made all the same, and other
+    decisions make room. From the scores it learns what each choice adds (a Gaussian process that is a sum over
     decisions) and solves for the policy of the highest sum within the additive part of the cost,
     :func:`fxopt.search.solver.solve`; where the cost is no sum, it is linearized again at the solution, and the
     constraint has the last word. The solution is tried, its score is learnt, and so on; when the solution is one that
@@ -43,8 +42,7 @@ class ExactEngine(Engine):
         space: What can be decided.
         constraint: What the policies may cost; None for no limit.
         seed: The seed of the engine's generator.
-        probes: How many choices of each decision to measure before anything is solved, besides the first policy's;
-            None for one, and for all others by turns with solutions.
+        probes: How many choices of each decision to measure besides the first policy's; None for all.
         losses: Known losses of the choices of each decision, higher is worse, such as sensitivities that were measured
             without the engine; nothing is probed then, and the first policy proposed is the one that is best by them.
 
@@ -73,8 +71,6 @@ class ExactEngine(Engine):
         self._ladders = ladders(space, constraint)
         self._model = AdditiveModel(self._ladders, [decision.kind for decision in space])
         self._queue: list[tuple[int, int]] | None = None
-        self._by_turns = 0
-        self._solved = False
         self._base: list[int] = []
         self._seen: set[Policy] = set()
         self._rows: list[list[int]] = []
@@ -94,14 +90,9 @@ class ExactEngine(Engine):
             self._queue = self._plan()
             if self.losses is None:
                 self._offer(self.space.decode(self._base), proposed)
-        while len(proposed) < n:
-            turn = not self._queue or (len(self._queue) <= self._by_turns and not self._solved)
-            policy = self._solution() if turn else None
-            if policy is None:
-                if not self._queue:
-                    break
-                policy = self._changed(*self._queue.pop())
-            self._solved = turn
+        while self._queue and len(proposed) < n:
+            self._offer(self._changed(*self._queue.pop()), proposed)
+        while len(proposed) < n and (policy := self._solution()) is not None:
             self._offer(policy, proposed)
         return proposed
 
@@ -115,8 +106,6 @@ class ExactEngine(Engine):
         """The scores, and what is still to be measured."""
         return {
             "queue": None if self._queue is None else [list(entry) for entry in self._queue],
-            "by_turns": self._by_turns,
-            "solved": self._solved,
             "base": self._base,
             "seen": sorted(self.space.encode(policy).tolist() for policy in self._seen),
             "rows": self._rows,
@@ -127,7 +116,6 @@ class ExactEngine(Engine):
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Go on with what was measured."""
         self._queue = None if state["queue"] is None else [(int(j), int(choice)) for j, choice in state["queue"]]
-        self._by_turns, self._solved = int(state["by_turns"]), bool(state["solved"])
         self._base = [int(index) for index in state["base"]]
         self._seen = {self.space.decode(row) for row in state["seen"]}
         self._rows = [[int(index) for index in row] for row in state["rows"]]
@@ -138,34 +126,23 @@ class ExactEngine(Engine):
     # What is measured.
 
     def _plan(self) -> list[tuple[int, int]]:
-        """The base, and the single changes of it, the last one first: those before solutions, then those by turns."""
+        """The base, and the single changes of it in random order."""
         base = self.project(uniform_policies(self.space, self.constraint)[:1])[0]
         self._base = self.space.encode(base).tolist()
         if self.losses is not None:
             return []
-        others = [self._others(j) for j in range(len(self.space))]
-        before = [self._probed(j, others[j], self.probes or 1) for j in range(len(self.space))]
-        if self.probes is not None:
-            others = before
-        first = [(j, choice) for j, chosen in enumerate(before) for choice in chosen]
-        rest = [(j, choice) for j, all_of in enumerate(others) for choice in all_of if choice not in before[j]]
-        self._by_turns = len(rest)
-        return [*self._shuffled(rest), *self._shuffled(first)]
-
-    def _shuffled(self, changes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        changes = [(j, choice) for j in range(len(self.space)) for choice in self._probed(j)]
         return [changes[i] for i in self.rng.permutation(len(changes))]
 
-    def _others(self, j: int) -> list[int]:
-        """The choices of a decision that the base does not make, in order along its ladder."""
-        return [int(i) for i in np.lexsort(self._ladders[j].rungs.T[::-1]) if i != self._base[j]]
-
-    def _probed(self, j: int, others: list[int], count: int) -> list[int]:
-        """Some of the other choices of a decision: evenly spaced along its ladder, its ends first."""
-        if count >= len(others):
+    def _probed(self, j: int) -> list[int]:
+        """The choices of a decision to measure: evenly spaced along its ladder, its ends first."""
+        ladder = self._ladders[j]
+        others = [int(i) for i in np.lexsort(ladder.rungs.T[::-1]) if i != self._base[j]]
+        if self.probes is None or self.probes >= len(others):
             return others
-        if count == 1:
-            return [others[0 if self._base[j] != self._ladders[j].choice_at.flat[0] else -1]]
-        return [others[int(i)] for i in np.unique(np.linspace(0, len(others) - 1, count).round())]
+        if self.probes == 1:
+            return [others[0 if self._base[j] != ladder.choice_at.flat[0] else -1]]
+        return [others[int(i)] for i in np.unique(np.linspace(0, len(others) - 1, self.probes).round())]
 
     def _changed(self, j: int, choice: int) -> Policy:
         row = list(self._base)
