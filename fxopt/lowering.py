@@ -19,7 +19,7 @@ from torch import fx
 from fxopt._lowering.bits import BitTable
 from fxopt._lowering.build import Builder, Row
 from fxopt._lowering.by_index import IndexCosts
-from fxopt._lowering.choices import OperatorTable, OperatorWorkload, lower_choices, no_blocks
+from fxopt._lowering.choices import OperatorTable, OperatorWorkload, encoded, lower_choices, no_blocks
 from fxopt._lowering.forms import Forms, Size
 from fxopt._numbers import check_whole
 from fxopt.decisions import Policy, SearchSpace
@@ -39,6 +39,7 @@ __all__ = [
     "OperatorWorkload",
     "ParametricWorkload",
     "RowInfo",
+    "encoded",
     "lower",
     "lower_operators",
     "no_blocks",

@@ -140,9 +140,12 @@ class _Scene:
     def _is_own_norm(self, node: fx.Node) -> bool:
         """Whether a node is a batch norm, and the only use of its statistics and weights."""
         module = self._module(node)
-        if type(module) is not nn.BatchNorm2d or id(module.weight) in self._shared:
-            return False
-        return len(self.gm.graph.find_nodes(op="call_module", target=node.target)) == 1
+        return type(module) is nn.BatchNorm2d and not self._is_used_elsewhere(node, module)
+
+    def _is_used_elsewhere(self, node: fx.Node, module: Any) -> bool:
+        """Whether the module that a node calls, or its weight, is used in several places."""
+        calls = self.gm.graph.find_nodes(op="call_module", target=node.target)
+        return len(calls) > 1 or id(module.weight) in self._shared
 
     def _why_no_unit(self, node: fx.Node, module: Any) -> str | None:
         if type(module) is not nn.Conv2d:
@@ -152,7 +155,7 @@ class _Scene:
             return f"its kernel {kernel} and stride {stride} are not square and odd, as those of candidates are"
         if module.dilation != (1, 1) or module.padding_mode != "zeros":
             return "it is dilated or pads by something else than zeros, as no candidate does"
-        if len(self.gm.graph.find_nodes(op="call_module", target=node.target)) > 1 or id(module.weight) in self._shared:
+        if self._is_used_elsewhere(node, module):
             return "its weights are used in several places"
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -76,16 +77,12 @@ def offered(gm: fx.GraphModule, block: Block, name: str) -> bool:
 
 def _has_own_memory(gm: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a value is no view of one that something else reads."""
-    while node.op.startswith("call_") and _is_view(gm, node):
-        (node, *others) = node.all_input_nodes
-        if others or len(node.users) != 1:
+    while node.op.startswith("call_") and ops.semantics(gm, node).is_view:
+        sources = node.all_input_nodes
+        if len(sources) != 1 or len(sources[0].users) != 1:
             return False
+        node = sources[0]
     return True
-
-
-def _is_view(gm: fx.GraphModule, node: fx.Node) -> bool:
-    meaning = ops.semantics(gm, node)
-    return meaning.kind == "none" or meaning.flow == "split"
 
 
 def _changes_kernel(block: Block, kernel: int) -> bool:
@@ -191,7 +188,7 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
         elif node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), names.__getitem__)
             after = names[node] = edit.insert_function(gm, node.target, after, args, kwargs=kwargs)
-        elif node.op == "get_attr" and not isinstance(tensor := _attribute(inner, str(node.target)), nn.Parameter):
+        elif node.op == "get_attr" and not isinstance(tensor := attrgetter(str(node.target))(inner), nn.Parameter):
             free = edit.free_path(gm, f"{path}.{node.target}".replace(".", "_"))
             names[node] = edit.insert_get_attr(gm, free, tensor)
         elif node.op == "output":
@@ -202,12 +199,6 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
         else:
             raise PassError(f"The candidate for {path!r} holds a parameter by itself; put it into a module of its own.")
     raise PassError(f"The candidate for {path!r} gives nothing.")
-
-
-def _attribute(gm: fx.GraphModule, path: str) -> torch.Tensor:
-    owner, _, name = path.rpartition(".")
-    held: torch.Tensor = getattr(gm.get_submodule(owner), name)
-    return held
 
 
 def check_custom(name: str, module: nn.Module, block: Block) -> None:

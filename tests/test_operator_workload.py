@@ -151,13 +151,19 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(PolicyError, match="out of range"):
         table.score(np.full((3, len(workload.space)), 99))
     for wrong in (None, 3, "zero", [1], [None]):
-        with pytest.raises(PolicyError, match="give a Policy or a sequence of them"):
+        with pytest.raises(PolicyError, match=r"policy is a \w+; give a Policy"):
             table.estimate(wrong)  # type: ignore[arg-type]
-    for indices in (None, "a", [[0.5] * len(workload.space)], {}):
-        with pytest.raises(PolicyError, match="Choice indices"):
-            table.score(indices)  # type: ignore[arg-type]
-    listed = [[0] * len(workload.space)]
-    assert table.score(listed) == table.score(torch.tensor(listed)) == table.score(np.array(listed))  # type: ignore[arg-type]
+    for numbers in (None, "a", [[0.5] * len(workload.space)], {}):
+        with pytest.raises(PolicyError, match="Choice indices are whole numbers"):
+            table.score(numbers)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    policies = [workload.space.sample(rng) for _ in range(5)]
+    indices = np.array([workload.space.encode(policy) for policy in policies])
+    wanted = table.estimate(policies).latency_s
+    assert len(set(wanted.tolist())) > 1
+    for given in (indices, indices.tolist(), torch.from_numpy(indices)):
+        np.testing.assert_array_equal(table.score(given), wanted)
+    np.testing.assert_array_equal(table.estimate(iter(map(dict, policies))).latency_s, wanted)  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="capabilities is a str"):
         SelectOperators().search_space(prepared("small")[0], "pixel1")  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="latency"):
@@ -205,3 +211,15 @@ def test_a_target_that_cannot_cost_a_candidate_says_which(monkeypatch: pytest.Mo
     monkeypatch.setattr(type(device), "estimate", forgetful)
     with pytest.raises(TargetError, match=r"cannot cost 'mb3-k7' at 'blocks.1'"):
         workload.table(device)
+
+
+def test_a_candidate_that_changes_costs_outside_of_its_block_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    gm = trace(_Preactivated().eval(), torch.randn(2, 3, 16, 16))
+    step = SelectOperators(candidates=("zero",))
+    assert not len(step.search_space(gm))
+    monkeypatch.setattr("fxopt.passes.select_operators.offered", lambda *_: True)
+    sites = [decision.site for decision in step.search_space(gm)]
+    with pytest.raises(PassError, match=r"depend on what these compute: .* \(zero\)\. .*ignore=") as failure:
+        lower_operators(gm, step)
+    assert any(f"{site} (zero)" in str(failure.value) for site in sites)

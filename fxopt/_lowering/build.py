@@ -112,7 +112,7 @@ class Builder(Drafts):
             elif not self._is_constant(node):
                 meaning = self._meaning(gates, node)
                 passed = node in gates or node in self._inner or self.tensor(node) is None
-                if passed or meaning.kind == "none" or meaning.flow == "split":
+                if passed or meaning.is_view:
                     self._pass_through(node)
                 else:
                     self._lower_node(node, meaning)

@@ -23,9 +23,7 @@ from fxopt.targets.rows import Floats, Rows, default_rows
 if TYPE_CHECKING:
     from fxopt.lowering import ParametricWorkload
 
-__all__ = ["OperatorTable", "OperatorWorkload", "lower_choices", "no_blocks"]
-
-Indices = npt.NDArray[np.integer]
+__all__ = ["OperatorTable", "OperatorWorkload", "encoded", "lower_choices", "no_blocks"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +61,7 @@ class OperatorWorkload:
         Raises:
             PolicyError: If the policy does not fit the space.
         """
-        chosen = self.space.encode(Policy(policy or {}).only(SelectOperators.kinds))
+        chosen = encoded(self.space, Policy({}) if policy is None else policy)
         picked = [(part, int(chosen[part.site]) if part.site >= 0 else 0) for part in self._parts]
         names = [name for part, index in picked for name in part.names[index]]
         return Workload(np.concatenate([part.rows[index] for part, index in picked]), names)
@@ -176,7 +174,7 @@ class OperatorTable:
             )
         return self.costs[metric], self.fixed[metric]
 
-    def score(self, indices: Indices, metric: str = "latency") -> Floats:
+    def score(self, indices: npt.ArrayLike, metric: str = "latency") -> Floats:
         """Cost of every policy, given by choice indices of shape (policies, decisions), as ``space.encode`` gives.
 
         Raises:
@@ -186,14 +184,14 @@ class OperatorTable:
         """
         costs, fixed = self.of(metric)
         sizes = self.space.sizes
-        indices = np.asarray(indices)
-        if not np.issubdtype(indices.dtype, np.integer):
-            raise PolicyError(f"Choice indices are whole numbers, got an array of {indices.dtype}.")
-        if indices.ndim != 2 or indices.shape[1] != len(sizes):
-            raise PolicyError(f"Choice indices need the shape (policies, {len(sizes)}), got {indices.shape}.")
-        if indices.size and ((indices < 0) | (indices >= sizes)).any():
+        chosen = np.asarray(indices)
+        if not np.issubdtype(chosen.dtype, np.integer):
+            raise PolicyError(f"Choice indices are whole numbers, got an array of {chosen.dtype}.")
+        if chosen.ndim != 2 or chosen.shape[1] != len(sizes):
+            raise PolicyError(f"Choice indices need the shape (policies, {len(sizes)}), got {chosen.shape}.")
+        if chosen.size and ((chosen < 0) | (chosen >= sizes)).any():
             raise PolicyError("A choice of an operator is out of range.")
-        picked = costs[np.arange(len(sizes)), indices]
+        picked = costs[np.arange(len(sizes)), chosen]
         found: Floats = np.maximum(picked.max(1, initial=0.0), fixed) if metric == "memory" else picked.sum(1) + fixed
         return found
 
@@ -204,12 +202,8 @@ class OperatorTable:
             PolicyError: If a policy decides operators that the space does not have, or is none.
         """
         given: Any = policies
-        several = isinstance(given, Iterable) and not isinstance(given, (str, Mapping))
-        many = list(given) if several else [given]
-        if not all(isinstance(one, Mapping) for one in many):
-            wrong = next(type(one).__name__ for one in many if not isinstance(one, Mapping))
-            raise PolicyError(f"policies has a {wrong}; give a Policy or a sequence of them.")
-        own = [self.space.encode(Policy(one).only(SelectOperators.kinds)) for one in many]
+        many = list(given) if isinstance(given, Iterable) and not isinstance(given, Mapping) else [given]
+        own = [encoded(self.space, one) for one in many]
         indices = np.array(own, dtype=np.intp).reshape(len(own), len(self.space))
         scores = {metric: self.score(indices, metric) for metric in self.costs}
         return Estimate(
@@ -224,6 +218,19 @@ class OperatorTable:
             energy_reason=self._estimate.energy_reason,
             _per_row=self._estimate._per_row,
         )
+
+
+def encoded(space: SearchSpace, policy: Policy) -> npt.NDArray[np.intp]:
+    """The index of a candidate for every block; decisions of other kinds are left out.
+
+    Raises:
+        PolicyError: If the policy does not fit, or is none.
+    """
+    given: object = policy
+    if not isinstance(given, Mapping):
+        raise PolicyError(f"policy is a {type(given).__name__}; give a Policy, such as that of a search.")
+    own = given if isinstance(given, Policy) else Policy(given)
+    return space.encode(own.only(SelectOperators.kinds))
 
 
 def lower_choices(

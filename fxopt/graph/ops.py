@@ -49,6 +49,11 @@ class OpSemantics:
     fuses: bool = False
     clamps: bool = False
 
+    @property
+    def is_view(self) -> bool:
+        """Whether what it gives is the memory of what it reads, for a cost model."""
+        return self.kind == "none" or self.flow == "split"
+
 
 BARRIER = OpSemantics("unknown", "unknown", "barrier")
 

@@ -23,8 +23,8 @@ from fxopt.decisions._budget import within
 from fxopt.errors import BudgetError, FxoptError, InfeasibleError, PassError
 from fxopt.evaluate import accuracy, recalibrate_batch_norm
 from fxopt.graph import verify
-from fxopt.lowering import OperatorTable, lower
-from fxopt.nas._supernet import Supernet, check_kinds, check_table, choose_path, encoded
+from fxopt.lowering import OperatorTable, encoded, lower
+from fxopt.nas._supernet import Supernet, check_kinds, check_table, choose_path
 from fxopt.progress import Progress, reporter
 from fxopt.search.solver import solve
 from fxopt.training import Loss, fit

@@ -17,7 +17,7 @@ from fxopt._digests import digest_of
 from fxopt.decisions import Policy, SearchSpace
 from fxopt.errors import FxoptError, PassError, PolicyError
 from fxopt.graph import edit
-from fxopt.lowering import OperatorTable, no_blocks
+from fxopt.lowering import OperatorTable, encoded, no_blocks
 from fxopt.passes import SelectOperators
 from fxopt.passes.select_operators import IDENTITY, ZERO, Block, restart
 
@@ -127,18 +127,6 @@ def choose_path(mixed: Iterable[MixedOperator], path: Sequence[int] | Indices) -
     for one, index in zip(mixed, chosen, strict=True):
         one.active = int(index)
         one.others, one.gates, one.mixture = (), None, None
-
-
-def encoded(space: SearchSpace, policy: Policy) -> Indices:
-    """The index of a candidate for every block; decisions of other kinds are left out.
-
-    Raises:
-        PolicyError: If the policy does not fit.
-    """
-    given: object = policy
-    if not isinstance(given, Mapping):
-        raise PolicyError(f"policy is a {type(given).__name__}; give a Policy, such as that of a search.")
-    return space.encode(Policy(policy).only(SelectOperators.kinds))
 
 
 class Supernet:

@@ -547,8 +547,10 @@ def test_a_pattern_of_ones_own_comes_first(monkeypatch: pytest.MonkeyPatch) -> N
             register_pattern(Pattern("another", ("dense",), "conv-k3"))  # type: ignore[arg-type]
         with pytest.raises(UnknownNameError, match=r"pattern 'another': 'conv-k4'. Did you mean 'conv-k3'"):
             register_pattern(Pattern("another", ("dense",), ("conv-k4",)))
-        with pytest.raises(PassError, match="A pattern needs a name, got None"):
-            register_pattern(Pattern(None, ("dense",), ("conv-k3",)))  # type: ignore[arg-type]
+        for name in (None, 3, ""):
+            with pytest.raises(PassError, match=f"A pattern needs a name, got {name!r}"):
+                register_pattern(Pattern(name, ("dense",), ("conv-k3",)))  # type: ignore[arg-type]
+        assert list(PATTERNS) == ["three-dense", "two-dense", *saved]
         assert "another" not in PATTERNS
     finally:
         PATTERNS.clear()
