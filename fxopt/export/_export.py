@@ -165,7 +165,7 @@ def export_onnx(
             checked["latency_s"] = _latency(scratch, _at_traced_batch(gm, inputs), form)
     quantized = any(isinstance(module, QuantizedLayer) for module in gm.modules())
     layers = layers_in(gm, proto, checked.get("kernels"), baked=form.baked)
-    notes = (*_notes(gm, form, quantized), *_apart(checked))
+    notes = (*_notes(gm, form, quantized), *_apart(checked, rounded=bool(made.rounded)))
     return ExportReport(final, format, version, file_bytes, layers=layers, notes=notes, **checked)
 
 
@@ -224,7 +224,9 @@ def _checked(
     runnable = form.runnable(proto)
     stepped = check_integers(gm, runnable, made.held, example, form.settings) if made.held else None
     packed = runnable.SerializeToString()
-    difference = compare(gm, packed, trials, quantized=quantized, settings=form.settings, given=given)
+    difference = compare(
+        gm, packed, trials, quantized=quantized, settings=form.settings, given=given if made.rounded else None
+    )
     running = optimized(packed, form.settings if form.native else None)
     operators = Counter(node.op_type for node in running.graph.node)
     kernels = kernels_of(runnable, running, sites_in(gm))
@@ -242,13 +244,14 @@ def _checked(
     }
 
 
-def _apart(checked: Mapping[str, Any]) -> Iterator[str]:
+def _apart(checked: Mapping[str, Any], *, rounded: bool) -> Iterator[str]:
     """What rounding does to the outputs, where it is much."""
     if checked.get("relative", 0.0) > _MUCH:
+        biases = "biases are rounded to the integers that kernels add, and " if rounded else ""
         yield (
-            f"Outputs of the file are up to {checked['relative']:.0%} of the largest one away from the model's: biases "
-            "are rounded to the integers that kernels add, and this network carries on what that changes. Judge "
-            "accuracy by the file."
+            f"Outputs of the file are up to {checked['relative']:.0%} of the largest one away from the model's: "
+            f"{biases}sums are added in another order, and this network carries on what that changes. Judge accuracy "
+            "by the file."
         )
 
 
