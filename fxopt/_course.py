@@ -271,10 +271,11 @@ class Course:
         ).eval()
         found = job.not_slower(made, floats[0], policy, train)
         source = found.graph.meta.get(CALIBRATION_META, {}).get("source")
-        new = source is not None and CALIBRATION_META not in job.graph.meta
-        floats_alone = len(found.policy.of_kind("bits")) if source is None else 0
-        told = f"calibrated on: {source}" if new else f"0 of {floats_alone} layers: floats were found better"
-        line = job.step("quantize", told, found.graph, judge) if new or floats_alone else None
+        layers, line = len(found.policy.of_kind("bits")), None
+        if source is None and layers:
+            line = job.step("quantize", f"0 of {layers} layers: floats were found better", found.graph, judge)
+        elif source is not None and CALIBRATION_META not in job.graph.meta:
+            line = job.step("quantize", f"calibrated on: {source}", found.graph, judge)
         if line is not None:
             self.steps.append(line)
         if Stages.of(found.policy).on_grids:
@@ -299,9 +300,9 @@ class Course:
         step = "fine-tune quantized" if on_grids else "fine-tune"
         name = f"fine-tune-{'bits-' if on_grids else ''}{job.digest_with(policy)}"
         kept: dict[str, torch.Tensor] = {}
-        if self.judging.by_data and self.tuning.epochs_of(on_grids=on_grids, final=final):
-            before = before or job.step(step, "", graph, judge)
         if self.tuning.epochs_of(on_grids=on_grids, final=final):
+            if self.judging.by_data:
+                before = before or job.step(step, "", graph, judge)
             kept = {key: value.clone() for key, value in graph.state_dict().items()}
         history = self.tuning(
             graph,

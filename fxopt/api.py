@@ -197,7 +197,8 @@ def optimize(
         epochs: Epochs of fine-tuning after a search: of the network that was cut, in floats; and of the quantized
             one, through its quantizers, where something has fewer than 8 bits or nothing but bits was decided. With
             ``val`` or ``evaluate``, training that ends below the score it started from is taken back: the weights of
-            before go on, and the report's line says "taken back" and where it ended.
+            before go on, and the report's line says "taken back" and where it ended. So is training whose loss ends a
+            thousand times as high as it began, whatever the score.
         final_epochs: Epochs of the last of these trainings in floats, behind which bits alone are decided; None for
             ``epochs``. With several passes one after the other it pays to train what comes out for longer than what is
             on the way to it.

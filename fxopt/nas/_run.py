@@ -111,13 +111,13 @@ class Run:
         if self.method is None:
             return ("Weights alone were trained, no candidate is preferred: choose by PathScore and a search engine.",)
         policy = self.supernet.most_likely()
-        found = list(self.cost.exceeded(self.supernet.space.encode(policy)))
+        found = []
         if self.history and self.supernet.collapsed(policy):
             found.append(
                 f"The search collapsed to skips: {self.history[-1].skipped:.0%} of what can be left out is. "
                 "Raise the budget, lower alpha_learning_rate or the weight of costs, or warm up for longer."
             )
-        return tuple(found)
+        return (*found, *self.cost.exceeded(self.supernet.space.encode(policy)))
 
     def _weight_step(self, step: int) -> None:
         settings, batch = self.settings, self.train.at(step)

@@ -139,7 +139,10 @@ def read_tensors(stem: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, s
         return None
     with _reading(path):
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[_METADATA])
+            written = file.metadata() or {}
+        if _METADATA not in written:
+            raise ValueError("it has no digest, as those of fxopt 0.1.0 and before")
+        metadata = json.loads(written[_METADATA])
         wanted = metadata.pop(_DIGEST)
         tensors = load_file(path)
     if _digest(tensors, metadata) != wanted:

@@ -309,7 +309,8 @@ class _Training:
         for index, batch in enumerate(read(batches, "train")):
             value = self._step(epoch * self.settings.steps + index, batch)
             total, count = total + value, count + 1
-            self.first_loss = value if epoch == index == 0 else self.first_loss
+            if epoch == index == 0:
+                self.first_loss = value
             if not math.isfinite(value):
                 break
         if not count:

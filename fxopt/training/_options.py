@@ -139,7 +139,7 @@ class FineTuning:
     """How ``fxopt.optimize`` fine-tunes; see :func:`fit`.
 
     Where there is something to judge by, ``val`` or ``evaluate``, training that ends below the score it started from is
-    taken back, and the report says so.
+    taken back, and the report says so; so is training whose loss has :attr:`diverged <History.diverged>`.
 
     Attributes:
         optimizer: "sgd" or "adamw".

@@ -207,6 +207,14 @@ def test_a_checkpoint_in_which_any_bit_has_changed_is_refused(tmp_path: Path) ->
         assert all(map(torch.equal, model.state_dict().values(), make_model().state_dict().values()))
 
 
+def test_a_checkpoint_of_a_former_version_says_so(tmp_path: Path) -> None:
+    fit(make_model(), make_data(), epochs=1, checkpoint=tmp_path / "run")
+    file = tmp_path / "run.safetensors"
+    save_file(load_file(file), file, {"history": "{}", "settings": "{}"})
+    with pytest.raises(FxoptError, match=r"no digest, as those of fxopt 0\.1\.0 and before\. Remove it"):
+        fit(make_model(), make_data(), epochs=1, checkpoint=tmp_path / "run")
+
+
 def test_an_unwritable_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FxoptError, match="Cannot write"):
