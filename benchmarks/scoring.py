@@ -118,7 +118,7 @@ def pixel1_in_numpy(rows: Rows, values: Mapping[str, float]) -> Floats:
             "out": written,
             "const": 1.0,
         }
-        quantities |= {"spill": spilled, "kernel_out": columns["kernel_h"] * written}
+        quantities |= {"spill": spilled, "kernel_out": columns["kernel_h"] * written, "channel": columns["k"]}
         best = np.full(columns.shape, np.inf)
         bits = r.compute_bits(columns)
         for name, width in (("int8", 8), ("int16", 16), ("float", 32)):

@@ -75,22 +75,56 @@ class Points:
 
 @dataclass(frozen=True)
 class Form:
-    """What is fitted: coefficients ``bits.group.name``, those of a term equal, beside figures that are given."""
+    """What is fitted: coefficients ``bits.group.name``, beside figures that are given.
+
+    Attributes:
+        terms: Coefficients that are one unknown each: equal, or in the given ratios.
+        given: Figures that are not fitted.
+        ratios: What a coefficient is to its term, where it is not 1.
+    """
 
     terms: tuple[Term, ...]
     given: Mapping[str, float] = field(default_factory=dict)
+    ratios: Mapping[str, float] = field(default_factory=dict)
 
     def fit(self, points: Points) -> dict[str, float]:
         """All figures, in SI units."""
-        columns = np.stack([_total(points, term, self.given) for term in self.terms], axis=1)
-        known = sum((value * _total(points, (key,), self.given) for key, value in self.given.items()), np.zeros(1))
+        columns = np.stack([self._total(points, dict(self._parts(term))) for term in self.terms], axis=1)
+        known = self._total(points, self.given)
         relative = columns / points.seconds[:, None]
         scale = np.maximum(relative.max(axis=0), np.finfo(float).tiny)
         solution, _ = nnls(relative / scale, 1.0 - known / points.seconds)
         found = dict(self.given)
         for term, value in zip(self.terms, solution / scale, strict=True):
-            found |= dict.fromkeys(term, float(value))
+            found |= {key: float(value) * ratio for key, ratio in self._parts(term)}
         return found
+
+    def _parts(self, term: Term) -> list[tuple[str, float]]:
+        return [(key, self.ratios.get(key, 1.0)) for key in term]
+
+    def _total(self, points: Points, values: Mapping[str, float]) -> Floats:
+        """Seconds that these coefficients give each measurement."""
+        rows = points.rows
+        groups = groups_of(rows)
+        classes = np.where(compute_bits(rows) <= 8, "int8", "float")
+        read = in_elements(rows)
+        quantities = {
+            "mac": _padded_macs(rows, groups, self.given.get("channel_tile", 1.0)),
+            "weight": weights(rows),
+            "in": read,
+            "out": out_elements(rows),
+            "spill": np.maximum(0.0, 4.0 * read - self.given.get("spill_threshold", np.inf)) / 4.0,
+            "channel": rows["k"],
+            "const": np.ones(len(rows)),
+        }
+        seconds = np.zeros(len(rows))
+        for key, value in values.items():
+            parts = key.split(".")
+            if len(parts) == 3:
+                of_key = (classes == parts[0]) & (groups == parts[1]) & (rows["fused"] == 0)
+                seconds += value * quantities[parts[2]] * of_key
+        total: Floats = np.bincount(points.point, weights=seconds, minlength=len(points.names))
+        return total
 
 
 def predict(values: Mapping[str, float], points: Points) -> Floats:
@@ -110,30 +144,6 @@ def left_out(form: Form, points: Points, always: Sequence[str] = ()) -> dict[str
         members = np.array([name == group for name in points.groups])
         found[group] = float(predicted[members].sum() / points.seconds[members].sum() - 1.0)
     return found
-
-
-def _total(points: Points, term: Term, given: Mapping[str, float]) -> Floats:
-    """What the coefficients of a term are multiplied by, for each measurement."""
-    rows = points.rows
-    groups = groups_of(rows)
-    classes = np.where(compute_bits(rows) <= 8, "int8", "float")
-    read = in_elements(rows)
-    tile = given.get("channel_tile", 1.0)
-    quantities = {
-        "mac": _padded_macs(rows, groups, tile),
-        "weight": weights(rows),
-        "in": read,
-        "out": out_elements(rows),
-        "spill": np.maximum(0.0, 4.0 * read - given.get("spill_threshold", np.inf)) / 4.0,
-        "const": np.ones(len(rows)),
-    }
-    amounts = np.zeros(len(rows))
-    for key in term:
-        parts = key.split(".")
-        if len(parts) == 3:
-            amounts += quantities[parts[2]] * ((classes == parts[0]) & (groups == parts[1]) & (rows["fused"] == 0))
-    total: Floats = np.bincount(points.point, weights=amounts, minlength=len(points.names))
-    return total
 
 
 def groups_of(rows: Rows) -> NDArray[np.str_]:
@@ -208,6 +218,11 @@ _OTHERS = ("elementwise", "pool", "norm", "softmax", "copy", "resize")
 _NOMINAL_ITEM_S = 4.0 / 68e9
 _NOMINAL_MAC_S = 1.0 / 384e9
 
+# What a group and a weight cost, in MACs, where depthwise convolutions are computed group by group, as PyTorch did on
+# CPUs in 2018: measured by calibrate_groups.py.
+_GROUP_MACS = 10_500.0
+_WEIGHT_MACS = 137.0
+
 FORMS: Mapping[str, Form] = {
     "pixel1": Form(
         terms=(
@@ -234,7 +249,8 @@ FORMS: Mapping[str, Form] = {
         )
     ),
     "xeon-e5-2640v4": Form(
-        terms=(("float.depthwise.mac",),),
+        terms=(("float.depthwise.mac", "float.depthwise.channel", "float.depthwise.weight"),),
+        ratios={"float.depthwise.channel": _GROUP_MACS, "float.depthwise.weight": _WEIGHT_MACS},
         given={f"float.{group}.mac": _NOMINAL_MAC_S for group in _WITH_MACS}
         | {f"float.{group}.{side}": _NOMINAL_ITEM_S for group in (*_WITH_MACS, *_OTHERS) for side in ("in", "out")}
         | {"float.linear.weight": _NOMINAL_ITEM_S},

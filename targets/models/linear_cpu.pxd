@@ -15,6 +15,7 @@ cdef struct Linear:
     double written
     double spilled
     double kernel_rows
+    double channel
     double constant
 
 

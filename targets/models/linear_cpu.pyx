@@ -1,11 +1,12 @@
 """One CPU core, linear by kind of operator:
 
     latency = mac * MACs + weight * weights + in * inputs + out * outputs
-            + spill * max(0, input bytes - threshold) / 4 + kernel_out * kernel_h * outputs + const
+            + spill * max(0, input bytes - threshold) / 4 + kernel_out * kernel_h * outputs + channel * channels + const
 
 with a set of coefficients for each kind of operator and each class of bits (float: up to 32, int16, int8). Vector
 kernels take channels in blocks: with a ``channel_tile``, the MACs of pointwise and depthwise convolutions are counted
-with their channels rounded up to it. Kernels are dense: densities do not matter.
+with their channels rounded up to it. Channels are those of the output, for kernels that run once for each. Kernels are
+dense: densities do not matter.
 
 Activations with a curve (h-swish, SiLU) have the group ``curve``: with coefficients for it they cost that, merged into
 a convolution or not; without, they are as elementwise operators and free where they are merged.
@@ -37,6 +38,7 @@ COEFFICIENTS = {
     "out": "output element",
     "spill": "four bytes of input beyond the threshold",
     "kernel_out": "output element and kernel row",
+    "channel": "output channel",
 }
 
 PARAMETERS = {
@@ -76,13 +78,14 @@ cdef struct Work:
     double written
     double spilled
     double kernel_rows
+    double channels
 
 
 cdef inline double seconds_by(const Linear* terms, const Work* work) noexcept nogil:
     return (
         terms.mac * work.macs + terms.weight * work.weights + terms.read * work.read
         + (terms.written + terms.kernel_rows * work.kernel_rows) * work.written
-        + terms.spilled * work.spilled + terms.constant
+        + terms.spilled * work.spilled + terms.channel * work.channels + terms.constant
     )
 
 
@@ -98,6 +101,7 @@ cdef Linear linear(given):
     terms.written = given.get("out", 0.0)
     terms.spilled = given.get("spill", 0.0)
     terms.kernel_rows = given.get("kernel_out", 0.0)
+    terms.channel = given.get("channel", 0.0)
     terms.constant = given.get("const", 0.0)
     return terms
 
@@ -175,6 +179,7 @@ cdef inline double seconds_of(Model model, const Row* row) noexcept nogil:
     work.written = out_elements(row)
     work.spilled = larger(work.read * row.activation_bits / 8.0 - model.spill_threshold, 0.0) / 4.0
     work.kernel_rows = row.kernel_h
+    work.channels = row.k
     best = seconds_by(terms, &work)
     # NaN stays: where there are no coefficients, every candidate is NaN.
     if model.counts[group] > 1:

@@ -145,6 +145,7 @@ def linear_cpu(rows: Rows, values: Values) -> Floats:
         "out": r.out_elements(rows),
         "spill": spilled,
         "kernel_out": rows["kernel_h"] * r.out_elements(rows),
+        "channel": rows["k"],
         "const": np.ones(len(rows)),
     }
     bits = r.compute_bits(rows)

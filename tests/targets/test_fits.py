@@ -43,3 +43,22 @@ def test_the_fit_of_a_core_puts_rows_in_the_groups_of_its_model(monkeypatch: pyt
         # Without figures of its own an activation with a curve costs what other elementwise operators do.
         likewise = (found == "curve") & (group == "elementwise")
         assert seconds.tolist() == ((found == group) | likewise).tolist(), group
+
+
+def test_the_fit_of_a_core_keeps_given_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    fits = importlib.import_module("fits.linear_cpu")
+    sizes = [(8, 3, 14), (24, 5, 7), (16, 7, 28)]
+    shapes = [{"kernel_h": kernel, "kernel_w": kernel, "out_h": size, "out_w": size} for _, kernel, size in sizes]
+    rows = [
+        make_row(OpKind.DEPTHWISE, c=channels, k=channels, groups=channels, in_h=size, in_w=size, **shape)
+        for (channels, _, size), shape in zip(sizes, shapes, strict=True)
+    ]
+    # A MAC takes 2 ns; a channel costs 50 of them, a weight 3.
+    seconds = np.array([2e-9 * k * (r * r * size * size + 50 + 3 * r * r) for k, r, size in sizes])
+    points = fits.Points(np.concatenate(rows), np.arange(3), ("a", "b", "c"), seconds, ("a", "b", "c"))
+    mac, channel, weight = (f"float.depthwise.{name}" for name in ("mac", "channel", "weight"))
+    form = fits.Form(terms=((mac, channel, weight),), ratios={channel: 50.0, weight: 3.0})
+    assert form.fit(points) == pytest.approx({mac: 2e-9, channel: 100e-9, weight: 6e-9})
+    assert fits.predict(form.fit(points), points) == pytest.approx(seconds)
+    assert [*fits.left_out(form, points).values()] == pytest.approx([0.0] * 3, abs=1e-12)
