@@ -45,7 +45,7 @@ def main() -> None:
     told = json.loads(done.stdout)
     times = {"wall_s": round(wall_s, 1), "cpu_s": round(used.ru_utime + used.ru_stime, 1)}
     metrics = {name: told["report"][name] for name in ("before", "after")}
-    finish("demo", {**times, **metrics, "onnx_accuracy": told["onnx_accuracy"]}, seed=seed)
+    finish("demo", {**times, **metrics, "onnx_accuracy": told["report"]["export"]["accuracy"]}, seed=seed)
 
 
 if __name__ == "__main__":

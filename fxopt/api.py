@@ -35,9 +35,9 @@ from fxopt._selecting import Selector, parted
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Policy
-from fxopt.errors import SearchError
-from fxopt.evaluate import Reconstruction
-from fxopt.export import ExportReport, Format, export_onnx, measure
+from fxopt.errors import ExportError, SearchError
+from fxopt.evaluate import Reconstruction, accuracy
+from fxopt.export import ExportReport, Format, OnnxModule, export_onnx, measure
 from fxopt.objectives import Objective
 from fxopt.passes import TunablePass
 from fxopt.progress import Progress, reporter
@@ -77,13 +77,30 @@ class OptimizationResult:
         *,
         format: Format = "qdq",  # noqa: A002
         check: bool = True,
+        val: Loader | None = None,
     ) -> ExportReport:
         """Write the model to an ONNX file that was proved in onnxruntime; see :func:`fxopt.export_onnx`.
 
         ``report`` tells of it from then on.
+
+        Args:
+            path: The file.
+            format: As for :func:`fxopt.export_onnx`.
+            check: As for :func:`fxopt.export_onnx`.
+            val: Loader of (input, label) to judge the file by as well, in onnxruntime: all of it.
+
+        Raises:
+            ExportError: As for :func:`fxopt.export_onnx`; or ``val`` is given with ``"qonnx"``, which does not run in
+                onnxruntime.
+            DataError: If ``val`` does not fit; the file is there then.
         """
+        if val is not None and format == "qonnx":
+            raise ExportError("onnxruntime does not run qonnx files; leave out val, or choose another format.")
         made = export_onnx(self.model, path, self.example_inputs, format=format, check=check)
         self.report = dataclasses.replace(self.report, export=export_data(made))
+        if val is not None:
+            made = dataclasses.replace(made, accuracy=accuracy(OnnxModule(made.path), val))
+            self.report = dataclasses.replace(self.report, export=export_data(made))
         return made
 
     def save(self, folder: str | os.PathLike[str]) -> Path:

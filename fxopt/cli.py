@@ -63,9 +63,7 @@ def demo(
         from fxopt._cli.optimizing import tell
 
         outcome = demonstration.run(out, quick=quick, seed=seed, progress=progress)
-    tell(outcome.result, outcome.export, out, as_json=as_json, onnx_accuracy=outcome.onnx_accuracy)
-    if not as_json:
-        show(f"Accuracy of the ONNX file in onnxruntime: {outcome.onnx_accuracy:.2%}")
+    tell(outcome.result, outcome.export, out, as_json=as_json)
 
 
 app.command()(looking.trace)

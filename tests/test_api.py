@@ -16,6 +16,7 @@ import fxopt
 from fxopt.errors import (
     BudgetError,
     DataError,
+    ExportError,
     FxoptError,
     InfeasibleError,
     PassError,
@@ -107,6 +108,24 @@ def test_the_same_seed_gives_the_same_result() -> None:
     assert first.search is not None
     assert other.search is not None
     assert first.search.trials != other.search.trials
+
+
+def test_the_file_is_judged_by_validation_data(tmp_path: Path) -> None:
+    result = optimize(budget={"macs": 0.6}, passes=("prune-channels",), val=DATA)
+    file, score = tmp_path / "net.onnx", result.report.after.accuracy
+    assert score is not None
+    assert 0.0 < score < 1.0
+    made = result.export(file, val=DATA)
+    assert made.accuracy == score
+    assert result.report.export is not None
+    assert result.report.export["accuracy"] == score
+    assert f"accuracy {score:.2%}" in str(made)
+    assert f"{score:.2%}" in result.report.to_html()
+    assert result.export(file).accuracy is None
+    with pytest.raises(ExportError, match="does not run qonnx"):
+        result.export(file, format="qonnx", val=DATA)
+    with pytest.raises(DataError, match="val"):
+        result.export(file, val=[])
 
 
 def test_an_export_enters_the_report(tmp_path: Path) -> None:

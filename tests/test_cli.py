@@ -364,11 +364,12 @@ def test_prints_go_to_stderr_only_while_json_is_asked_for(capsys: pytest.Capture
 
 def test_optimize_leaves_everything_in_the_folder(folder: Path) -> None:
     words = "optimize my_models:small --target pixel1 --budget macs=60% --passes prune-channels --engine uniform"
-    result = run(*words.split(), "--trials", "1", "--out", "made", "--json")
+    result = run(*words.split(), "--trials", "1", "--val", "my_models:loader", "--out", "made", "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     assert data["report"]["after"]["macs"] <= 0.6 * data["report"]["before"]["macs"]
     assert data["report"]["export"]["path"] == "model.onnx"
+    assert data["report"]["export"]["accuracy"] == data["report"]["after"]["accuracy"]
     assert json.loads((folder / "made" / "report.json").read_text()) == data["report"]
     made = {entry.name for entry in (folder / "made").iterdir()}
     assert {"model.onnx", "model.safetensors", "policy.json", "report.html", "journal.jsonl", "options.json"} <= made
@@ -381,7 +382,7 @@ def test_a_refused_export_loses_no_result(folder: Path, monkeypatch: pytest.Monk
         def save(self, out: Path) -> None:
             self.report.save(out / "report.json")
 
-        def export(self, path: Path) -> None:
+        def export(self, path: Path, val: object) -> None:
             raise ParityError(f"{path.name} computes something else")
 
     monkeypatch.setattr(api, "optimize", lambda *_, **__: Refusing())

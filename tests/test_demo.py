@@ -58,7 +58,8 @@ def test_the_demonstration_goes_all_the_way(tmp_path: Path) -> None:
     files = {path.name for path in outcome.folder.iterdir()}
     assert {"model.onnx", "report.html", "report.json", "policy.json", "model.safetensors"} <= files
     assert Report.from_json((outcome.folder / "report.json").read_text()) == report
-    assert outcome.onnx_accuracy == pytest.approx(report.after.accuracy, abs=0.05)
+    assert outcome.export.accuracy == pytest.approx(report.after.accuracy, abs=0.05)
+    assert report.export["accuracy"] == outcome.export.accuracy
     again = fxopt.load(outcome.folder, small_net(width=demo._WIDTH))
     images = small_digits(0)[1].inputs
     with torch.no_grad():

@@ -42,6 +42,7 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
     from fxopt import api
 
     model, example = load_model(options.model, options.input)
+    val = _made(options.val)
     result = api.optimize(
         model,
         example,
@@ -52,7 +53,7 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         engine=options.engine,
         trials=options.trials,
         train=_made(options.train),
-        val=_made(options.val),
+        val=val,
         evaluate=load_function(options.evaluate) if options.evaluate is not None else None,
         loss=load_function(options.loss) if options.loss is not None else None,
         epochs=options.epochs,
@@ -69,12 +70,12 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         progress=progress,
     )
     result.save(out)
-    export = result.export(out / MODEL)
+    export = result.export(out / MODEL, val=val)
     result.save_report(out)
     return result, export
 
 
-def tell(result: OptimizationResult, export: ExportReport, out: Path, *, as_json: bool, **more: float) -> None:
+def tell(result: OptimizationResult, export: ExportReport, out: Path, *, as_json: bool) -> None:
     """Print what came of it.
 
     Args:
@@ -82,11 +83,10 @@ def tell(result: OptimizationResult, export: ExportReport, out: Path, *, as_json
         export: What was exported.
         out: The folder with everything.
         as_json: Whether to print JSON only.
-        **more: Further figures for the JSON.
     """
     report = result.report
     if as_json:
-        emit_json({"report": json.loads(report.to_json()), "out": str(out), "onnx": str(export.path), **more})
+        emit_json({"report": json.loads(report.to_json()), "out": str(out), "onnx": str(export.path)})
         return
     show(report.table(), report.steps_table(), report.slow_table(), report.verdict, "")
     trust = f"{report.target.name} is {report.target.status}: {report.target.error}"

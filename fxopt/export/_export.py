@@ -67,6 +67,7 @@ class ExportReport:
         layers: Convolutions and linear layers: bits, bytes in the file, and the kernel.
         latency_s: Median time of a batch of one in onnxruntime on this machine, with one thread, processor time. None
             for "qonnx", which onnxruntime has no kernels for.
+        accuracy: Accuracy of the file in onnxruntime, where validation data was given to judge it by.
         notes: What a reader should know: synthetic calibration, a CPU without 8-bit instructions.
     """
 
@@ -86,6 +87,7 @@ class ExportReport:
     kernels: tuple[Kernel, ...] = ()
     layers: tuple[ExportedLayer, ...] = ()
     latency_s: float | None = None
+    accuracy: float | None = None
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -97,6 +99,8 @@ class ExportReport:
             parts.append(f"ran in onnxruntime, largest difference {self.max_abs_diff:.2g}")
         if self.top1_agreement is not None:
             parts.append(f"same class for {self.top1_agreement:.1%} of the compared outputs")
+        if self.accuracy is not None:
+            parts.append(f"accuracy {self.accuracy:.2%}")
         if self.integer_nodes is not None and self.kernels:
             parts.append(f"{self.integer_nodes} of {len(self.kernels)} nodes compute on integers")
         if self.latency_s is not None:

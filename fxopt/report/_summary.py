@@ -290,6 +290,8 @@ def _export_pair(key: str, value: object) -> tuple[str, str]:
     if key in _EXPORT_QUANTITIES and isinstance(value, (int, float)):
         words, metric = _EXPORT_QUANTITIES[key]
         return words, format_quantity(metric, float(value))
+    if key == "accuracy" and isinstance(value, float):
+        return "accuracy in onnxruntime", f"{value:.2%}"
     return key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
