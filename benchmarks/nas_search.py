@@ -1,9 +1,8 @@
 """Operators for three targets on Fashion-MNIST: by supernet, against three other searches and a baseline; print JSON.
 
-The 32 x 32 variant of the space that ProxylessNAS searches, at a third of its width. Each target allows a part of the
-latency that the MobileNetV2-style network (expansion 6 and kernel 3 everywhere) has there, or what the first smaller
-one that is not faster than this takes: that is the baseline. Each search gets the same number of epochs for its
-weights:
+The 32 x 32 variant of the space that ProxylessNAS searches, at a third of its width. Each target allows the latency of
+the largest MobileNetV2-style network (expansion 6 and kernel 3 everywhere) within a part of what the full one takes
+there: that is the baseline. Each search gets the same number of epochs for its weights:
 
 - ``binary``: two gates of every block, with the target's latency as a budget (one supernet for each target);
 - ``relaxed``: DARTS, all candidates at once, with the same budget and the same number of architecture steps;
@@ -21,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -56,10 +56,10 @@ from fxopt.training import fit
 
 DEVICES = {"v100": 8, "xeon-e5-2640v4": 1, "pixel1": 1}
 """Batch sizes, as in the paper."""
-ALLOWED = {"v100": 0.5, "xeon-e5-2640v4": 0.45, "pixel1": 0.6}
+ALLOWED = {"v100": 0.55, "xeon-e5-2640v4": 0.34, "pixel1": 0.615}
 """Parts of the latency at which the networks are about as accurate as each other.
 
-On the Xeon expansion 3 alone takes 0.57 of it, on the phone 0.7; on the GPU nothing but whole blocks counts.
+On the Xeon expansion 3 alone takes 0.5 of it, on the phone 0.7; on the GPU nothing but whole blocks counts.
 """
 METHODS = ("binary", "evolution", "random", "relaxed")
 STEP = SelectOperators(patterns=("inverted-residual",))
@@ -123,13 +123,11 @@ class Course:
 
     @functools.cache  # noqa: B019
     def smaller(self, device: str) -> fx.GraphModule:
-        """The smallest MobileNetV2-style network that is not faster than a part of the full one, untrained."""
-        least = ALLOWED[device] * latency_ms(self.graph, device)
-        narrow = [self.options.width * part / 40 for part in range(8, 41)]
-        made = (space(width, self.seed) for width in narrow)
-        if latency_ms(space(narrow[0], self.seed), device) > least:
-            made = (shallower(self.graph, count) for count in range(15, -1, -1))
-        return next(one for one in made if latency_ms(one, device) >= least)
+        """The largest MobileNetV2-style network within a part of the full one's latency, untrained."""
+        most = ALLOWED[device] * latency_ms(self.graph, device)
+        narrow = (space(self.options.width * part / 40, self.seed) for part in range(40, 7, -1))
+        shallow = (shallower(self.graph, count) for count in range(16))
+        return next(one for one in itertools.chain(narrow, shallow) if latency_ms(one, device) <= most)
 
     def limit(self, device: str) -> float:
         """Latency allowed, in seconds: that of the baseline, and what sums in another order differ by."""

@@ -31,6 +31,14 @@ from fxopt.search import SearchResult, engines, options_of_search, run_search
 
 __all__ = ["Course", "Judging", "Outcome", "Searching"]
 
+_POOR = 0.5
+"""The part of the original's score below which a trained selected network has hardly learnt."""
+_POORLY_SELECTED = (
+    "What was selected has {} after its training, the original {}: training hardly worked, so the selection means "
+    "little. Lower the learning rate (networks without batch norm may need a tenth), train for more epochs, or raise "
+    "the budget."
+)
+
 
 @dataclass(frozen=True)
 class Judging:
@@ -193,6 +201,9 @@ class Course:
             job.learn_from_better(before.accuracy, first, known=self.judging.by_data)
             line = f"operators: {len(job.selected)} blocks, entropy {job.entropy:.2f}"
             self.steps.append(PassLine(SelectOperators.name, line, first, job.metrics(job.graph, first)))
+            # Alone it is trained later.
+            if job.passes and self.judging.by_data:
+                job.notes = (*job.notes, *_poorly_selected(judge.score_name, first, before.accuracy))
         self.tuning.rehearse(job.graph)
         return judge, before
 
@@ -332,6 +343,13 @@ def _below(line: PassLine, before: PassLine) -> bool:
     """Whether a score is no number, or less than it was."""
     now, then = line.accuracy, before.accuracy
     return now is not None and then is not None and (math.isnan(now) or now < then)
+
+
+def _poorly_selected(name: str, selected: float, original: float | None) -> tuple[str, ...]:
+    """A note where what was selected, and trained, is far from as good as the original."""
+    if original is None or original <= 0.0 or not selected < _POOR * original:
+        return ()
+    return (_POORLY_SELECTED.format(format_score(name, selected), format_score(name, original)),)
 
 
 def _completed(search: SearchResult, decided: Policy) -> SearchResult:

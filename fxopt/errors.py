@@ -123,10 +123,11 @@ class UnknownNameError(FxoptError):
         suggestion: The nearest known name, or None.
     """
 
-    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, what: str, name: str, known: Iterable[str], remedy: str = "") -> None:
         names = sorted(known)
         nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
         self.name = name
         self.suggestion = nearest[0] if nearest else None
         hint = f" Did you mean {self.suggestion!r}?" if self.suggestion else ""
-        super().__init__(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+        more = f" {remedy}" if remedy else ""
+        super().__init__(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}.{more}")

@@ -63,9 +63,11 @@ class _Scene:
     def refusals(self, patterns: Sequence[Pattern]) -> Iterator[Refusal]:
         """The convolutions that are in no block."""
         names = ", ".join(pattern.name for pattern in patterns)
+        told: set[object] = set()
         for node in self._nodes:
             module = self._module(node)
-            if isinstance(module, nn.modules.conv._ConvNd) and node not in self._taken:
+            if isinstance(module, nn.modules.conv._ConvNd) and node not in self._taken and node.target not in told:
+                told.add(node.target)
                 reason = self._refused.get(node) or self._why_alone(node, names)
                 yield Refusal(node.name, str(node.target), reason)
             elif node.op == "call_function" and ops.semantics(self.gm, node).kind == "conv":

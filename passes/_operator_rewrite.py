@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.errors import PassError
+from fxopt.errors import PassError, TraceError
 from fxopt.graph import edit, ops, propagate
 from fxopt.graph import trace as trace_graph
 from fxopt.passes._operator_patterns import Block, blaming
@@ -174,7 +174,10 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
     sizes = (_EXAMPLE_BATCH, *edit.shape(value)[1:])
     like = next(module.parameters(), torch.zeros(()))
     with blaming("A candidate of your own", path):
-        inner = trace_graph(module.eval(), torch.zeros(sizes, dtype=like.dtype, device=like.device))
+        try:
+            inner = trace_graph(module.eval(), torch.zeros(sizes, dtype=like.dtype, device=like.device))
+        except TraceError as failure:
+            raise PassError(f"The candidate for {path!r} cannot be traced: {failure}") from failure
     names: dict[fx.Node, fx.Node] = {}
     for node in inner.graph.nodes:
         if node.op == "placeholder":
@@ -242,6 +245,11 @@ def check_custom(name: str, module: nn.Module, block: Block) -> None:
                     f"Candidate {name!r} makes {shown} of an input of {tuple(x.shape)}{words}, and the block "
                     f"{block.site!r} that it would stand in for makes {wanted}. Correct it, or tell "
                     "register_candidate(fits=...) where it can stand."
+                )
+            if found.dtype != x.dtype:
+                raise PassError(
+                    f"Candidate {name!r} at {block.site!r} makes {found.dtype} of an input of {x.dtype}{words}; let it "
+                    "keep its input's type."
                 )
             if not torch.equal(x, given_x):
                 raise PassError(

@@ -358,7 +358,7 @@ def check_names(names: Iterable[str], where: str = "") -> None:
     """
     for name in names:
         if not known(name.replace("{k}", "3").replace("{e}", "6")):
-            raise UnknownNameError(f"candidate{where}", name, [*_EXAMPLES, IDENTITY, ZERO, *_CUSTOM])
+            raise _unknown(name, where)
 
 
 def known(name: str) -> bool:
@@ -402,8 +402,13 @@ def is_custom(name: str) -> bool:
 def _found(name: str) -> tuple[_Family, int, int]:
     parsed = _parsed(name)
     if parsed is None:
-        raise UnknownNameError("candidate", name, [*_EXAMPLES, IDENTITY, ZERO, *_CUSTOM])
+        raise _unknown(name)
     return parsed
+
+
+def _unknown(name: str, where: str = "") -> UnknownNameError:
+    remedy = "One of your own has to be registered first: import the module that calls register_candidate."
+    return UnknownNameError(f"candidate{where}", name, [*_EXAMPLES, IDENTITY, ZERO, *_CUSTOM], remedy)
 
 
 def _parsed(name: str) -> tuple[_Family, int, int] | None:

@@ -56,6 +56,33 @@ def test_operators_channels_and_bits_within_one_budget(tmp_path: Path) -> None:
     assert [line.name for line in result.report.passes[:3]] == ["select-operators", "prune-channels", "fine-tune"]
 
 
+class HardlyWorks:
+    """Says of any network but the one as it is that it is right once in ten times."""
+
+    def __init__(self, original: torch.nn.Module) -> None:
+        self.outputs = original(EXAMPLE)
+
+    def __call__(self, module: torch.nn.Module) -> float:
+        outputs = module(EXAMPLE)
+        return 0.9 if torch.allclose(outputs, self.outputs, rtol=0.01, atol=1e-4) else self.score
+
+    score = 0.1
+
+
+@pytest.mark.parametrize(("score", "told"), [(0.1, True), (0.8, False)])
+def test_a_selected_network_that_has_not_learnt_is_told(
+    score: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HardlyWorks, "score", score)
+    model = make()
+    result = optimize(
+        model, EXAMPLE, passes=(STEP, "prune-channels"), budget={"macs": 0.5}, train=DATA, evaluate=HardlyWorks(model)
+    )
+    notes = [note for note in result.report.notes if note.startswith("What was selected has 0.1 ")]
+    assert bool(notes) is told
+    assert all("the original 0.9: training hardly worked" in note for note in notes)
+
+
 def three(folder: Path | None = None, model: torch.nn.Module | None = None, **options: Any) -> OptimizationResult:
     """Operators, channels and bits for a machine of few bits."""
     known: dict[str, Any] = {

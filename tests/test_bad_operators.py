@@ -67,6 +67,24 @@ class Spoiled:
             yield torch.full_like(images, math.nan) if self.read > 9 else images, labels
 
 
+class Branching(nn.Module):
+    """A candidate whose way depends on what it reads."""
+
+    def __init__(self, shape: Shape, style: Style) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(shape.inputs, shape.outputs, 3, shape.stride, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) if x.sum() > 0 else -self.conv(x)
+
+
+class Doubling(Branching):
+    """A candidate that gives another type than it reads."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).double()
+
+
 class Fourier(nn.Module):
     """A candidate of operators that no target has a model for."""
 
@@ -83,6 +101,8 @@ def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxopt.passes._operators._CUSTOM", dict(_CUSTOM))
     register_candidate("shrinking", lambda shape, style: nn.Conv2d(shape.inputs, shape.outputs, 3))
     register_candidate("fourier", Fourier)
+    register_candidate("doubling", Doubling)
+    register_candidate("branching", Branching)
     register_candidate("raising", lambda shape, style: nn.Conv2d(1 // 0, 1, 1))
     register_candidate("nothing", lambda shape, style: None)  # type: ignore[arg-type, return-value]
     register_candidate("failing", lambda shape, style: nn.Linear(1, 1))
@@ -151,7 +171,7 @@ WRONG: dict[str, tuple[type[FxoptError], str, Callable[[], dict[str, Any]]]] = {
     ),
     "NaN on the way": (
         FxoptError,
-        r"nan in epoch \d+, batch \d+ \(step \d+\)",
+        r"nan in epoch \d+, batch \d+ \(step \d+\).*supernet\.safetensors holds the last good state.*remove .*supernet",
         lambda: {"train": Spoiled()},
     ),
 }
@@ -178,6 +198,7 @@ def test_one_line_says_what_where_and_what_to_do(name: str, tmp_path: Path) -> N
         ("raising", "builder of candidate 'raising' fails at 'blocks.0': ZeroDivisionError"),
         ("nothing", "'nothing' at 'blocks.0' is a NoneType"),
         ("failing", r"'failing', given an input of \(2, 8, 8, 8\), fails at 'blocks.0': RuntimeError"),
+        ("doubling", "'doubling' at 'blocks.0' makes torch.float64 of an input of torch.float32"),
         ("unfit", "fits of candidate 'unfit' fails at 'blocks.0': AttributeError"),
     ],
 )
@@ -185,6 +206,11 @@ def test_a_candidate_that_fails_is_named_with_its_block(build: Callable[..., Any
     with pytest.raises(PassError, match=words) as caught:
         build(fxopt.trace(make(), EXAMPLE), offering(name))
     assert "\n" not in str(caught.value)
+
+
+def test_a_candidate_that_cannot_be_traced_is_named_with_its_block() -> None:
+    with pytest.raises(PassError, match=r"'blocks.0.branching' cannot be traced: .*test_bad_operators.py:\d+"):
+        lower_operators(fxopt.trace(make(), EXAMPLE), offering("branching"))
 
 
 def test_a_candidate_that_is_no_chain_stands_behind_another() -> None:

@@ -32,6 +32,7 @@ from fxopt.training import Loss, fit
 __all__ = ["PathScore", "check_budget", "fine_tune", "policy_within"]
 
 _SETTLING_BATCHES = 8
+_FORGOTTEN = 0.01
 _SLACK = 1e-12
 _DERIVED = "training what was selected"
 
@@ -251,13 +252,16 @@ def fine_tune(
     check_positive(learning_rate=learning_rate)
     show = reporter(progress)
     network = supernet.derive(policy, keep_weights=keep_weights)
-    teacher: nn.Module | None = None
-    if distil and epochs:
-        teacher = supernet.derive(supernet.most_likely())
-        recalibrate_batch_norm(teacher, train, _SETTLING_BATCHES)
+    teacher = supernet.derive(supernet.most_likely()) if distil and epochs else None
+    # The supernet's statistics are of many paths, and a short training would not outgrow them.
+    settling = list(read(train, "train", _SETTLING_BATCHES))
+    for one in (network, teacher):
+        if one is not None:
+            recalibrate_batch_norm(one, settling, _SETTLING_BATCHES)
     if not epochs:
-        recalibrate_batch_norm(network, train, _SETTLING_BATCHES)
         return network.eval()
+    norms = [one for one in network.modules() if isinstance(one, _BatchNorm) and one.track_running_stats]
+    began = [_batches(norm) for norm in norms]
     show.start(_DERIVED, epochs)
     try:
         fit(
@@ -273,7 +277,19 @@ def fine_tune(
         )
     finally:
         show.finish(_DERIVED)
+    if any(_remembers(norm, before) for norm, before in zip(norms, began, strict=True)):
+        recalibrate_batch_norm(network, settling, _SETTLING_BATCHES)
     return network.eval()
+
+
+def _remembers(norm: _BatchNorm, before: int) -> bool:
+    """Whether running statistics still hold much of those that a training began with, after so many batches."""
+    return norm.momentum is not None and (1.0 - norm.momentum) ** (_batches(norm) - before) > _FORGOTTEN
+
+
+def _batches(norm: _BatchNorm) -> int:
+    """The batches that running statistics were estimated on."""
+    return 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
 
 
 def _listed(duals: Any) -> list[float]:

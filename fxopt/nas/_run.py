@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class Run:
         self._own_loss = loss
         self.loss_name = None if loss is None else getattr(loss, "__qualname__", type(loss).__name__)
         self.origin = ""
+        self.checkpoint: Path | None = None
         methods: dict[str, BinaryGates | Relaxed | Reinforce] = {
             "binary": BinaryGates(2),
             "binary-all": BinaryGates(None),
@@ -250,8 +252,10 @@ class Run:
         epoch, batch = divmod(step, self.steps)
         chosen = self.supernet.space.decode([mixed.active for mixed in self.supernet.mixed.values()])
         path = chosen.of_kind("operator")
+        place = self.checkpoint
+        kept = "" if place is None else f"{place} holds the last good state, from which the same call goes on. "
+        remedy = "lower the learning rate" if place is None else f"lower the learning rate and remove {place}"
         return (
-            f"{what} in epoch {epoch + 1}, batch {batch + 1} (step {step + 1}), on the path {path}. "
-            "The checkpoint, if there is one, is of the last good state. Check the data; or remove the checkpoint, or "
-            "name another place, and lower learning_rate."
+            f"{what} in epoch {epoch + 1}, batch {batch + 1} (step {step + 1}), on the path {path}. {kept}Check the "
+            f"data and the loss; or {remedy}."
         )

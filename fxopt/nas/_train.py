@@ -23,7 +23,7 @@ from fxopt.nas._settings import Epoch, SupernetSettings
 from fxopt.nas._supernet import Supernet, check_table
 from fxopt.progress import Progress, Silent, reporter
 from fxopt.training import Loss
-from fxopt.training._checkpoint import stem_of
+from fxopt.training._checkpoint import file_of, stem_of
 
 __all__ = ["SupernetResult", "train_supernet"]
 
@@ -113,6 +113,7 @@ def train_supernet(
         stem = stem_of(checkpoint) if checkpoint is not None else None
         with Workers(supernet.net) as workers:
             run = Run(supernet, train, val, Cost(table, terms), chosen, workers, loss)
+            run.checkpoint = None if stem is None else file_of(stem)
             keep = None if stem is None else functools.partial(store, run, stem)
             start = _begin(run, stem)
             try:

@@ -19,7 +19,7 @@ from fxopt._files import path_of, replacing
 from fxopt.errors import FxoptError
 from fxopt.training._options import History
 
-__all__ = ["Checkpoint", "read_tensors", "stem_of", "write_tensors"]
+__all__ = ["Checkpoint", "file_of", "read_tensors", "stem_of", "write_tensors"]
 
 _TOLD = ("loss", "learning_rate", "gradient_norm", "score", "best_epoch", "first_loss")
 _MODEL, _OPTIMIZER, _BEST = "model.", "optimizer.", "best."
@@ -106,8 +106,8 @@ def stem_of(checkpoint: object) -> Path:
     stem = path_of("checkpoint", checkpoint)
     if stem.is_dir():
         raise FxoptError(f"checkpoint is the folder {stem}; give a file in it, such as {stem / 'training'}.")
-    if _file(stem).is_dir():
-        raise FxoptError(f"{_file(stem)} is a folder; give another path for checkpoint, or remove the folder.")
+    if file_of(stem).is_dir():
+        raise FxoptError(f"{file_of(stem)} is a folder; give another path for checkpoint, or remove the folder.")
     return stem
 
 
@@ -117,7 +117,7 @@ def write_tensors(stem: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     Raises:
         FxoptError: If it cannot be written; what stood there is untouched.
     """
-    path = _file(stem)
+    path = file_of(stem)
     own = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     told = dict(metadata or {})
     with replacing(path) as scratch:
@@ -134,7 +134,7 @@ def read_tensors(stem: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, s
     Raises:
         FxoptError: If it cannot be read.
     """
-    path = _file(stem)
+    path = file_of(stem)
     if not path.exists():
         return None
     with _reading(path):
@@ -168,5 +168,6 @@ def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, 
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _file(stem: Path) -> Path:
+def file_of(stem: Path) -> Path:
+    """The file of a checkpoint."""
     return stem.with_name(f"{stem.name}.safetensors")

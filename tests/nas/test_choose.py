@@ -21,6 +21,7 @@ from fxopt.errors import (
     UnknownNameError,
     VerifyError,
 )
+from fxopt.evaluate import recalibrate_batch_norm
 from fxopt.nas import CostTerm, PathScore, Supernet, check_budget, fine_tune, policy_within
 from fxopt.search import engines, run_search
 from tests.nas.toys import between, loader, mobile, mobile_table, paths, table, toy
@@ -165,6 +166,25 @@ def test_derived_networks_are_trained_by_the_supernet(supernet: Supernet) -> Non
     as_it_is = fine_tune(supernet, policy, loader(), epochs=0)
     kept = supernet.derive(policy)
     assert all(torch.equal(a, b) for a, b in zip(as_it_is.parameters(), kept.parameters(), strict=True))
+
+
+def test_statistics_of_other_paths_are_not_left_behind(supernet: Supernet) -> None:
+    policy, batches = supernet.space.decode([0] * len(supernet.space)), list(loader())
+    for buffer in supernet.net.buffers():
+        if buffer.is_floating_point():
+            buffer.add_(1e3)
+
+    def statistics(network: torch.nn.Module) -> torch.Tensor:
+        return torch.cat([one.flatten() for name, one in network.named_buffers() if "running" in name])
+
+    # Three steps remember most of what they began with, sixty next to nothing.
+    short = fine_tune(supernet, policy, batches, epochs=1)
+    settled = copy.deepcopy(short)
+    recalibrate_batch_norm(settled, batches)
+    torch.testing.assert_close(statistics(short), statistics(settled))
+    long = fine_tune(supernet, policy, batches, epochs=20)
+    assert {int(one) for name, one in long.named_buffers() if name.endswith("tracked")} == {3 + 60}
+    assert float(statistics(long).abs().max()) < 1e2
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])

@@ -257,7 +257,9 @@ class _Odd(nn.Module):
 
 def test_a_refused_match_says_why() -> None:
     gm = trace(_Odd().eval(), torch.randn(2, 4, 12, 12))
-    reasons = {refusal.site: refusal.reason for refusal in SelectOperators().refusals(gm)}
+    refusals = SelectOperators().refusals(gm)
+    reasons = {refusal.site: refusal.reason for refusal in refusals}
+    assert len(refusals) == len(reasons)
     assert "dilated" in reasons["dilated"]
     assert "padding" in reasons["valid"]
     assert "several places" in reasons["twice"]
@@ -369,6 +371,8 @@ def test_candidates_and_patterns_of_ones_own(monkeypatch: pytest.MonkeyPatch) ->
     register_candidate("shrinking", lambda shape, style: nn.Conv2d(shape.inputs, shape.outputs, 3))
     with pytest.raises(PassError, match="already"):
         register_candidate("mb6-k3", _TwoPaths)
+    with pytest.raises(UnknownNameError, match="import the module that calls register_candidate"):
+        SelectOperators(candidates="not-yet").explain(block_graph(models.DepthwiseSeparable(8, 16, 2)))
     gm = block_graph(models.DepthwiseSeparable(8, 16, 2))
     (found,) = SelectOperators(candidates="two-paths").explain(gm)
     assert found.candidates == ("separable-k3", "two-paths")
