@@ -1,8 +1,9 @@
 """Operators for three targets on Fashion-MNIST: by supernet, against three other searches and a baseline; print JSON.
 
 The 32 x 32 variant of the space that ProxylessNAS searches, at a third of its width. Each target allows the latency of
-the largest MobileNetV2-style network (expansion 6 and kernel 3 everywhere) within a part of what the full one takes
-there: that is the baseline. Each search gets the same number of epochs for its weights:
+the widest MobileNetV2-style network (expansion 6 and kernel 3 everywhere) within a part of what the full one takes
+there, or of the deepest where no width is: that is the baseline. Each search gets the same number of epochs for its
+weights:
 
 - ``binary``: two gates of every block, with the target's latency as a budget (one supernet for each target);
 - ``relaxed``: DARTS, all candidates at once, with the same budget and the same number of architecture steps;
@@ -123,7 +124,7 @@ class Course:
 
     @functools.cache  # noqa: B019
     def smaller(self, device: str) -> fx.GraphModule:
-        """The largest MobileNetV2-style network within a part of the full one's latency, untrained."""
+        """The widest MobileNetV2-style network within a part of the full one's latency, or the deepest; untrained."""
         most = ALLOWED[device] * latency_ms(self.graph, device)
         narrow = (space(self.options.width * part / 40, self.seed) for part in range(40, 7, -1))
         shallow = (shallower(self.graph, count) for count in range(16))

@@ -31,7 +31,7 @@ from fxopt.search import SearchResult, engines, options_of_search, run_search
 
 __all__ = ["Course", "Judging", "Outcome", "Searching"]
 
-_POOR = 0.5
+_POOR = 0.6
 """The part of the original's score below which a trained selected network has hardly learnt."""
 _POORLY_SELECTED = (
     "What was selected has {} after its training, the original {}: training hardly worked, so the selection means "
@@ -202,7 +202,7 @@ class Course:
             line = f"operators: {len(job.selected)} blocks, entropy {job.entropy:.2f}"
             self.steps.append(PassLine(SelectOperators.name, line, first, job.metrics(job.graph, first)))
             # Alone it is trained later.
-            if job.passes and self.judging.by_data:
+            if job.passes and self.tuning.epochs and self.judging.by_data:
                 job.notes = (*job.notes, *_poorly_selected(judge.score_name, first, before.accuracy))
         self.tuning.rehearse(job.graph)
         return judge, before

@@ -99,7 +99,7 @@ class OptimizationResult:
         made = export_onnx(self.model, path, self.example_inputs, format=format, check=check)
         self.report = dataclasses.replace(self.report, export=export_data(made))
         if val is not None:
-            made = dataclasses.replace(made, accuracy=accuracy(OnnxModule(made.path), val))
+            made = dataclasses.replace(made, accuracy=accuracy(OnnxModule(made.path, torch.get_num_threads()), val))
             self.report = dataclasses.replace(self.report, export=export_data(made))
         return made
 

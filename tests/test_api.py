@@ -124,8 +124,11 @@ def test_the_file_is_judged_by_validation_data(tmp_path: Path) -> None:
     assert result.export(file).accuracy is None
     with pytest.raises(ExportError, match="does not run qonnx"):
         result.export(file, format="qonnx", val=DATA)
+    file.unlink()
     with pytest.raises(DataError, match="val"):
         result.export(file, val=[])
+    assert file.exists()
+    assert result.report.export["accuracy"] is None
 
 
 def test_an_export_enters_the_report(tmp_path: Path) -> None:

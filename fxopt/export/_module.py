@@ -37,14 +37,15 @@ class OnnxModule(nn.Module):
         """Outputs for some inputs: a tensor, or a named tuple of several.
 
         Args:
-            *inputs: Tensors in the file's order, or nested in what has them in that order.
+            *inputs: Tensors in the file's order, or nested in what has them in that order; None stands for no input.
             **named: The file's other inputs, by name.
 
         Raises:
             ExportError: If these are not the file's inputs.
         """
-        given = dict(zip(self._names, pytree.tree_leaves(inputs), strict=False)) | named
-        count = len(pytree.tree_leaves(inputs)) + len(named)
+        leaves = [leaf for leaf in pytree.tree_leaves(inputs) if leaf is not None]
+        given = dict(zip(self._names, leaves, strict=False)) | named
+        count = len(leaves) + len(named)
         if count != len(self._names) or set(given) != set(self._names):
             wanted = ", ".join(self._names)
             raise ExportError(f"The file has the inputs {wanted}; got {count}, which are not those one by one.")

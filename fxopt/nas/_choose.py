@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from fxopt._numbers import check_not_negative, check_positive, check_whole
-from fxopt.data import Loader, check_loader, first_batch, read
+from fxopt._seeding import seeded
+from fxopt.data import Loader, check_loader, first_batch, pass_of, read
 from fxopt.decisions import Policy, format_quantity
 from fxopt.decisions._budget import within
 from fxopt.errors import BudgetError, FxoptError, InfeasibleError, PassError
@@ -254,7 +255,8 @@ def fine_tune(
     network = supernet.derive(policy, keep_weights=keep_weights)
     teacher = supernet.derive(supernet.most_likely()) if distil and epochs else None
     # The supernet's statistics are of many paths, and a short training would not outgrow them.
-    settling = list(read(train, "train", _SETTLING_BATCHES))
+    with seeded(seed):
+        settling = list(read(pass_of(train, 0, seed), "train", _SETTLING_BATCHES))
     for one in (network, teacher):
         if one is not None:
             recalibrate_batch_norm(one, settling, _SETTLING_BATCHES)
@@ -284,7 +286,9 @@ def fine_tune(
 
 def _remembers(norm: _BatchNorm, before: int) -> bool:
     """Whether running statistics still hold much of those that a training began with, after so many batches."""
-    return norm.momentum is not None and (1.0 - norm.momentum) ** (_batches(norm) - before) > _FORGOTTEN
+    now = _batches(norm)
+    kept = before / max(now, 1) if norm.momentum is None else (1.0 - norm.momentum) ** (now - before)
+    return kept > _FORGOTTEN
 
 
 def _batches(norm: _BatchNorm) -> int:

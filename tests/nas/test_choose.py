@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from fxopt.decisions import Constraint, Policy
 from fxopt.errors import (
@@ -182,6 +183,23 @@ def test_statistics_of_other_paths_are_not_left_behind(supernet: Supernet) -> No
     settled = copy.deepcopy(short)
     recalibrate_batch_norm(settled, batches)
     torch.testing.assert_close(statistics(short), statistics(settled))
+    shuffled = DataLoader(TensorDataset(*(torch.cat(parts) for parts in zip(*batches, strict=True))), 8, shuffle=True)
+    found = []
+    for seed in (1, 2):
+        # The state of torch's generator has no say.
+        torch.manual_seed(seed)
+        found.append(statistics(fine_tune(supernet, policy, shuffled, epochs=1)))
+    assert torch.equal(*found)
+    for module in supernet.net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    plain = fine_tune(supernet, policy, batches, epochs=1)
+    settled = copy.deepcopy(plain)
+    recalibrate_batch_norm(settled, batches)
+    torch.testing.assert_close(statistics(plain), statistics(settled))
+    for module in supernet.net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.1
     long = fine_tune(supernet, policy, batches, epochs=20)
     assert {int(one) for name, one in long.named_buffers() if name.endswith("tracked")} == {3 + 60}
     assert float(statistics(long).abs().max()) < 1e2
