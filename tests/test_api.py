@@ -25,6 +25,7 @@ from fxopt.errors import (
     TraceError,
     UnknownNameError,
 )
+from fxopt.evaluate import accuracy
 from fxopt.passes import PruneChannels
 from tests.optimizing import CLASSES, DATA, EXAMPLE, half_right, make_batches, make_net, optimize, outcome
 
@@ -110,12 +111,28 @@ def test_the_same_seed_gives_the_same_result() -> None:
     assert first.search.trials != other.search.trials
 
 
-def test_the_file_is_judged_by_validation_data(tmp_path: Path) -> None:
+def test_the_file_is_judged_by_all_of_the_validation_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = optimize(budget={"macs": 0.6}, passes=("prune-channels",), val=DATA)
-    file, score = tmp_path / "net.onnx", result.report.after.accuracy
-    assert score is not None
-    assert 0.0 < score < 1.0
-    made = result.export(file, val=DATA)
+    file, score = tmp_path / "net.onnx", 10 / 16
+    with torch.no_grad():
+        (one, right), (other, wrong) = ((images, result.model(images).argmax(1)) for images, _ in DATA)
+    # All of the first batch is right, and two of the second.
+    wrong[2:] = (wrong[2:] + 1) % CLASSES
+    val = [(one, right), (other, wrong)]
+
+    def writing_and_spoiling(model: nn.Module, *args: Any, **options: Any) -> fxopt.ExportReport:
+        report = fxopt.export_onnx(model, *args, **options)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        return report
+
+    with monkeypatch.context() as patch:
+        # What the model itself has is not what the file has.
+        patch.setattr("fxopt.api.export_onnx", writing_and_spoiling)
+        kept = {name: one.clone() for name, one in result.model.state_dict().items()}
+        made = result.export(file, val=val)
+        assert accuracy(result.model, val) != score
+        result.model.load_state_dict(kept)
     assert made.accuracy == score
     assert result.report.export is not None
     assert result.report.export["accuracy"] == score
@@ -123,7 +140,7 @@ def test_the_file_is_judged_by_validation_data(tmp_path: Path) -> None:
     assert f"{score:.2%}" in result.report.to_html()
     assert result.export(file).accuracy is None
     with pytest.raises(ExportError, match="does not run qonnx"):
-        result.export(file, format="qonnx", val=DATA)
+        result.export(file, format="qonnx", val=val)
     file.unlink()
     with pytest.raises(DataError, match="val"):
         result.export(file, val=[])
