@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +54,13 @@ class Layer:
 
     def seconds(self) -> float:
         """Processor time of one run, group by group."""
-        with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
-            start = time.process_time()
-            self.module(self.image)
-            return time.process_time() - start
+        with warnings.catch_warnings():
+            # Of a setting for GPUs that torch goes through as well.
+            warnings.simplefilter("ignore", UserWarning)
+            with torch.backends.mkldnn.flags(enabled=False):  # type: ignore[no-untyped-call]
+                start = time.process_time()
+                self.module(self.image)
+                return time.process_time() - start
 
 
 def layers_of(name: str) -> list[Layer]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fxopt.targets import Activation, OpKind, make_row
 from fxopt.targets.models.linear_cpu import GROUP_NAMES
@@ -62,3 +63,15 @@ def test_the_fit_of_a_core_keeps_given_ratios(monkeypatch: pytest.MonkeyPatch) -
     assert form.fit(points) == pytest.approx({mac: 2e-9, channel: 100e-9, weight: 6e-9})
     assert fits.predict(form.fit(points), points) == pytest.approx(seconds)
     assert [*fits.left_out(form, points).values()] == pytest.approx([0.0] * 3, abs=1e-12)
+
+
+def test_what_a_group_costs_is_measured_on_the_layers_that_it_is_fitted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    calibrate = importlib.import_module("calibrate_groups")
+    with torch.inference_mode():
+        layers = calibrate.layers_of("proxyless-cpu")
+        # Counted from the published layer table: channels and multiply-accumulates of all depthwise layers.
+        assert sum(layer.module.groups for layer in layers) == 6976
+        assert sum(layer.macs for layer in layers) == 32_355_288
+        assert layers[0].seconds() > 0.0
+    assert not any(layer.module._forward_hooks for layer in layers)
