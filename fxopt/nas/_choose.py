@@ -34,6 +34,7 @@ __all__ = ["PathScore", "check_budget", "fine_tune", "policy_within"]
 
 _SETTLING_BATCHES = 8
 _FORGOTTEN = 0.01
+"""Part of running statistics that those before a training may still make up behind it."""
 _SLACK = 1e-12
 _DERIVED = "training what was selected"
 
@@ -231,6 +232,9 @@ def fine_tune(
 ) -> fx.GraphModule:
     """Derive a network and train it, the supernet as its teacher.
 
+    Its batch norms are estimated anew before, since the supernet's are of many paths, and behind a training that is too
+    short to outgrow what they were. Batches for that depend on the seed alone.
+
     Args:
         supernet: A trained supernet.
         policy: The network.
@@ -254,7 +258,6 @@ def fine_tune(
     show = reporter(progress)
     network = supernet.derive(policy, keep_weights=keep_weights)
     teacher = supernet.derive(supernet.most_likely()) if distil and epochs else None
-    # The supernet's statistics are of many paths, and a short training would not outgrow them.
     with seeded(seed):
         settling = list(read(pass_of(train, 0, seed), "train", _SETTLING_BATCHES))
     for one in (network, teacher):
