@@ -149,11 +149,12 @@ class Experiment:
         )
 
     def _shares(self, passes: tuple[TunablePass, ...]) -> dict[str, float] | None:
-        """Operators and bits go their part of the way, channels the rest; the same bits everywhere go none."""
+        """Operators go their part of the way, channels and bits halves of the rest; bits that are the same go none."""
         if len(passes) < 3:
             return None
-        bits = 0.0 if isinstance(passes[-1], SameBits) else self.options.share
-        return {"select-operators": self.options.operators, "quantize": bits}
+        shares = {"select-operators": self.options.operators}
+        share = 0.0 if isinstance(passes[-1], SameBits) else self.options.share
+        return shares if share is None else {**shares, "quantize": share}
 
     @property
     def together(self) -> int:
@@ -218,7 +219,7 @@ def main() -> None:
     parser.add_argument(
         "--operators", type=float, default=0.7, help="part of the way that operators go, before channels"
     )
-    parser.add_argument("--share", type=float, default=0.15, help="part of the way that bits go, with all three")
+    parser.add_argument("--share", type=float, help="part of the way that bits go, with all three")
     parser.add_argument("--engine", default="exact")
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--judged", type=int, default=2000, help="held-out images that trials are judged on")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _MEASURING = "measuring what layers lose"
 _MEASURED_ON = 64
 """Samples."""
 _NO_LIMIT = 1e300
+_RECOVERED = 4
+"""Bits that a short training makes up for; how far bits are counted on to go where nobody says how far."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +149,22 @@ class Job:
     def _select(self, selector: Selector) -> Selection:
         """Choose operators, under their share."""
 
-        def completed(graph: fx.GraphModule) -> None:
+        def completed(graph: fx.GraphModule, *, anyhow: bool = True) -> None:
             if self.target.name != targets.HOST:
-                self._constrained(graph, self.lowered(graph), self._decisions(graph))
+                space = self._decisions(graph)
+                self._constrained(graph, self.lowered(graph), space if anyhow else self._counted_on(space))
 
         limits = dict(zip(self._metrics, self._limits_behind(selector.step).tolist(), strict=True))
         return selector.select(self.source, self.target, limits, completed, self._decisions)
+
+    def _counted_on(self, space: SearchSpace) -> SearchSpace:
+        """What other passes are counted on for: bits that training makes up for, unless their share was given."""
+        if self.shares is None or Quantize.name in self.shares.told:
+            return space
+        offered = self.target.capabilities
+        kept = {kind: tuple(pair for pair in pairs if min(pair) >= _RECOVERED) for kind, pairs in offered.bits.items()}
+        bits = {kind: some or offered.bits[kind] for kind, some in kept.items()}
+        return space.restrict(replace(offered, bits=bits))
 
     def _limits_behind(self, one: TunablePass) -> npt.NDArray[np.float64]:
         """What the network behind a pass may cost in every budgeted metric, by the pass's share."""
@@ -164,28 +177,41 @@ class Job:
     def part(self, one: TunablePass) -> tuple[SearchSpace, Constraint | None]:
         """What one pass decides, within its share of the budgets and so that those behind it can do the rest.
 
-        A pass that cannot go as far as its share goes as far as it can; the others go further for it.
+        A pass that cannot go as far as its share goes as far as it can; the others go further for it. So they do where
+        bits would go further than training makes up for, if nobody gave their share and the others can.
         """
         space = SearchSpace(decision for decision in self.space if decision.kind in one.kinds)
         if len(space) == len(self.space) or self.constraint is None or self.costs is None or not len(space):
             return space, self.constraint if len(space) else None
         columns = [index for index, decision in enumerate(self.space) if decision.kind in one.kinds]
         now = _Part(self.costs, columns, self.space.encode(self.space.default()))
-        rest = _Part(self.costs, columns, self.space.encode(self.constraint.cheapest()))
         own = np.maximum(self._limits_behind(one), [now.least(space, metric) for metric in range(len(self._metrics))])
+        far = [self.constraint.cheapest()]
+        with contextlib.suppress(InfeasibleError):
+            sensible = Constraint(self._counted_on(self.space), self.costs, self.limits, self._metrics)
+            far.insert(0, sensible.cheapest())
+        for others in far:
+            rest = _Part(self.costs, columns, self.space.encode(others))
+            with contextlib.suppress(InfeasibleError):
+                return space, self._bounded(space, (rest, self.limits), (now, own))
+        # Of several metrics not all can be as low as each of them alone; what counts is the end.
+        return space, self._bounded(space, (rest, self.limits))
+
+    def _bounded(self, space: SearchSpace, *bounds: tuple[_Part, npt.NDArray[np.float64]]) -> Constraint:
+        """What keeps a part of the decisions within limits, whatever the others are counted on for.
+
+        Raises:
+            InfeasibleError: If nothing does.
+        """
 
         def costs(indices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
-            return np.hstack([rest.at(indices), now.at(indices)])
+            return np.hstack([part.at(indices) for part, _ in bounds])
 
         def of_policies(policies: Sequence[Policy]) -> npt.NDArray[np.float64]:
             return costs(np.array([space.encode(policy) for policy in policies]))
 
-        limits, names = np.concatenate([self.limits, own]), self._metrics * 2
-        try:
-            return space, Constraint(space, of_policies, limits, names, by_index=costs)
-        except InfeasibleError:
-            # Of several metrics not all can be as low as each of them alone; what counts is the end.
-            return space, Constraint(space, lambda some: of_policies(some)[:, : len(own)], self.limits, self._metrics)
+        limits = np.concatenate([limit for _, limit in bounds])
+        return Constraint(space, of_policies, limits, self._metrics * len(bounds), by_index=costs)
 
     def _open(self, graph: fx.GraphModule, passes: tuple[TunablePass, ...]) -> None:
         self.graph, self.passes = graph, passes

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import fx
 
@@ -42,8 +45,16 @@ _COLLAPSED = (
 _STEP_DOWN = 0.95
 """What limits are multiplied by until the other passes can do the rest."""
 
-Completed = Callable[[fx.GraphModule], None]
-"""Raises InfeasibleError if the other passes cannot bring a network within the budget."""
+
+class Completed(Protocol):
+    """Whether the other passes can do the rest."""
+
+    def __call__(self, graph: fx.GraphModule, *, anyhow: bool = True) -> None:
+        """Look whether they can bring a network within the budget, anyhow or without going too far.
+
+        Raises:
+            InfeasibleError: If they cannot.
+        """
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class Selector:
         if not self.alone:
             wanted = {metric: max(limit, ExpectedCost(table, metric).least) for metric, limit in limits.items()}
             if limits:
-                completed(supernet.derive(_cheapest(supernet, table, limits)))
+                completed = _careful(completed, supernet.derive(_cheapest(supernet, table, limits)))
         found = self._train(supernet, table, wanted, train)
         policy = self._within(supernet, table, wanted, completed, found.duals)
         derived = supernet.derive(policy)
@@ -198,6 +209,19 @@ class Selector:
 
     def _place(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
+
+
+def _careful(completed: Completed, cheapest: fx.GraphModule) -> Completed:
+    """Without going too far, if that is enough for the cheapest network; else anyhow.
+
+    Raises:
+        InfeasibleError: If nothing is enough for it.
+    """
+    with contextlib.suppress(InfeasibleError):
+        completed(cheapest, anyhow=False)
+        return functools.partial(completed, anyhow=False)
+    completed(cheapest)
+    return completed
 
 
 def _cheapest(supernet: Supernet, table: OperatorTable, limits: Mapping[str, float]) -> Policy:

@@ -199,8 +199,9 @@ def optimize(
             equally what is left. Where the shares up to a pass are s and the budget is the part r of the original, the
             network behind that pass costs at most r ** s of the original. Each pass is then searched on its own, with
             ``trials`` of its own, on the network that those before it made and that was fine-tuned. A pass that cannot
-            go so far goes as far as it can, and one that leaves too much for the others goes further. None for equal
-            shares with "select-operators", and for one search of all passes together without.
+            go so far goes as far as it can, and one that leaves too much for the others goes further; so does one that
+            leaves more than 4 bits everywhere can do, if it can, unless the share of "quantize" is given. None for
+            equal shares with "select-operators", and for one search of all passes together without.
         engine: Name of a search engine. Where bits alone are decided, "exact" is told what each layer loses at each of
             its choices (``fxopt.sensitivity``, by gradients on a few samples); its first policy has the least sum.
         trials: Policies to try. The engine's options fit their number (``fxopt.search.fitting_options``); where more

@@ -195,6 +195,23 @@ def test_shares_without_operators_search_pass_by_pass() -> None:
     assert [line.name for line in result.report.passes] == ["quantize", "fine-tune quantized"]
 
 
+@pytest.mark.parametrize(("step", "budget"), [(PruneChannels(round_to=4), 0.4), (STEP, 0.18)])
+def test_bits_are_counted_on_down_to_four_unless_their_share_is_given(step: TunablePass, budget: float) -> None:
+    """On this target four bits take half of the time: what comes before goes further, if it can."""
+    told: dict[str, Any] = {"target": "zynq7020", "train": DATA, "val": DATA, "epochs": 0, "engine": "uniform"}
+
+    def before_bits(part: float, **shares: float) -> float:
+        result = optimize(make(), EXAMPLE, passes=(step, Quantize()), shares=shares, budget={"latency": part}, **told)
+        assert result.report.after.latency_s <= part * result.report.before.latency_s * (1 + 1e-9)
+        lines = {line.name: line.metrics.latency_s for line in result.report.passes if line.metrics is not None}
+        return lines[step.name] / result.report.before.latency_s
+
+    literal, free = before_bits(budget, quantize=1.0), before_bits(budget, **{step.name: 0.0})
+    assert 0.5 * free <= 1.01 * budget < 0.5 * literal
+    # What cannot be without fewer bits is as far as the share goes.
+    assert before_bits(0.1, quantize=1.0) == before_bits(0.1, **{step.name: 0.0})
+
+
 def test_limits_that_no_network_meets_together_are_left_to_the_other_passes() -> None:
     shares = {"select-operators": 0.9, "prune-channels": 0.05}
     result = three(budget={"latency": 0.5, "size": 0.3, "macs": 0.9}, shares=shares, epochs=0)

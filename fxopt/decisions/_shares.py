@@ -22,9 +22,11 @@ class Shares:
 
     Attributes:
         parts: Names of passes and their shares, in the order of the passes; they sum to one.
+        told: The passes whose share somebody gave; the others divide what these leave.
     """
 
     parts: tuple[tuple[str, float], ...]
+    told: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, names: Sequence[str], given: Mapping[str, object] | None = None) -> Shares:
@@ -52,7 +54,7 @@ class Shares:
                 f"The shares {_listed(told)} sum to {total:g}; all passes together go the whole way, which is 1."
             )
         rest = max(0.0, 1.0 - total) / max(1, len(others))
-        return cls(tuple((name, told.get(name, rest)) for name in names))
+        return cls(tuple((name, told.get(name, rest)) for name in names), frozenset(told))
 
     def limit(self, name: str, original: float, limit: float) -> float:
         """What the network behind a pass may cost.
