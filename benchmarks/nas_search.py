@@ -68,8 +68,6 @@ WITH_FUSED = replace(STEP, candidates=("mb{e}-k{k}", "fused{e}-k3", "zero"))
 """Inverted residuals with their first two layers in one as well, a dense one, for where a layer costs its launches."""
 WARM_UP = 2
 LEARNING_RATES = {"alone": 0.05, "supernet": 0.02}
-# Of two gates in seven a step moves two parameters, of the relaxation all: so either can go as far in a search.
-ALPHA_LEARNING_RATES = {"binary": 0.1, "relaxed": 0.1 * 2 / 7}
 
 
 def space(width: float, seed: int) -> fx.GraphModule:
@@ -152,9 +150,7 @@ class Course:
             method=method,
             warm_up=WARM_UP,
             epochs=self.options.epochs,
-            weight_steps=2,
             learning_rate=LEARNING_RATES["supernet"],
-            alpha_learning_rate=ALPHA_LEARNING_RATES.get(method, 0.1),
             seed=self.seed,
         )
         found = train_supernet(supernet, self.weights, self.architecture, self.table(device), terms, settings=settings)
