@@ -40,7 +40,7 @@ from fxopt.evaluate import Reconstruction, accuracy
 from fxopt.export import ExportReport, Format, OnnxModule, export_onnx, measure
 from fxopt.objectives import Objective
 from fxopt.passes import TunablePass
-from fxopt.progress import Progress, reporter
+from fxopt.progress import Progress, reporter, tracked
 from fxopt.report import Report
 from fxopt.search import SearchResult, engines
 from fxopt.training import FineTuning
@@ -78,6 +78,7 @@ class OptimizationResult:
         format: Format = "qdq",  # noqa: A002
         check: bool = True,
         val: Loader | None = None,
+        progress: bool | Progress | None = None,
     ) -> ExportReport:
         """Write the model to an ONNX file that was proved in onnxruntime; see :func:`fxopt.export_onnx`.
 
@@ -88,6 +89,7 @@ class OptimizationResult:
             format: As for :func:`fxopt.export_onnx`.
             check: As for :func:`fxopt.export_onnx`.
             val: Loader of (input, label) to judge the file by as well, in onnxruntime: all of it.
+            progress: How that is shown, as for :func:`optimize`.
 
         Raises:
             ExportError: As for :func:`fxopt.export_onnx`; or ``val`` is given with ``"qonnx"``, which does not run in
@@ -99,7 +101,8 @@ class OptimizationResult:
         made = export_onnx(self.model, path, self.example_inputs, format=format, check=check)
         self.report = dataclasses.replace(self.report, export=export_data(made))
         if val is not None:
-            made = dataclasses.replace(made, accuracy=accuracy(OnnxModule(made.path, torch.get_num_threads()), val))
+            judged = tracked(val, reporter(progress), "judging the file")
+            made = dataclasses.replace(made, accuracy=accuracy(OnnxModule(made.path, torch.get_num_threads()), judged))
             self.report = dataclasses.replace(self.report, export=export_data(made))
         return made
 

@@ -113,7 +113,7 @@ def _run(out: Path, effort: _Effort, seed: int, show: Progress) -> DemoOutcome:
     )
     # Saved first: a refused export loses no result.
     result.save(out)
-    export = result.export(out / MODEL, val=val)
+    export = result.export(out / MODEL, val=val, progress=show)
     result.save_report(out)
     return DemoOutcome(result, export, out)
 

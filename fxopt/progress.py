@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TextIO, runtime_checkable
+from operator import length_hint
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar, runtime_checkable
 
 from fxopt.errors import FxoptError
 
 if TYPE_CHECKING:
     from rich import progress as rich_progress
 
-__all__ = ["LineProgress", "Progress", "RichProgress", "Silent", "reporter", "watched"]
+__all__ = ["LineProgress", "Progress", "RichProgress", "Silent", "reporter", "tracked", "watched"]
+
+_Item = TypeVar("_Item")
 
 
 @runtime_checkable
@@ -21,7 +24,7 @@ class Progress(Protocol):
     """Told how far tasks are. Tasks are known by name, and several may run at once."""
 
     def start(self, task: str, total: int) -> None:
-        """``task`` begins and has ``total`` steps."""
+        """``task`` begins and has ``total`` steps; 0 if nobody knows."""
 
     def advance(self, task: str, n: int = 1, note: str = "") -> None:
         """``n`` more steps of ``task`` are done; ``note`` says what came of the last."""
@@ -62,7 +65,7 @@ class RichProgress:
         if self._bars is None:
             self._bars = _make_bars()
             self._bars.start()
-        self._tasks[task] = self._bars.add_task(task, total=total, note="")
+        self._tasks[task] = self._bars.add_task(task, total=total or None, note="")
 
     def advance(self, task: str, n: int = 1, note: str = "") -> None:
         """Move the bar of ``task``; a task that was not started is ignored."""
@@ -102,7 +105,7 @@ class LineProgress:
         """Say that ``task`` begins."""
         now = self._clock()
         self._tasks[task] = _Task(total, now, now)
-        self._say(f"{task}: 0 of {total}")
+        self._say(self._tasks[task].line(task))
 
     def advance(self, task: str, n: int = 1, note: str = "") -> None:
         """Say how far ``task`` is, if the last line is old enough; a task that was not started is ignored."""
@@ -112,12 +115,13 @@ class LineProgress:
         known.done += n
         known.note = note or known.note
         now = self._clock()
-        if now - known.told_s < self._every_s or known.done >= known.total:
+        if now - known.told_s < self._every_s or 0 < known.total <= known.done:
             return
         known.told_s = now
         spent_s = now - known.began_s
         left_s = spent_s / known.done * (known.total - known.done) if known.done else 0.0
-        self._say(f"{known.line(task)}, {_clock_time(spent_s)} gone, about {_clock_time(left_s)} left{known.tail()}")
+        left = f", about {_clock_time(left_s)} left" if known.total else ""
+        self._say(f"{known.line(task)}, {_clock_time(spent_s)} gone{left}{known.tail()}")
 
     def finish(self, task: str) -> None:
         """Say that ``task`` has ended."""
@@ -143,7 +147,7 @@ class _Task:
     note: str = ""
 
     def line(self, name: str) -> str:
-        return f"{name}: {self.done} of {self.total}"
+        return f"{name}: {self.done} of {self.total}" if self.total else f"{name}: {self.done}"
 
     def tail(self) -> str:
         return f" ({self.note})" if self.note else ""
@@ -176,6 +180,17 @@ def reporter(progress: bool | Progress | None) -> Progress:
     if isinstance(progress, Progress):
         return progress
     raise FxoptError(f"progress is True, False or an object with start, advance and finish; got {progress!r}.")
+
+
+def tracked(items: Iterable[_Item], show: Progress, task: str) -> Iterator[_Item]:
+    """The items one by one; ``show`` is told of each that is done, and of their number where they tell it."""
+    show.start(task, length_hint(items))
+    try:
+        for item in items:
+            yield item
+            show.advance(task)
+    finally:
+        show.finish(task)
 
 
 def _make_bars() -> rich_progress.Progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from fxopt.errors import (
 )
 from fxopt.evaluate import accuracy
 from fxopt.passes import PruneChannels
+from fxopt.progress import LineProgress
 from tests.optimizing import CLASSES, DATA, EXAMPLE, half_right, make_batches, make_net, optimize, outcome
 
 # What it gives.
@@ -130,7 +132,9 @@ def test_the_file_is_judged_by_all_of_the_validation_data(tmp_path: Path, monkey
         # What the model itself has is not what the file has.
         patch.setattr("fxopt.api.export_onnx", writing_and_spoiling)
         kept = {name: one.clone() for name, one in result.model.state_dict().items()}
-        made = result.export(file, val=val)
+        shown = io.StringIO()
+        made = result.export(file, val=val, progress=LineProgress(shown))
+        assert shown.getvalue().startswith("judging the file: 0 of 2\njudging the file: 2 of 2 in ")
         assert accuracy(result.model, val) != score
         result.model.load_state_dict(kept)
     assert made.accuracy == score

@@ -382,7 +382,7 @@ def test_a_refused_export_loses_no_result(folder: Path, monkeypatch: pytest.Monk
         def save(self, out: Path) -> None:
             self.report.save(out / "report.json")
 
-        def export(self, path: Path, val: object) -> None:
+        def export(self, path: Path, **options: object) -> None:
             raise ParityError(f"{path.name} computes something else")
 
     monkeypatch.setattr(api, "optimize", lambda *_, **__: Refusing())

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from fxopt.errors import FxoptError
-from fxopt.progress import Progress, RichProgress, Silent, reporter
+from fxopt.progress import LineProgress, Progress, RichProgress, Silent, reporter, tracked
 
 
 class Terminal(io.StringIO):
@@ -67,3 +67,24 @@ def test_the_terminal_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     bars.finish("never started")
     assert screen.getvalue() == written
     assert written.endswith("\x1b[?25h")
+
+
+def test_items_are_told_as_they_are_done() -> None:
+    log = io.StringIO()
+    show = LineProgress(log)
+    assert list(tracked([1, 2, 3], show, "judging")) == [1, 2, 3]
+    assert log.getvalue().startswith("judging: 0 of 3\njudging: 3 of 3 in ")
+    log.truncate(log.seek(0))
+    # What is left early has ended as well.
+    for item in tracked(iter(range(5)), show, "judging"):
+        if item == 2:
+            break
+    assert log.getvalue().startswith("judging: 0 of 5\njudging: 2 of 5 in ")
+    log.truncate(log.seek(0))
+    assert list(tracked((item for item in "ab"), show, "judging")) == ["a", "b"]
+    assert log.getvalue().startswith("judging: 0\njudging: 2 in ")
+    now = [0.0]
+    show = LineProgress(log, clock=lambda: now[0])
+    for _ in tracked((item for item in "ab"), show, "long"):
+        now[0] += 20.0
+    assert "long: 1, 0:00:20 gone\n" in log.getvalue()

@@ -70,7 +70,7 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         progress=progress,
     )
     result.save(out)
-    export = result.export(out / MODEL, val=val)
+    export = result.export(out / MODEL, val=val, progress=progress)
     result.save_report(out)
     return result, export
 
