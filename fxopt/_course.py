@@ -16,7 +16,7 @@ from fxopt._applying import Stages
 from fxopt._files import JOURNAL
 from fxopt._job import Job
 from fxopt._precision import Quickest
-from fxopt._selecting import bits_are_left
+from fxopt._selecting import Selector, bits_are_left
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Constraint, Policy, SearchSpace, format_score
@@ -29,8 +29,9 @@ from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
 from fxopt.search import SearchResult, engines, options_of_search, run_search
 
-__all__ = ["Course", "Judging", "Outcome", "Searching"]
+__all__ = ["Course", "Judging", "Outcome", "Searching", "decide"]
 
+_BEFORE = "The model before the search"
 _POOR = 0.6
 """The part of the original's score below which a trained selected network has hardly learnt."""
 _POORLY_SELECTED = (
@@ -80,6 +81,26 @@ class Judging:
             reconstruct=self.reconstruct,
             training=tuning.for_trials(self.trial_epochs),
         )
+
+
+def decide(job: Job, judging: Judging, tuning: Tuning, selector: Selector | None) -> float | None:
+    """Find what can be decided; where that takes a training, see before it that the model can be judged and trained.
+
+    Returns:
+        The score of the original; None without a selector, where nothing is trained yet.
+
+    Raises:
+        FxoptError: If judge, data or loss do not fit, the model is not what the objective starts from, or there is
+            nothing to select.
+    """
+    score = None
+    if selector is not None:
+        judge = Evaluator(job.source, (), val=judging.val, evaluate=judging.evaluate, seed=tuning.seed)
+        score = judge.rehearse()
+        judging.wanted.check(score, _BEFORE)
+        tuning.rehearse(job.source)
+    job.decide(selector)
+    return score
 
 
 @dataclass(frozen=True)
@@ -180,12 +201,15 @@ class Course:
     show: Progress
     steps: list[PassLine] = field(default_factory=list)
 
-    def rehearse(self, job: Job, passes: tuple[TunablePass, ...]) -> tuple[Evaluator, Metrics]:
+    def rehearse(
+        self, job: Job, passes: tuple[TunablePass, ...], selector: Selector | None
+    ) -> tuple[Evaluator, Metrics]:
         """See that the model can be judged and trained, before anything is searched.
 
         Args:
-            job: What can be decided.
+            job: What is found here to decide about.
             passes: Those that are searched first.
+            selector: Chooses operators before them; None if nothing does.
 
         Returns:
             The judge of these passes, and what the given model is worth and costs.
@@ -193,11 +217,12 @@ class Course:
         Raises:
             FxoptError: If judge, data or loss do not fit, or the model is not what the objective starts from.
         """
+        original = decide(job, self.judging, self.tuning, selector)
         judge = self.judging.of(job, passes, self.tuning)
         first = judge.rehearse()
-        self.judging.wanted.check(first, "The model before the search")
-        before = job.metrics(job.source, judge.judge(job.source) if len(job.operators) else first)
-        if len(job.operators):
+        self.judging.wanted.check(first, _BEFORE if original is None else "What was selected")
+        before = job.metrics(job.source, first if original is None else original)
+        if original is not None:
             job.learn_from_better(before.accuracy, first, known=self.judging.by_data)
             line = f"operators: {len(job.selected)} blocks, entropy {job.entropy:.2f}"
             self.steps.append(PassLine(SelectOperators.name, line, first, job.metrics(job.graph, first)))

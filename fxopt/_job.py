@@ -70,9 +70,7 @@ class _Part:
 
 
 class Job:
-    """The traced model, what it costs, and what can be decided about it.
-
-    With a selector the operators are chosen here, and all that follows starts from the network they make.
+    """The traced model, what it costs, and, from :meth:`decide` on, what can be decided about it.
 
     Attributes:
         source: The graph of the model.
@@ -97,7 +95,6 @@ class Job:
         budgets: tuple[Budget, ...],
         folder: Path | None,
         show: Progress,
-        selector: Selector | None = None,
         shares: Shares | None = None,
     ) -> None:
         self.target = target
@@ -115,14 +112,22 @@ class Job:
         self.original, self.limits = self._costs_of_original()
         self.shares, self.passes = shares, passes
         self.made_by: tuple[TunablePass, ...] = ()
+
+    def decide(self, selector: Selector | None) -> None:
+        """Find what can be decided. With a selector operators are chosen here, and the rest is about what they make.
+
+        Raises:
+            FxoptError: As the selector does.
+            InfeasibleError: If the passes cannot keep the limits.
+        """
         if selector is None:
-            self._open(self.source, passes)
-        else:
-            found = self._select(selector)
-            self.operators = selector.step.search_space(self.source)
-            self.selected, self.entropy, self.notes = found.policy, found.entropy, found.notes
-            self.made_by = (selector.step.with_policy(found.policy),)
-            self._open(found.graph, passes)
+            self._open(self.source, self.passes)
+            return
+        found = self._select(selector)
+        self.operators = selector.step.search_space(self.source)
+        self.selected, self.entropy, self.notes = found.policy, found.entropy, found.notes
+        self.made_by = (selector.step.with_policy(found.policy),)
+        self._open(found.graph, self.passes)
 
     def after(self, graph: fx.GraphModule, maker: TunablePass, passes: tuple[TunablePass, ...]) -> Job:
         """What is left to decide by ``passes`` about ``graph``, which ``maker`` made of this job's graph.

@@ -62,7 +62,7 @@ def save(
     original_state: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Write everything that :func:`load` needs to ``folder``; the recipe, which tells the files' digests, last."""
-    leaves, spec = pytree.tree_flatten(as_args(example_inputs))
+    inputs = _written(example_inputs)
     tensors, shapes = _packed(model)
     with replacing(folder / _WEIGHTS) as scratch:
         try:
@@ -73,12 +73,29 @@ def save(
     recipe = {
         "schema": _SCHEMA,
         "passes": [{"name": one.name, "options": _options(one)} for one in passes],
-        "inputs": {"spec": pytree.treespec_dumps(spec), "leaves": [_describe(leaf) for leaf in leaves]},
+        "inputs": inputs,
         "original_state": {name: list(shape) for name, shape in original_state.items()},
         "calibration": model.meta.get(CALIBRATION_META),
         "digests": {name: _file_digest(folder / name) for name in (_WEIGHTS, _POLICY)},
     }
     write_text(folder / _RECIPE, json.dumps(recipe, indent=1))
+
+
+def _written(example_inputs: object) -> dict[str, Any]:
+    """Example inputs as JSON-ready data.
+
+    Raises:
+        FxoptError: If they are held by a type that torch cannot write.
+    """
+    leaves, spec = pytree.tree_flatten(as_args(example_inputs))
+    try:
+        structure = pytree.treespec_dumps(spec)
+    except NotImplementedError as failure:
+        raise FxoptError(
+            f"The example inputs cannot be written: {failure} Register the type under a name, here and where the "
+            "result is loaded, and save again; nothing was written."
+        ) from failure
+    return {"spec": structure, "leaves": [_describe(leaf) for leaf in leaves]}
 
 
 def _packed(model: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -270,9 +270,9 @@ def optimize(
     divided = wanted_shares(shares, everything, budgets)
     if selecting is not None:
         check_objective_of_operators(wanted, rest)
-    job = Job(model, example_inputs, device, rest, budgets, folder, show, selector, divided)
+    job = Job(model, example_inputs, device, rest, budgets, folder, show, divided)
     groups = tuple((one,) for one in rest) if divided is not None and rest else (rest,)
-    judge, before = course.rehearse(job, groups[0])
+    judge, before = course.rehearse(job, groups[0], selector)
     made = course.run(job, groups, judge)
     job.check_budget(made.graph)
     timed = _measured(job.source, made.graph, example_inputs) if verify_on_host else (None, None)

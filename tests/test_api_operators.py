@@ -226,6 +226,33 @@ def test_shares_that_do_not_go() -> None:
         three(shares={"quantize": 0.6, "prune-channels": 0.6})
 
 
+class Untrained(Silent):
+    """Fails where a supernet is trained."""
+
+    def start(self, task: str, total: int) -> None:
+        assert task != "supernet"
+
+
+def mistyped(_: torch.nn.Module) -> float:
+    raise ValueError("a typo")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"evaluate": mistyped, "val": None}, "evaluate raised ValueError: a typo"),
+        ({"val": [(torch.zeros(2, 3, 8, 8), torch.zeros(5))]}, "val"),
+        ({"loss": lambda output, label: output}, "loss"),
+        ({"objective": SmallestCost(1.0, "macs")}, "The model before the search has the score"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_a_supernet_is_trained(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(FxoptError, match=words):
+        three(tmp_path / "work", progress=Untrained(), **options)
+
+
 def test_operators_alone() -> None:
     data = make_batches(5)
     result = optimize(make(), EXAMPLE, passes=(STEP,), budget={"macs": 0.9}, train=data, val=data)

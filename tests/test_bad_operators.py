@@ -143,7 +143,7 @@ WRONG: dict[str, tuple[type[FxoptError], str, Callable[[], dict[str, Any]]]] = {
     "a generator": (DataError, "train is a generator", lambda: {"train": (one for one in loader())}),
     "outputs of another kind": (
         DataError,
-        "gives a tuple.*trained as a classifier",
+        r"The model gives a tuple of .*, no tensor of class scores.*; give loss=callable",
         lambda: {"model": Pair(), "val": None, "evaluate": lambda module: 0.5},
     ),
     "labels that do not count": (
@@ -163,7 +163,11 @@ WRONG: dict[str, tuple[type[FxoptError], str, Callable[[], dict[str, Any]]]] = {
         lambda: {"train": TensorLoader(IMAGES, torch.randn(64), 16), "val": None, "evaluate": lambda module: 0.5},
     ),
     "no data": (DataError, "give train", lambda: {"train": None}),
-    "frozen": (FxoptError, "requires_grad_", lambda: {"model": make().requires_grad_(False)}),
+    "frozen": (
+        FxoptError,
+        "no parameter to train; set requires_grad on what shall be trained",
+        lambda: {"model": make().requires_grad_(False)},
+    ),
     "a limit out of reach": (
         InfeasibleError,
         r"latency of [\d.]+ [um]s, over the [\d.]+ [num]s asked for",
@@ -242,7 +246,7 @@ def score(module): return 0.5
         ("model", ["--train", "few"], "2 samples cannot be split"),
         ("model", ["--train", "generator"], "train is a generator"),
         ("model", [], "give train"),
-        ("pair", ["--train", "train", "--evaluate", "score"], "trained as a classifier"),
+        ("pair", ["--train", "train", "--evaluate", "score"], "give loss=callable(output, label)"),
         ("model", ["--train", "spoiled"], "The loss of the"),
         ("model", ["--train", "train", "--budget", "latency=0.01%"], "The cheapest architecture has a latency of"),
     ],

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -106,6 +106,24 @@ def test_example_inputs_of_every_form_are_kept(example: Any, tmp_path: Path) -> 
     loaded = fxopt.load(result.save(tmp_path), make_net())
     args, kwargs = fxopt.graph.as_args(example)
     assert torch.equal(loaded(*args, **kwargs), result.model(*args, **kwargs))
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    scale: torch.Tensor
+
+
+class OfPairs(Net):
+    def forward(self, pair: Pair) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(pair.x) * pair.scale
+
+
+def test_inputs_of_a_type_without_a_name_are_told_before_anything_is_written(tmp_path: Path) -> None:
+    example = (Pair(EXAMPLE, torch.ones(3, 1)),)
+    result = fxopt.optimize(OfPairs(), example, target="pixel1", passes=("prune-channels",), trials=1, epochs=0)
+    with pytest.raises(FxoptError, match=r"example inputs cannot be written: .*Pair.* Register the type"):
+        result.save(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_model_given_stays_as_it_was(saved: Path) -> None:

@@ -33,7 +33,7 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     check_names(options)
     from fxopt import search
     from fxopt._arguments import careful, check_data, resolve_passes, terms_of, wanted_objective, wanted_shares
-    from fxopt._course import Judging
+    from fxopt._course import Judging, decide
     from fxopt._host import load_target
     from fxopt._job import Job
     from fxopt._selecting import Selector, parted
@@ -55,12 +55,13 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     selector = None if selecting is None else Selector(selecting, tuning, passes, folder, progress)
     budgets = Budget.parse_all(options.budget)
     shares = wanted_shares(options.shares or None, everything, budgets)
-    job = Job(model, example, target, passes, budgets, folder, progress, selector, shares)
-    if not len(job.space):
-        raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
+    job = Job(model, example, target, passes, budgets, folder, progress, shares)
     wanted = wanted_objective(objective_of(options.objective))
     reconstruct = reconstruction_of(options.reconstruct)
     judging = Judging(val, evaluate, wanted, reconstruct, options.trial_epochs, (model, example))
+    decide(job, judging, tuning, selector)
+    if not len(job.space):
+        raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
     judge = judging.of(job, passes, tuning)
     wanted.check(judge.rehearse(), "The model before the search")
     chosen = list(names) or search.installed()
