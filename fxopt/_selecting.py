@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,13 +130,12 @@ class Selector:
         workload.prepare(target)
         table = workload.table(target)
         supernet = Supernet(graph, self.step)
-        wanted = limits
-        if not self.alone:
+        wanted, last = limits, None
+        if not self.alone and limits:
             wanted = {metric: max(limit, ExpectedCost(table, metric).least) for metric, limit in limits.items()}
-            if limits:
-                completed = _careful(completed, supernet.derive(_cheapest(supernet, table, limits)))
+            last, completed = _last(supernet, table, limits, completed)
         found = self._train(supernet, table, wanted, train)
-        policy = self._within(supernet, table, wanted, completed, found.duals)
+        policy = self._within(supernet, table, wanted, completed, found.duals, last)
         derived = supernet.derive(policy)
         # Another supernet may choose the same operators with other weights.
         name = "" if self.folder is None else f"selected-{digest_of(derived)}"
@@ -188,17 +186,20 @@ class Selector:
         limits: Mapping[str, float],
         completed: Completed,
         duals: Sequence[float],
+        last: Policy | None,
     ) -> Policy:
-        """The most probable policy within limits, lowered until the others can do the rest."""
-        last = _cheapest(supernet, table, limits) if limits else None
+        """The most probable policy within limits, lowered until the others can do the rest; ``last`` if they never can.
+
+        With None the limits are not lowered.
+        """
         while True:
             try:
                 policy = policy_within(supernet, table, limits, duals=duals)
             except InfeasibleError:
-                if last is None or self.alone:
+                if last is None:
                     raise
                 return last
-            if self.alone or not limits or policy == last:
+            if last is None or policy == last:
                 return policy
             try:
                 completed(supernet.derive(policy))
@@ -211,17 +212,28 @@ class Selector:
         return None if self.folder is None else self.folder / name
 
 
-def _careful(completed: Completed, cheapest: fx.GraphModule) -> Completed:
-    """Without going too far, if that is enough for the cheapest network; else anyhow.
+def _last(
+    supernet: Supernet, table: OperatorTable, limits: Mapping[str, float], completed: Completed
+) -> tuple[Policy, Completed]:
+    """A network that the others can bring within the budget, to fall back on, and how far they may go for it.
+
+    Mostly it is that of the cheapest candidates. What is the cheapest as it is need not be so when it is cut and
+    quantized: otherwise it is the original.
 
     Raises:
-        InfeasibleError: If nothing is enough for it.
+        InfeasibleError: If they can bring neither.
     """
-    with contextlib.suppress(InfeasibleError):
-        completed(cheapest, anyhow=False)
-        return functools.partial(completed, anyhow=False)
-    completed(cheapest)
-    return completed
+    ends = (_cheapest(supernet, table, limits), supernet.space.default())
+    failures: list[InfeasibleError] = []
+    for anyhow in (False, True):
+        for end in ends:
+            try:
+                completed(supernet.derive(end), anyhow=anyhow)
+            except InfeasibleError as failure:
+                failures.append(failure)
+            else:
+                return end, functools.partial(completed, anyhow=anyhow)
+    raise min(failures[-len(ends) :], key=lambda failure: failure.least / (failure.limit or 1.0))
 
 
 def _cheapest(supernet: Supernet, table: OperatorTable, limits: Mapping[str, float]) -> Policy:

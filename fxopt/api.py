@@ -275,7 +275,7 @@ def optimize(
     judge, before = course.rehearse(job, groups[0], selector)
     made = course.run(job, groups, judge)
     job.check_budget(made.graph)
-    timed = _measured(job.source, made.graph, example_inputs) if verify_on_host else (None, None)
+    timed = _measured(job, made.graph, example_inputs) if verify_on_host else (None, None)
     report = build_report(
         course,
         job,
@@ -289,6 +289,11 @@ def optimize(
     return OptimizationResult(made.graph, policy, report, made.search, everything, example_inputs, job.state)
 
 
-def _measured(before: fx.GraphModule, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:
-    found = measure(before, inputs, runs=15, peers=(after,))
+def _measured(job: Job, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:
+    """Seconds of the original and of the result; a note in their place where onnxruntime cannot compute them."""
+    try:
+        found = measure(job.source, inputs, runs=15, peers=(after,))
+    except ExportError as failure:
+        job.notes = (*job.notes, f"Not measured in onnxruntime on this machine: {failure}")
+        return None, None
     return found.median_s, found.peers[0].median_s

@@ -125,8 +125,8 @@ class SmallestCost:
         """
         if score < self.least_score:
             raise InfeasibleError(
-                f"{what} has the score {score:.4g}, below the least_score of {self.least_score:g}; lower that, or give "
-                "more trials.",
+                f"{what} has the score {score:.4g}, below the least_score of {self.least_score:g}; lower that, train "
+                "for longer, or give more trials.",
                 metric="score",
                 limit=self.least_score,
                 least=score,

@@ -152,6 +152,24 @@ def test_the_file_is_judged_by_all_of_the_validation_data(tmp_path: Path, monkey
     assert result.report.export["accuracy"] is None
 
 
+class OfBessel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make_net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.special.i1(self.net(x))
+
+
+def test_what_cannot_be_measured_is_told_and_the_result_is_kept() -> None:
+    result = optimize(OfBessel(), passes="prune-channels", budget={"macs": 0.6}, epochs=0, verify_on_host=True)
+    assert result.report.after.macs <= 0.6 * result.report.before.macs
+    assert result.report.before.measured_latency_s is result.report.after.measured_latency_s is None
+    told = [note for note in result.report.notes if note.startswith("Not measured in onnxruntime on this machine: ")]
+    assert len(told) == 1
+    assert "bessel_i1" in told[0]
+
+
 def test_an_export_enters_the_report(tmp_path: Path) -> None:
     result = optimize(budget={"macs": 0.6}, passes=("prune-channels",))
     made = result.export(tmp_path / "model.onnx")

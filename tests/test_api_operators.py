@@ -226,6 +226,35 @@ def test_shares_that_do_not_go() -> None:
         three(shares={"quantize": 0.6, "prune-channels": 0.6})
 
 
+def test_operators_that_are_cheap_but_not_when_they_are_cut_do_not_make_a_budget_infeasible() -> None:
+    """On an array separable layers cost less than dense ones of many channels, and more than dense ones of few."""
+    torch.manual_seed(0)
+    layers = [
+        module
+        for inputs, outputs in ((3, 64), (64, 128))
+        for module in (
+            torch.nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False),
+            torch.nn.BatchNorm2d(outputs),
+            torch.nn.ReLU(),
+        )
+    ]
+    model = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(128, 4))
+    step = SelectOperators(candidates=("conv-k3", "separable-k3"))
+    told: dict[str, Any] = {"target": "bitfusion", "train": DATA, "val": DATA, "epochs": 0, "trials": 1}
+
+    def least(*passes: Any) -> float:
+        with pytest.raises(InfeasibleError) as caught:
+            optimize(model, EXAMPLE, passes=passes, budget={"latency": 1e-4}, **told)
+        return caught.value.least
+
+    alone, cheapest = least("prune-channels", "quantize"), 3.5e-6
+    assert alone < cheapest
+    assert least(step, "prune-channels", "quantize") == alone
+    budget = {"latency": f"{cheapest}s"}
+    result = optimize(model, EXAMPLE, passes=(step, "prune-channels", "quantize"), budget=budget, **told)
+    assert result.report.after.latency_s <= cheapest * (1 + 1e-9)
+
+
 class Untrained(Silent):
     """Fails where a supernet is trained."""
 

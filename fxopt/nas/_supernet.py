@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxopt._digests import digest_of
-from fxopt.decisions import Policy, SearchSpace
+from fxopt.decisions import Decision, Policy, SearchSpace
 from fxopt.errors import FxoptError, PassError, PolicyError
 from fxopt.graph import edit
 from fxopt.lowering import OperatorTable, encoded, no_blocks
@@ -24,6 +24,8 @@ from fxopt.passes.select_operators import IDENTITY, ZERO, Block, restart
 __all__ = ["MixedOperator", "Supernet"]
 
 _COLLAPSED = 0.8
+_TELLING = 2
+"""Blocks that can be left out, at least, of which leaving out most tells that a search has collapsed."""
 _SKIPS = frozenset((ZERO, IDENTITY))
 Indices = npt.NDArray[np.intp]
 
@@ -183,12 +185,15 @@ class Supernet:
 
     def skipped(self, policy: Policy) -> float:
         """The part of the blocks that can be left out which a policy leaves out; 0 if there are none."""
-        can = [one for one in self.space if not _SKIPS.isdisjoint(one.choices)]
+        can = self._can_skip()
         return sum(policy[one.key] in _SKIPS for one in can) / max(1, len(can))
 
     def collapsed(self, policy: Policy) -> bool:
         """Whether a policy leaves out so many of the blocks that can be left out that the search has told nothing."""
-        return self.skipped(policy) >= _COLLAPSED
+        return len(self._can_skip()) >= _TELLING and self.skipped(policy) >= _COLLAPSED
+
+    def _can_skip(self) -> list[Decision]:
+        return [one for one in self.space if not _SKIPS.isdisjoint(one.choices)]
 
     def most_likely(self) -> Policy:
         """The policy of every block's most probable candidate."""

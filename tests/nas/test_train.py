@@ -121,6 +121,14 @@ def test_a_collapse_to_skips_is_told() -> None:
     assert result.history[-1].skipped == 1.0
     assert "collapsed to skips" in result.notes[0]
     assert not trained().notes
+    # Of a single block that can be left out it tells nothing that it is.
+    graph, step = mobile()
+    sites = [decision.site for decision in supernet.space if "zero" in decision.choices]
+    one = Supernet(graph, dataclasses.replace(step, ignore=tuple(sites[1:])))
+    policy = one.space.decode([len(decision.choices) - 1 for decision in one.space])
+    assert one.skipped(policy) == 1.0
+    assert not one.collapsed(policy)
+    assert supernet.collapsed(supernet.most_likely())
 
 
 def test_a_policy_over_a_limit_is_told() -> None:
