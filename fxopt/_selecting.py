@@ -131,7 +131,10 @@ class Selector:
         table = workload.table(target)
         supernet = Supernet(graph, self.step)
         wanted, last = limits, None
-        if not self.alone and limits:
+        if self.alone and len(limits) > 1:
+            # Limits that can be met one by one, but not together, are told before anything is trained.
+            policy_within(supernet, table, limits)
+        elif not self.alone and limits:
             wanted = {metric: max(limit, ExpectedCost(table, metric).least) for metric, limit in limits.items()}
             last, completed = _last(supernet, table, limits, completed)
         found = self._train(supernet, table, wanted, train)

@@ -28,6 +28,7 @@ __all__ = [
     "batch_for",
     "blaming",
     "call_model",
+    "class_labels",
     "class_numbers",
     "class_scores",
     "digits",
@@ -362,6 +363,17 @@ def class_numbers(label: Any, scores: torch.Tensor, what: str, remedy: str) -> t
             f"labels (those to be left out are {IGNORED_LABEL}), or the model's number of classes."
         )
     return numbers
+
+
+def class_labels(label: Any, scores: torch.Tensor, what: str, remedy: str) -> torch.Tensor:
+    """Labels as :func:`class_numbers`, or, where they have the shape of the scores, as probabilities of classes.
+
+    Raises:
+        DataError: As for :func:`class_numbers`.
+    """
+    if isinstance(label, torch.Tensor) and label.is_floating_point() and label.shape == scores.shape:
+        return label
+    return class_numbers(label, scores, what, remedy)
 
 
 def _described(value: Any) -> str:

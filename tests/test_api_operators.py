@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import fxopt
-from fxopt import models
+from fxopt import models, targets
 from fxopt.api import OptimizationResult
 from fxopt.errors import BudgetError, DataError, FxoptError, InfeasibleError, PassError, SearchError
+from fxopt.lowering import lower_operators
 from fxopt.objectives import SmallestCost
 from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, SelectOperators, TunablePass
 from fxopt.progress import Silent
@@ -226,7 +227,7 @@ def test_shares_that_do_not_go() -> None:
         three(shares={"quantize": 0.6, "prune-channels": 0.6})
 
 
-def test_operators_that_are_cheap_but_not_when_they_are_cut_do_not_make_a_budget_infeasible() -> None:
+def dense_or_separable() -> tuple[torch.nn.Module, SelectOperators]:
     """On an array separable layers cost less than dense ones of many channels, and more than dense ones of few."""
     torch.manual_seed(0)
     layers = [
@@ -239,7 +240,11 @@ def test_operators_that_are_cheap_but_not_when_they_are_cut_do_not_make_a_budget
         )
     ]
     model = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(128, 4))
-    step = SelectOperators(candidates=("conv-k3", "separable-k3"))
+    return model.eval(), SelectOperators(candidates=("conv-k3", "separable-k3"))
+
+
+def test_operators_that_are_cheap_but_not_when_they_are_cut_do_not_make_a_budget_infeasible() -> None:
+    model, step = dense_or_separable()
     told: dict[str, Any] = {"target": "bitfusion", "train": DATA, "val": DATA, "epochs": 0, "trials": 1}
 
     def least(*passes: Any) -> float:
@@ -280,6 +285,19 @@ def test_what_does_not_fit_is_told_before_a_supernet_is_trained(
 ) -> None:
     with pytest.raises(FxoptError, match=words):
         three(tmp_path / "work", progress=Untrained(), **options)
+
+
+def test_limits_that_can_only_be_met_one_by_one_are_told_before_a_supernet_is_trained() -> None:
+    model, step = dense_or_separable()
+    table = lower_operators(fxopt.trace(model, EXAMPLE), step).table(targets.load("bitfusion"))
+    default = table.space.encode(table.space.default())[None]
+    budget = {}
+    for metric in ("latency", "macs"):
+        costs, fixed = table.of(metric)
+        budget[metric] = 1.001 * (costs.min(1).sum() + fixed) / float(table.score(default, metric)[0])
+    told: dict[str, Any] = {"target": "bitfusion", "train": DATA, "val": DATA, "progress": Untrained()}
+    with pytest.raises(InfeasibleError, match="together, though each can be met alone"):
+        optimize(model, EXAMPLE, passes=(step,), budget=budget, **told)
 
 
 def test_operators_alone() -> None:

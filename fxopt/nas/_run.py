@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxopt.data import IGNORED_LABEL, Loader, batch_for, call_model, class_numbers, class_scores, split_batch
+from fxopt.data import IGNORED_LABEL, Loader, batch_for, call_model, class_labels, class_scores, split_batch
 from fxopt.errors import FxoptError
 from fxopt.nas._architecture import BinaryGates, Reinforce, Relaxed, sample
 from fxopt.nas._batches import Numbered
@@ -205,9 +205,12 @@ class Run:
             return sum((leaf.sum() for leaf in tensors_of(output)), torch.zeros(())) * 0.0
         remedy = "a supernet is trained as a classifier unless it is given a loss"
         scores = class_scores(output, remedy)
-        numbers = class_numbers(label, scores, what, remedy)
-        total = nn.functional.cross_entropy(scores, numbers, reduction="sum", label_smoothing=smoothing)
-        labelled = int((split_batch(batch, what)[1] != IGNORED_LABEL).sum())
+        labels = class_labels(label, scores, what, remedy)
+        total = nn.functional.cross_entropy(scores, labels, reduction="sum", label_smoothing=smoothing)
+        whole = split_batch(batch, what)[1]
+        # Probabilities have one number for each class.
+        soft = labels.is_floating_point()
+        labelled = whole.numel() // scores.shape[1] if soft else int((whole != IGNORED_LABEL).sum())
         return total * (self.workers.size / labelled) if labelled else total * math.nan
 
     def _end_epoch(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from fxopt.data import class_numbers, class_scores
+from fxopt.data import class_labels, class_scores
 from fxopt.errors import DataError
 
 __all__ = ["Loss", "attention_distance", "attention_map", "cross_entropy", "feature_distance", "score_distance"]
@@ -28,10 +28,8 @@ def cross_entropy(output: Any, label: Any) -> torch.Tensor:
         DataError: If there are no class scores, or labels do not fit them.
     """
     scores = class_scores(output, _OTHER_TASKS)
-    if isinstance(label, torch.Tensor) and label.is_floating_point() and label.shape == scores.shape:
-        return nn.functional.cross_entropy(scores, label)
-    numbers = class_numbers(label, scores, "train", f"for another task {_OTHER_TASKS}")
-    return nn.functional.cross_entropy(scores, numbers)
+    labels = class_labels(label, scores, "train", f"for another task {_OTHER_TASKS}")
+    return nn.functional.cross_entropy(scores, labels)
 
 
 def score_distance(output: Any, wanted: Any, temperature: float) -> torch.Tensor:

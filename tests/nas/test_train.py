@@ -27,7 +27,7 @@ from fxopt.nas._parallel import Workers
 from fxopt.nas._run import Run
 from fxopt.progress import Silent
 from fxopt.training import read_tensors, write_tensors
-from tests.nas.toys import between, loader, mobile, mobile_table, table, toy
+from tests.nas.toys import CLASSES, between, loader, mobile, mobile_table, table, toy
 
 SETTINGS = SupernetSettings(warm_up=1, epochs=2, learning_rate=0.02)
 
@@ -109,6 +109,19 @@ def test_a_budget_draws_the_expected_latency_down() -> None:
     result = trained(terms=[CostTerm("latency", between(0.3), "budget", 2.0)], settings=settings)
     assert result.history[-1].costs[0] < result.history[0].costs[0]
     assert max(epoch.duals[0] for epoch in result.history) > 0.0
+
+
+def test_labels_may_be_probabilities_of_classes() -> None:
+    def soft(given: list[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(x, torch.nn.functional.one_hot(label, CLASSES).float()) for x, label in given]
+
+    settings = dataclasses.replace(SETTINGS, label_smoothing=0.1)
+    hard, val = list(loader()), list(loader(16, seed=1))
+    wanted = state(trained(data=hard, val=val, settings=settings))
+    found = state(trained(data=soft(hard), val=soft(val), settings=settings))
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_a_collapse_to_skips_is_told() -> None:
