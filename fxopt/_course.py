@@ -29,7 +29,7 @@ from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine
 from fxopt.search import SearchResult, engines, options_of_search, run_search
 
-__all__ = ["Course", "Judging", "Outcome", "Searching", "decide"]
+__all__ = ["Course", "Judging", "Outcome", "Searching", "rehearsed"]
 
 _BEFORE = "The model before the search"
 _POOR = 0.6
@@ -83,24 +83,30 @@ class Judging:
         )
 
 
-def decide(job: Job, judging: Judging, tuning: Tuning, selector: Selector | None) -> float | None:
-    """Find what can be decided; where that takes a training, see before it that the model can be judged and trained.
+def rehearsed(
+    job: Job, passes: tuple[TunablePass, ...], judging: Judging, tuning: Tuning, selector: Selector | None
+) -> tuple[Evaluator, float, float | None]:
+    """Find what can be decided, and see that it can be judged; before anything is trained, that the model can.
 
     Returns:
-        The score of the original; None without a selector, where nothing is trained yet.
+        The judge of these passes, the score of the network that they start from, and that of the model; None without a
+        selector, where these are one.
 
     Raises:
-        FxoptError: If judge, data or loss do not fit, the model is not what the objective starts from, or there is
+        FxoptError: If judge, data or loss do not fit, the network is not what the objective starts from, or there is
             nothing to select.
     """
-    score = None
+    original = None
     if selector is not None:
-        judge = Evaluator(job.source, (), val=judging.val, evaluate=judging.evaluate, seed=tuning.seed)
-        score = judge.rehearse()
-        judging.wanted.check(score, _BEFORE)
+        model = Evaluator(job.source, (), val=judging.val, evaluate=judging.evaluate, seed=tuning.seed)
+        original = model.rehearse()
+        judging.wanted.check(original, _BEFORE)
         tuning.rehearse(job.source)
     job.decide(selector)
-    return score
+    judge = judging.of(job, passes, tuning)
+    first = judge.rehearse()
+    judging.wanted.check(first, _BEFORE if original is None else "What was selected")
+    return judge, first, original
 
 
 @dataclass(frozen=True)
@@ -217,10 +223,7 @@ class Course:
         Raises:
             FxoptError: If judge, data or loss do not fit, or the model is not what the objective starts from.
         """
-        original = decide(job, self.judging, self.tuning, selector)
-        judge = self.judging.of(job, passes, self.tuning)
-        first = judge.rehearse()
-        self.judging.wanted.check(first, _BEFORE if original is None else "What was selected")
+        judge, first, original = rehearsed(job, passes, self.judging, self.tuning, selector)
         before = job.metrics(job.source, first if original is None else original)
         if original is not None:
             job.learn_from_better(before.accuracy, first, known=self.judging.by_data)

@@ -191,10 +191,10 @@ class Job:
         columns = [index for index, decision in enumerate(self.space) if decision.kind in one.kinds]
         now = _Part(self.costs, columns, self.space.encode(self.space.default()))
         own = np.maximum(self._limits_behind(one), [now.least(space, metric) for metric in range(len(self._metrics))])
-        far = [self.constraint.cheapest()]
-        with contextlib.suppress(InfeasibleError):
-            sensible = Constraint(self._counted_on(self.space), self.costs, self.limits, self._metrics)
-            far.insert(0, sensible.cheapest())
+        far, counted_on = [self.constraint.cheapest()], self._counted_on(self.space)
+        if counted_on != self.space:
+            with contextlib.suppress(InfeasibleError):
+                far.insert(0, Constraint(counted_on, self.costs, self.limits, self._metrics).cheapest())
         for others in far:
             rest = _Part(self.costs, columns, self.space.encode(others))
             with contextlib.suppress(InfeasibleError):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,20 +83,58 @@ def save(
 
 
 def _written(example_inputs: object) -> dict[str, Any]:
-    """Example inputs as JSON-ready data.
+    """Example inputs as JSON-ready data, with where the types of named tuples are defined.
 
     Raises:
         FxoptError: If they are held by a type that torch cannot write.
     """
-    leaves, spec = pytree.tree_flatten(as_args(example_inputs))
+    inputs = as_args(example_inputs)
+    kinds: dict[type, None] = {}
+
+    def seen(value: object) -> bool:
+        if pytree.is_namedtuple_instance(value):
+            kinds[type(value)] = None
+        return False
+
+    pytree.tree_flatten(inputs, seen)
+    named = {_named(kind): [kind.__module__, kind.__qualname__] for kind in kinds}
+    leaves, spec = pytree.tree_flatten(inputs)
     try:
         structure = pytree.treespec_dumps(spec)
     except NotImplementedError as failure:
         raise FxoptError(
-            f"The example inputs cannot be written: {failure} Register the type under a name, here and where the "
-            "result is loaded, and save again; nothing was written."
+            f"The example inputs cannot be written: {failure}. Register the type with a serialized_type_name, here and "
+            "where the result is loaded, and save again; nothing was written."
         ) from failure
-    return {"spec": structure, "leaves": [_describe(leaf) for leaf in leaves]}
+    return {"spec": structure, "leaves": [_describe(leaf) for leaf in leaves], "named": named}
+
+
+def _named(kind: type) -> str:
+    """The name that a type of named tuples is written by; it gets one unless somebody gave it one."""
+    known = {value: name for name, value in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.items()}
+    if kind not in known:
+        known[kind] = f"{kind.__module__}.{kind.__qualname__}"
+        pytree._register_namedtuple(kind, serialized_type_name=known[kind])
+    return known[kind]
+
+
+def _read_inputs(data: Mapping[str, Any]) -> Any:
+    """What :func:`_written` wrote. Types are looked for in modules that are imported already; nothing is imported.
+
+    Raises:
+        FxoptError: If a type of named tuples is not there.
+    """
+    for name, (module, path) in data.get("named", {}).items():
+        if name in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE:
+            continue
+        kind: Any = sys.modules.get(module)
+        for part in path.split("."):
+            kind = getattr(kind, part, None)
+        if not isinstance(kind, type):
+            raise FxoptError(f"The example inputs hold a {path} of {module}; import that module before loading.")
+        pytree._register_namedtuple(kind, serialized_type_name=name)
+    leaves = [_example(leaf) for leaf in data["leaves"]]
+    return pytree.tree_unflatten(leaves, pytree.treespec_loads(data["spec"]))
 
 
 def _packed(model: fx.GraphModule) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -229,8 +268,7 @@ def _read_recipe(folder: Path) -> _Recipe:
             "Save the result again, or load it with the release that wrote it."
         )
     try:
-        leaves = [_example(leaf) for leaf in data["inputs"]["leaves"]]
-        inputs = pytree.tree_unflatten(leaves, pytree.treespec_loads(data["inputs"]["spec"]))
+        inputs = _read_inputs(data["inputs"])
         passes = [pass_registry.create(one["name"], **one["options"]) for one in data["passes"]]
         return _Recipe(passes, inputs, dict(data["original_state"]), dict(data["digests"]), data.get("calibration"))
     except FxoptError:

@@ -110,12 +110,15 @@ class OptimizationResult:
         """Write policy, weights, recipe and report to a folder that :func:`load` reads.
 
         The recipe is written last and tells the others' digests, so that files of two saves are not taken for one.
+        Named tuples among the example inputs are kept by where their types are defined. Any other type that was made
+        known to torch (``register_pytree_node``) has to have a ``serialized_type_name`` there, here and for ``load``.
 
         Returns:
             The folder.
 
         Raises:
-            FxoptError: If the folder cannot be written; files there are whole or untouched.
+            FxoptError: If the folder cannot be written; files there are whole or untouched. Or the example inputs
+                cannot be, for want of that name; nothing is written then.
         """
         place = Path(folder)
         _storage.save(place, self.model, self.policy, self.passes, self.example_inputs, self.original_state)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import fxopt
 from fxopt import _digests, _storage
@@ -113,15 +115,55 @@ class Pair(NamedTuple):
     scale: torch.Tensor
 
 
-class OfPairs(Net):
-    def forward(self, pair: Pair) -> torch.Tensor:  # type: ignore[override]
-        return super().forward(pair.x) * pair.scale
+class OfPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, pair: Pair) -> torch.Tensor:
+        return self.net(pair.x) * pair.scale
 
 
-def test_inputs_of_a_type_without_a_name_are_told_before_anything_is_written(tmp_path: Path) -> None:
-    example = (Pair(EXAMPLE, torch.ones(3, 1)),)
-    result = fxopt.optimize(OfPairs(), example, target="pixel1", passes=("prune-channels",), trials=1, epochs=0)
-    with pytest.raises(FxoptError, match=r"example inputs cannot be written: .*Pair.* Register the type"):
+def test_named_tuples_among_inputs_are_kept_where_their_type_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = (Pair(EXAMPLE, torch.full((3, 1), 2.0)),)
+    told: dict[str, Any] = {"target": "pixel1", "passes": ("prune-channels",), "trials": 1, "verify_on_host": False}
+    model = OfPairs().eval()
+    result = fxopt.optimize(model, example, budget={"macs": 0.7}, **told)
+    folder, kind = result.save(tmp_path), Pair
+
+    def loaded_elsewhere() -> torch.Tensor:
+        # As in a process that has not written them.
+        pytree._deregister_pytree_node(kind)
+        return fxopt.load(folder, model)(*example)
+
+    assert torch.equal(loaded_elsewhere(), result.model(*example))
+    monkeypatch.delattr(f"{__name__}.Pair")
+    with pytest.raises(FxoptError, match=rf"hold a Pair of {__name__}; import that module"):
+        loaded_elsewhere()
+
+
+@dataclass
+class Held:
+    x: torch.Tensor
+
+
+class OfHeld(OfPairs):
+    def forward(self, held: Any) -> torch.Tensor:
+        return self.net(held.x)
+
+
+def test_inputs_of_a_type_that_cannot_be_written_are_told_before_anything_is(tmp_path: Path) -> None:
+    pytree.register_pytree_node(
+        Held,
+        lambda one: ([one.x], None),
+        lambda parts, _: Held(*parts),
+        flatten_with_keys_fn=lambda one: ([(pytree.GetAttrKey("x"), one.x)], None),
+    )
+    told: dict[str, Any] = {"target": "pixel1", "passes": ("prune-channels",), "trials": 1, "verify_on_host": False}
+    result = fxopt.optimize(OfHeld(), (Held(EXAMPLE),), **told)
+    with pytest.raises(FxoptError, match=r"cannot be written: .*Held.*Register the type with a serialized_type_name"):
         result.save(tmp_path / "saved")
     assert not list(tmp_path.iterdir())
 

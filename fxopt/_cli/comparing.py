@@ -33,7 +33,7 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     check_names(options)
     from fxopt import search
     from fxopt._arguments import careful, check_data, resolve_passes, terms_of, wanted_objective, wanted_shares
-    from fxopt._course import Judging, decide
+    from fxopt._course import Judging, rehearsed
     from fxopt._host import load_target
     from fxopt._job import Job
     from fxopt._selecting import Selector, parted
@@ -59,11 +59,9 @@ def compare(options: Options, names: Sequence[str], seeds: int, progress: Progre
     wanted = wanted_objective(objective_of(options.objective))
     reconstruct = reconstruction_of(options.reconstruct)
     judging = Judging(val, evaluate, wanted, reconstruct, options.trial_epochs, (model, example))
-    decide(job, judging, tuning, selector)
+    judge, _, _ = rehearsed(job, passes, judging, tuning, selector)
     if not len(job.space):
         raise SearchError("The passes find nothing to decide in this model; name others with --passes.")
-    judge = judging.of(job, passes, tuning)
-    wanted.check(judge.rehearse(), "The model before the search")
     chosen = list(names) or search.installed()
     told = {name: job.told(name, judge) for name in chosen}
     task = "comparing"
