@@ -28,7 +28,7 @@ from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, We
 from fxopt.lowering import IndexCosts, ParametricWorkload, lower
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, TunablePass
 from fxopt.progress import Progress
-from fxopt.report import Metrics, PassLine
+from fxopt.report import Metrics, PassLine, SupernetLine
 from fxopt.sensitivity import sensitivities
 
 __all__ = ["Job"]
@@ -79,6 +79,7 @@ class Job:
         operators: The operators that could be selected; none without a selector.
         selected: The operators that were selected.
         entropy: How undecided their search was at its end, from 0 to 1.
+        supernet: How that search went; None without a selector.
         made_by: The passes that made ``graph`` of ``source``.
         original: What ``source`` costs.
         limits: The limits of the final network, for each budget.
@@ -108,6 +109,7 @@ class Job:
         check_weights(self.source)
         self.teacher, self.operators, self.selected = self.source, SearchSpace(()), Policy({})
         self.entropy = 0.0
+        self.supernet: SupernetLine | None = None
         self.notes: tuple[str, ...] = ()
         self.original, self.limits = self._costs_of_original()
         self.shares, self.passes = shares, passes
@@ -126,6 +128,7 @@ class Job:
         found = self._select(selector)
         self.operators = selector.step.search_space(self.source)
         self.selected, self.entropy, self.notes = found.policy, found.entropy, found.notes
+        self.supernet = found.supernet
         self.made_by = (selector.step.with_policy(found.policy),)
         self._open(found.graph, self.passes)
 

@@ -84,6 +84,7 @@ def build_report(course: Course, job: Job, made: Outcome, *, title: str, before:
         slow=slow_lines(target, bound, found, frozen),
         curves=() if course.folder is None or len(made.found) > 1 else curves_beside(course.folder),
         candidates=_candidates(target, workload, search),
+        supernet=job.supernet,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from fxopt.nas import (
 )
 from fxopt.passes import SelectOperators, TunablePass
 from fxopt.progress import Progress
+from fxopt.report import EpochLine, SupernetLine
 from fxopt.targets import Target
 
 __all__ = ["Selection", "Selector", "bits_are_left", "parted"]
@@ -65,12 +67,14 @@ class Selection:
         policy: The operator of every block.
         entropy: How undecided the search was at its end, from 0 to 1.
         notes: What to know of the search.
+        supernet: How the search went.
     """
 
     graph: fx.GraphModule
     policy: Policy
     entropy: float
     notes: tuple[str, ...]
+    supernet: SupernetLine
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class Selector:
         told = {metric: max(limit, float(table.score(row, metric)[0])) for metric, limit in wanted.items()}
         check_budget(network, table, wanted if self.alone else told, target.capabilities.batch)
         notes = (_COLLAPSED.format(supernet.skipped(policy)),) if supernet.collapsed(policy) else ()
-        return Selection(network, policy, found.history[-1].entropy, notes)
+        return Selection(network, policy, found.history[-1].entropy, notes, _told(found, wanted))
 
     def _train(
         self, supernet: Supernet, table: OperatorTable, limits: Mapping[str, float], train: Loader
@@ -213,6 +217,20 @@ class Selector:
 
     def _place(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
+
+
+def _told(found: SupernetResult, limits: Mapping[str, float]) -> SupernetLine:
+    """The history of a search within limits, for the report."""
+    epochs = (
+        EpochLine(
+            loss=one.loss,
+            architecture_loss=None if math.isnan(one.architecture_loss) else one.architecture_loss,
+            entropy=one.entropy,
+            costs=dict(zip(limits, one.costs, strict=True)),
+        )
+        for one in found.history
+    )
+    return SupernetLine(limits, tuple(epochs))
 
 
 def _last(

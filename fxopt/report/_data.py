@@ -23,12 +23,14 @@ __all__ = [
     "BudgetLine",
     "CandidateLine",
     "CurveLine",
+    "EpochLine",
     "LayerLine",
     "Metrics",
     "OperatorLine",
     "PassLine",
     "Report",
     "SlowLine",
+    "SupernetLine",
     "TargetLine",
     "TimeLine",
 ]
@@ -162,6 +164,36 @@ class OperatorLine:
 
 
 @dataclass(frozen=True)
+class EpochLine:
+    """An epoch of the supernet that operators were selected by.
+
+    Attributes:
+        loss: Mean loss of the weights.
+        architecture_loss: Mean loss of the architecture, without costs; None in the warm-up.
+        entropy: How undecided the architecture is at the end, from 0 to 1.
+        costs: What it costs in expectation then, in SI units, by budgeted metric.
+    """
+
+    loss: float
+    architecture_loss: float | None
+    entropy: float
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SupernetLine:
+    """How the search for operators went.
+
+    Attributes:
+        limits: What expected costs were to be kept within, in SI units, by budgeted metric.
+        epochs: The epochs, those of the warm-up first.
+    """
+
+    limits: Mapping[str, float]
+    epochs: tuple[EpochLine, ...]
+
+
+@dataclass(frozen=True)
 class TimeLine:
     """A part of the predicted latency.
 
@@ -288,6 +320,7 @@ class Report:
         slow: The result's costliest operators, and why they take so long.
         curves: Other searches of the same space, as far as their journals lie beside that of this one.
         candidates: Every policy that was tried and scored, without repetitions.
+        supernet: How the operators were searched for, where operators were chosen; None elsewhere.
     """
 
     title: str
@@ -314,6 +347,7 @@ class Report:
     slow: tuple[SlowLine, ...] = ()
     curves: tuple[CurveLine, ...] = ()
     candidates: tuple[CandidateLine, ...] = ()
+    supernet: SupernetLine | None = None
 
     def __str__(self) -> str:
         """The report as plain text."""

@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from matplotlib.ticker import MaxNLocator
+
 from fxopt.decisions import FLOAT_BITS, format_quantity
-from fxopt.report._data import LayerLine, OperatorLine, Report, TimeLine
+from fxopt.report._data import LayerLine, OperatorLine, Report, SupernetLine, TimeLine
 from fxopt.report._plot import draw_roofline
 from fxopt.report._roofline import Roofline
 from fxopt.report._svg import Chart, Marks, chart, shortened
-from fxopt.report._theme import LIGHT, PARTS
+from fxopt.report._theme import LIGHT, PARTS, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +38,7 @@ def network_charts(report: Report) -> Iterator[Chart]:
         _channels(report.layers),
         _bits(report.layers),
         _operators(report.operators),
+        _supernet(report.supernet),
         _times(report.times, report.target.name),
         _latencies(report.layers, report.target.name),
     )
@@ -187,6 +190,40 @@ def _operators(lines: Sequence[OperatorLine]) -> Chart | None:
         draw,
         height=0.6 + _ROW * len(names) + _beneath(shown),
         caption="A filled point is the operator chosen, a ring that of the original, a small point what was on offer.",
+    )
+
+
+def _supernet(found: SupernetLine | None) -> Chart | None:
+    if found is None or len(found.epochs) < 2:
+        return None
+    at = range(1, len(found.epochs) + 1)
+    lines = [("entropy", [100.0 * one.entropy for one in found.epochs], LIGHT["after"])]
+    for (metric, limit), colour in zip(found.limits.items(), (*SERIES, LIGHT["text"]), strict=False):
+        lines.append((f"expected {metric}", [100.0 * one.costs[metric] / limit for one in found.epochs], colour))
+
+    def draw(figure: Figure, marks: Marks) -> None:
+        axes = figure.add_subplot()
+        for name, values, colour in lines:
+            axes.plot(at, values, color=colour, linewidth=1.4, label=name)
+            points = axes.scatter(at, values, s=20, c=colour, zorder=3)
+            marks.add(points, [f"epoch {epoch}: {name} {value:.1f}%" for epoch, value in zip(at, values, strict=True)])
+        if found.limits:
+            axes.axhline(100.0, color=LIGHT["before"], linestyle="--", label="limit")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("%")
+        axes.set_ylim(bottom=0.0)
+        figure.legend(loc="outside upper left", ncols=6)
+
+    told = ", ".join(f"{name} from {values[0]:.1f}% to {values[-1]:.1f}%" for name, values, _ in lines)
+    return chart(
+        "supernet",
+        "The search for operators",
+        f"In {len(at)} epochs {told}; the table of epochs has the figures",
+        draw,
+        height=2.4,
+        caption="Entropy is 100% while every operator is as probable as another, and 0% when all is decided."
+        + (" Expected costs are in percent of what the search was to keep to." if found.limits else ""),
     )
 
 

@@ -9,7 +9,7 @@ from importlib import resources
 import jinja2
 
 from fxopt.decisions import format_quantity
-from fxopt.report._data import BOUNDS, Report
+from fxopt.report._data import BOUNDS, Report, SupernetLine
 from fxopt.report._figures import network_charts
 from fxopt.report._search_figures import search_charts, step_chart
 from fxopt.report._summary import (
@@ -23,6 +23,7 @@ from fxopt.report._summary import (
     export_layers,
     export_words,
     parted,
+    percent,
     score_words,
     story,
     summary,
@@ -62,6 +63,7 @@ def to_html(report: Report) -> str:
         step_charts=() if steps is None else (steps,),
         slow=report.slow,
         network_charts=tuple(network_charts(report)),
+        epochs=_epochs(report.supernet),
         search_charts=tuple(search_charts(report)),
         engines=_engines(report),
         bounds=[bound for bound in BOUNDS if any(layer.bound == bound for layer in report.layers)],
@@ -97,6 +99,33 @@ def _engines(report: Report) -> list[tuple[str, str, str, str]]:
         (engine, str(seed), str(len(curve)), score_words(report, curve[-1] if curve else None))
         for engine, seed, curve in runs
     ]
+
+
+def _epochs(found: SupernetLine | None) -> list[tuple[str, ...]]:
+    """The epochs of the supernet beneath their headings: number, losses, entropy, expected costs."""
+    if found is None:
+        return []
+    heading = (
+        "Epoch",
+        "Loss",
+        "Loss of the architecture",
+        "Entropy",
+        *(f"Expected {metric}" for metric in found.limits),
+    )
+    rows = [
+        (
+            str(number),
+            f"{one.loss:.4g}",
+            MISSING if one.architecture_loss is None else f"{one.architecture_loss:.4g}",
+            f"{one.entropy:.1%}",
+            *(
+                f"{format_quantity(metric, one.costs[metric])}, {percent(one.costs[metric], limit)}"
+                for metric, limit in found.limits.items()
+            ),
+        )
+        for number, one in enumerate(found.epochs, 1)
+    ]
+    return [heading, *rows]
 
 
 def _quantity(value: float, metric: str) -> str:

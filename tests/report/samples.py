@@ -12,6 +12,7 @@ from fxopt.report import (
     BudgetLine,
     CandidateLine,
     CurveLine,
+    EpochLine,
     LayerLine,
     Metrics,
     OperatorLine,
@@ -19,6 +20,7 @@ from fxopt.report import (
     Report,
     Roofline,
     SlowLine,
+    SupernetLine,
     TargetLine,
     TimeLine,
     roofline,
@@ -143,6 +145,14 @@ def whole() -> Report:
         ),
         roofline=roofs_of(),
         operators=(OperatorLine("blocks.0", "mb6-k3", "mb3-k5", ("mb3-k3", "mb3-k5", "mb6-k3", "zero")),),
+        supernet=SupernetLine(
+            {"latency": 3e-3},
+            (
+                EpochLine(2.1, None, 1.0, {"latency": 4.5e-3}),
+                EpochLine(1.2, 1.4, 0.8, {"latency": 3.6e-3}),
+                EpochLine(0.7, 1.1, 0.3, {"latency": 2.7e-3}),
+            ),
+        ),
         times=(TimeLine("compute", 3e-3, 1e-3), TimeLine("memory", 8e-4, 8e-4), TimeLine("every run", 2e-4, 2e-4)),
         slow=(
             SlowLine("blocks.0.conv", "conv", 5e-4, 0.25, "memory", "5% of the peak", "cat (blocks.cat)", "Cut bits."),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxopt.report import CandidateLine, OperatorLine, PassLine, Report, SlowLine
+from fxopt.report import CandidateLine, EpochLine, OperatorLine, PassLine, Report, SlowLine, SupernetLine
 from fxopt.report._figures import network_charts
 from fxopt.report._search_figures import front, search_charts, step_chart
 from fxopt.report._theme import DARK, LIGHT
@@ -45,7 +45,7 @@ def test_the_page_is_balanced_small_and_fetches_nothing() -> None:
     assert not [attrs for _, attrs in page.tags if "src" in attrs]
     assert all((attrs.get("href") or "#").startswith("#") for _, attrs in page.tags)
     assert not re.search(r"https?://|@import|url\((?!#)", text)
-    assert page.count("svg") == 9
+    assert page.count("svg") == 10
     assert len(text.encode()) < 300_000
 
 
@@ -151,6 +151,27 @@ def test_marks_say_what_they_are() -> None:
     assert "trial 10: 86.00%, 100 us" in words(drawn["front"].svg)
     assert any(text.startswith("random, seed 1: 61.00% after 1") for text in words(drawn["search"].svg))
     assert any(text.startswith("uniform: 70.00%") for text in words(drawn["search"].svg))
+
+
+def test_the_search_for_operators_is_drawn_and_listed() -> None:
+    made = whole()
+    drawn = charts_of_whole()["supernet"]
+    assert "epoch 3: entropy 30.0%" in words(drawn.svg)
+    assert "epoch 1: expected latency 150.0%" in words(drawn.svg)
+    told = "In 3 epochs entropy from 100.0% to 30.0%, expected latency from 150.0% to 90.0%"
+    assert any(text.startswith(told) for text in words(drawn.svg))
+    listed = Page(made.to_html())
+    assert listed.column("Epochs of the supernet", 2) == ["n/a", "1.4", "1.1"]
+    assert listed.column("Epochs of the supernet", 4) == ["4.5 ms, 150%", "3.6 ms, 120%", "2.7 ms, 90%"]
+    assert Report.from_json(made.to_json()) == made
+
+
+def test_a_search_for_operators_without_a_limit_shows_entropy_alone() -> None:
+    epochs = (EpochLine(2.0, None, 1.0, {}), EpochLine(1.0, 1.0, 0.5, {}))
+    made = report(supernet=SupernetLine({}, epochs))
+    shown = words(charts(made)["supernet"].svg)
+    assert [text for text in shown if text.startswith("epoch")] == ["epoch 1: entropy 100.0%", "epoch 2: entropy 50.0%"]
+    assert [cell for cell, _ in Page(made.to_html()).tables["Epochs of the supernet"][0]][-1] == "Entropy"
 
 
 def test_other_engines_that_were_not_run_are_named() -> None:
