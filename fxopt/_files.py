@@ -17,7 +17,18 @@ from fxopt.errors import FxoptError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["JOURNAL", "MODEL", "PAGE", "REPORT", "locked", "path_of", "replacing", "write_bytes", "write_text"]
+__all__ = [
+    "JOURNAL",
+    "MODEL",
+    "PAGE",
+    "REPORT",
+    "locked",
+    "occupied",
+    "path_of",
+    "replacing",
+    "write_bytes",
+    "write_text",
+]
 
 JOURNAL, MODEL, PAGE, REPORT = "journal.jsonl", "model.onnx", "report.html", "report.json"
 """Files in the folder of a run: of its first search, what was exported, and its report for people and as data."""
@@ -57,6 +68,28 @@ def locked(descriptor: int) -> bool | None:
             return None
         raise
     return True
+
+
+@contextlib.contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keep a folder, which is made if need be, from other runs until the block ends or the process does, however.
+
+    Raises:
+        FxoptError: If another run has it, or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as failure:
+        raise FxoptError(_cannot_write(folder, failure)) from failure
+    with _open(folder) as held:
+        free: bool | None = None
+        if held is not None:
+            with contextlib.suppress(OSError):  # Some file systems lock no folders.
+                free = locked(held)
+        if free is False:
+            raise FxoptError(f"{folder} is in use by another run; wait for it, or give another folder.")
+        yield
 
 
 @contextlib.contextmanager

@@ -6,12 +6,13 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import distributed, fx, nn
 
 from fxopt import _storage, targets
 from fxopt._arguments import (
@@ -26,7 +27,7 @@ from fxopt._arguments import (
     wanted_shares,
 )
 from fxopt._course import Course, Judging, Searching
-from fxopt._files import PAGE, REPORT, path_of
+from fxopt._files import PAGE, REPORT, occupied, path_of
 from fxopt._host import load_target
 from fxopt._job import Job
 from fxopt._numbers import check_whole
@@ -235,7 +236,7 @@ def optimize(
             in every trial and at the end; or how.
         seed: Seed of everything random.
         workdir: Folder for the journal and checkpoints; the same call with the same folder resumes. With None nothing
-            is kept on disk, and a call that was interrupted starts over.
+            is kept on disk, and a call that was interrupted starts over. One call at a time works in a folder.
         executor: Where trials run: any of ``concurrent.futures``; None for here. Other processes trace the model anew,
             so model, data and ``evaluate`` have to be picklable; the result is the same as without.
         parallel: Trials at a time.
@@ -247,7 +248,8 @@ def optimize(
 
     Raises:
         InfeasibleError: If no policy is within the budget, before anything is trained; says the least possible.
-        FxoptError: On bad input; the message says what, where and what to do.
+        FxoptError: If another call works in ``workdir``, before anything there is touched. On bad input; the message
+            says what, where and what to do.
     """
     everything = resolve_passes(passes)
     budgets = Budget.parse_all(budget or {})
@@ -273,23 +275,30 @@ def optimize(
     divided = wanted_shares(shares, everything, budgets)
     if selecting is not None:
         check_objective_of_operators(wanted, rest)
-    job = Job(model, example_inputs, device, rest, budgets, folder, show, divided)
-    groups = tuple((one,) for one in rest) if divided is not None and rest else (rest,)
-    judge, before = course.rehearse(job, groups[0], selector)
-    made = course.run(job, groups, judge)
-    job.check_budget(made.graph)
-    timed = _measured(job, made.graph, example_inputs) if verify_on_host else (None, None)
-    report = build_report(
-        course,
-        job,
-        made,
-        title=f"{type(model).__name__} for {device.name}",
-        before=dataclasses.replace(before, measured_latency_s=timed[0]),
-        after=dataclasses.replace(job.metrics(made.graph, made.score), measured_latency_s=timed[1]),
-    )
+    with _kept(folder):
+        job = Job(model, example_inputs, device, rest, budgets, folder, show, divided)
+        groups = tuple((one,) for one in rest) if divided is not None and rest else (rest,)
+        judge, before = course.rehearse(job, groups[0], selector)
+        made = course.run(job, groups, judge)
+        job.check_budget(made.graph)
+        timed = _measured(job, made.graph, example_inputs) if verify_on_host else (None, None)
+        report = build_report(
+            course,
+            job,
+            made,
+            title=f"{type(model).__name__} for {device.name}",
+            before=dataclasses.replace(before, measured_latency_s=timed[0]),
+            after=dataclasses.replace(job.metrics(made.graph, made.score), measured_latency_s=timed[1]),
+        )
     _storage.explain_other_weights(made.graph)
     policy = job.selected.merged(made.policy)
     return OptimizationResult(made.graph, policy, report, made.search, everything, example_inputs, job.state)
+
+
+def _kept(folder: Path | None) -> AbstractContextManager[None]:
+    """Keeps a folder from other runs; of several processes that train one network the first keeps it for all."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return nullcontext() if folder is None or (together and distributed.get_rank()) else occupied(folder)
 
 
 def _measured(job: Job, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:

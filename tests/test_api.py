@@ -495,3 +495,19 @@ def test_a_report_goes_through_json(tmp_path: Path) -> None:
     result = optimize(budget={"macs": 0.6}, val=DATA)
     result.save(tmp_path)
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(result.report.to_json())
+
+
+def test_a_second_call_in_the_same_folder_is_told_at_once(tmp_path: Path) -> None:
+    """Before it trains anything or writes there; the first goes on."""
+    seen: list[set[str]] = []
+
+    def evaluate(module: nn.Module) -> float:
+        if not seen:
+            seen.append({path.name for path in tmp_path.iterdir()})
+            with pytest.raises(FxoptError, match="in use by another run"):
+                optimize(evaluate=lambda _: pytest.fail("judged something"), workdir=tmp_path)
+            seen.append({path.name for path in tmp_path.iterdir()})
+        return half_right(module)
+
+    optimize(passes="prune-channels", evaluate=evaluate, workdir=tmp_path, trials=1)
+    assert seen[0] == seen[1]

@@ -16,7 +16,7 @@ from fxopt._cli.optimizing import tell
 from fxopt._cli.output import only_json
 from fxopt._cli.recipe import Options, options_of
 from fxopt.cli import main
-from fxopt.errors import BudgetError, FxoptError, ParityError, UnknownNameError
+from fxopt.errors import BudgetError, FxoptError, JournalError, ParityError, UnknownNameError
 from fxopt.export import ExportReport
 from fxopt.report import Report
 from tests.commands import run, work_in
@@ -390,6 +390,28 @@ def test_a_refused_export_loses_no_result(folder: Path, monkeypatch: pytest.Monk
     assert result.exit_code == 1
     assert "computes something else" in result.stderr
     assert Report.from_json((folder / "made" / "report.json").read_text()) == report()
+
+
+def test_options_lie_beside_the_result_that_they_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Made:
+        report = report()
+
+        def save(self, out: Path) -> None:
+            self.report.save(out / "report.json")
+
+        save_report = save
+
+        def export(self, path: Path, **options: object) -> ExportReport:
+            return ExportReport(path, "qdq", 21, 12_300)
+
+    def refused(*_: object, **__: object) -> None:
+        raise JournalError("another search lies there")
+
+    words = ["optimize", "my_models:small", "--target", "pixel1", "--out", "made", "--budget"]
+    for budget, behaviour in (("latency=0.6", lambda *_, **__: Made()), ("latency=0.8", refused)):
+        monkeypatch.setattr(api, "optimize", behaviour)
+        assert run(*words, budget).exit_code == (behaviour is refused)
+        assert json.loads((folder / "made" / "options.json").read_text())["budget"] == {"latency": "0.6"}
 
 
 def test_people_are_told_the_figures_their_trust_and_the_proof(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fxopt._files import replacing, write_bytes, write_text
+from fxopt._files import occupied, replacing, write_bytes, write_text
 from fxopt.errors import ExportError, FxoptError
 
 
@@ -110,3 +112,34 @@ def test_the_new_file_has_the_usual_permissions(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o640
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from fxopt._files import occupied
+with occupied(Path(sys.argv[1])):
+    print("there", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such locks")
+def test_a_folder_is_free_again_when_its_run_ends_or_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "work"
+    with occupied(folder), pytest.raises(FxoptError, match=r"work is in use by another run; wait"), occupied(folder):
+        pass
+    with subprocess.Popen([sys.executable, "-c", _HOLDER, str(folder)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "there\n"
+        with pytest.raises(FxoptError, match="in use"), occupied(folder):
+            pass
+        holder.kill()
+    with occupied(folder):
+        assert names(folder) == []
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "work").write_text("")
+    with pytest.raises(FxoptError, match=r"Cannot write .*work"), occupied(tmp_path / "work"):
+        pass

@@ -28,8 +28,8 @@ _OPTIONS_FILE = "options.json"
 def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, ExportReport]:
     """Optimize, save and export to the folder ``options.out``.
 
-    The folder is written to first, so that one that cannot be written is found before the work, not after it. The
-    result is saved before it is exported: it is not lost if the export is refused.
+    The result is saved before it is exported: it is not lost if the export is refused. The options are written with it,
+    never by a run that was refused: they always are those of the result that lies there.
 
     Raises:
         FxoptError: On bad input; the message says what to do.
@@ -38,7 +38,6 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         raise FxoptError("There is no model to optimize; give MODULE:FUNCTION, or model = ... in the recipe.")
     check_names(options)
     out = Path(options.out)
-    write_text(out / _OPTIONS_FILE, json.dumps(dataclasses.asdict(options), indent=1))
     from fxopt import api
 
     model, example = load_model(options.model, options.input)
@@ -70,6 +69,7 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
         progress=progress,
     )
     result.save(out)
+    write_text(out / _OPTIONS_FILE, json.dumps(dataclasses.asdict(options), indent=1))
     export = result.export(out / MODEL, val=val, progress=progress)
     result.save_report(out)
     return result, export
