@@ -71,24 +71,24 @@ def locked(descriptor: int) -> bool | None:
 
 
 @contextlib.contextmanager
-def occupied(folder: Path) -> Iterator[None]:
+def occupied(folder: Path, error: type[FxoptError] = FxoptError) -> Iterator[None]:
     """Keep a folder, which is made if need be, from other runs until the block ends or the process does, however.
 
     Raises:
-        FxoptError: If another run has it, or it cannot be written to.
+        FxoptError: As ``error``, if another run has it, or it cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as failure:
-        raise FxoptError(_cannot_write(folder, failure)) from failure
+        raise error(_cannot_write(folder, failure)) from failure
     with _open(folder) as held:
         free: bool | None = None
         if held is not None:
             with contextlib.suppress(OSError):  # Some file systems lock no folders.
                 free = locked(held)
         if free is False:
-            raise FxoptError(f"{folder} is in use by another run; wait for it, or give another folder.")
+            raise error(f"{folder} is in use by another run; wait for it, or give another folder.")
         yield
 
 

@@ -36,7 +36,7 @@ from fxopt._selecting import Selector, parted
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Policy
-from fxopt.errors import ExportError, SearchError
+from fxopt.errors import ExportError, JournalError, SearchError
 from fxopt.evaluate import Reconstruction, accuracy
 from fxopt.export import ExportReport, Format, OnnxModule, export_onnx, measure
 from fxopt.objectives import Objective
@@ -248,8 +248,9 @@ def optimize(
 
     Raises:
         InfeasibleError: If no policy is within the budget, before anything is trained; says the least possible.
-        FxoptError: If another call works in ``workdir``, before anything there is touched. On bad input; the message
-            says what, where and what to do.
+        JournalError: If another call works in ``workdir``, before anything there is touched; or it cannot be written
+            to, or holds another search.
+        FxoptError: On bad input; the message says what, where and what to do.
     """
     everything = resolve_passes(passes)
     budgets = Budget.parse_all(budget or {})
@@ -298,7 +299,7 @@ def optimize(
 def _kept(folder: Path | None) -> AbstractContextManager[None]:
     """Keeps a folder from other runs; of several processes that train one network the first keeps it for all."""
     together = distributed.is_available() and distributed.is_initialized()
-    return nullcontext() if folder is None or (together and distributed.get_rank()) else occupied(folder)
+    return nullcontext() if folder is None or (together and distributed.get_rank()) else occupied(folder, JournalError)
 
 
 def _measured(job: Job, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:

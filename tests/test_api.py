@@ -20,6 +20,7 @@ from fxopt.errors import (
     ExportError,
     FxoptError,
     InfeasibleError,
+    JournalError,
     PassError,
     SearchError,
     TargetError,
@@ -504,7 +505,7 @@ def test_a_second_call_in_the_same_folder_is_told_at_once(tmp_path: Path) -> Non
     def evaluate(module: nn.Module) -> float:
         if not seen:
             seen.append({path.name for path in tmp_path.iterdir()})
-            with pytest.raises(FxoptError, match="in use by another run"):
+            with pytest.raises(JournalError, match="in use by another run"):
                 optimize(evaluate=lambda _: pytest.fail("judged something"), workdir=tmp_path)
             seen.append({path.name for path in tmp_path.iterdir()})
         return half_right(module)

@@ -104,9 +104,9 @@ def test_the_journal_of_another_search_is_left_alone(change: dict[str, Any], nam
 def test_a_working_folder_that_cannot_be_written_is_told_before_any_trial(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     judge = Stopping()
-    with pytest.raises(JournalError, match=r"Cannot write the journal .*file/inside"):
+    with pytest.raises(JournalError, match=r"Cannot write .*file/inside"):
         searched(tmp_path / "file" / "inside", judge)
-    assert judge.calls == 1
+    assert judge.calls == 0
 
 
 # Trials elsewhere.
