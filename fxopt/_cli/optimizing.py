@@ -39,8 +39,10 @@ def optimize(options: Options, progress: Progress) -> tuple[OptimizationResult, 
     check_names(options)
     out = Path(options.out)
     from fxopt import api
+    from fxopt.export._export import check_types
 
     model, example = load_model(options.model, options.input)
+    check_types(model)
     val = _made(options.val)
     result = api.optimize(
         model,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fxopt._files import replacing
 from fxopt.decisions import format_quantity
@@ -154,6 +155,7 @@ def export_onnx(
     gm = model if isinstance(model, fx.GraphModule) and TRACE_META in model.meta else trace(model, example_inputs)
     inputs = normalize(example_inputs)
     _check_graph(gm, inputs)
+    check_types(gm, run=check)
     graph = prepared(gm, form)
     version = opset_for(graph, form, opset)
     marked = export_marked(graph, _at_traced_batch(gm, inputs), version)
@@ -178,13 +180,30 @@ def _latency(file: Path, inputs: ExampleInputs, form: Form) -> float:
     return float(np.median(interleave([run], _RUNS, time.thread_time)))
 
 
+def check_types(model: nn.Module, *, run: bool = True) -> None:
+    """Refuse a model that is known to end in a file that onnxruntime cannot run, by the types of its tensors.
+
+    Args:
+        model: The model, before or after it is traced.
+        run: Whether the file is run; where it is not, it may hold convolutions in double precision.
+
+    Raises:
+        ExportError: Naming the type.
+    """
+    if any(tensor.dtype is torch.bfloat16 for tensor in (*model.parameters(), *model.buffers())):
+        raise ExportError("The model is in bfloat16, which onnxruntime does not compute in; convert it with .float().")
+    layers = (one for one in model.modules() if isinstance(one, _ConvNd))
+    if run and any(layer.weight.dtype is torch.float64 for layer in layers):
+        raise ExportError(
+            "The model has convolutions in float64, which onnxruntime has no kernel for; convert it with .float()."
+        )
+
+
 def _check_graph(gm: fx.GraphModule, inputs: ExampleInputs) -> None:
     tensors = [*gm.parameters(), *gm.buffers()]
     elsewhere = {str(tensor.device) for tensor in tensors if tensor.device.type != "cpu"}
     if elsewhere:
         raise ExportError(f"The model is on {', '.join(sorted(elsewhere))}; move it with .cpu() before the export.")
-    if any(tensor.dtype is torch.bfloat16 for tensor in tensors):
-        raise ExportError("The model is in bfloat16, which onnxruntime does not compute in; convert it with .float().")
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > _MAX_BYTES:
         raise ExportError(

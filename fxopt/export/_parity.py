@@ -1,6 +1,7 @@
 """Does a file compute what its graph computes? Compared in onnxruntime, with tolerances that are stated.
 
-Float files: every output within :data:`FLOAT_TOLERANCE` of the largest magnitude of that output.
+Float files: every output within :data:`FLOAT_TOLERANCE` of the largest magnitude of that output, or within
+:data:`FLOAT_STEPS` steps of the coarsest float type that the graph computes in, if that is more: in half precision.
 
 Quantized files are compared twice.
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Difference", "check_integers", "compare", "random_like", "run_graph"]
 
 FLOAT_TOLERANCE = 1e-3
+FLOAT_STEPS = 16
+"""Half a step to 5 steps of float16 is what a dozen networks in half precision are away from themselves in float32."""
 LARGEST_STEP = 1
 STEPPED_PART = 0.02
 NUDGE_STEPS = 0.01
@@ -120,6 +123,7 @@ def compare(
     """
     session = make_session(model, settings=exact_integers() | dict(settings or {}))
     names = [value.name for value in session.get_outputs()]
+    tolerance = _tolerance(gm)
     found = []
     for trial in trials:
         expected = run_graph(gm, trial)
@@ -128,7 +132,7 @@ def compare(
         asked = expected if given is None else run_graph(given, trial)
         for name, one, other, moved, wanted in zip(names, expected, actual, nudged, asked, strict=True):
             where = f"output {name!r} at batch {trial.batch}"
-            _check(one, other, where, _allowed(one, moved) if quantized else None)
+            _check(one, other, where, tolerance, _allowed(one, moved) if quantized else None)
             found.append(_difference(wanted, other))
     agreements = [entry.top1_agreement for entry in found if entry.top1_agreement is not None]
     weights = [entry.positions for entry in found if entry.top1_agreement is not None]
@@ -179,8 +183,9 @@ def check_integers(
     values = dict(zip([value.name for value in session.get_outputs()], _run_session(session, trial), strict=True))
     forced = _Forced(gm, {path: values[name] for path, name in once.items()})
     expected = run_graph(gm, trial, forced)
+    tolerance = _tolerance(gm)
     for name, one in zip(outputs, expected, strict=True):
-        _check(one, values[name], f"output {name!r}, on equal integers before it", None)
+        _check(one, values[name], f"output {name!r}, on equal integers before it", tolerance, None)
     return forced.stepped / max(forced.compared, 1)
 
 
@@ -250,7 +255,14 @@ def _allowed(expected: Array, nudged: Array) -> tuple[float, float]:
     )
 
 
-def _check(expected: Array, actual: Array, where: str, allowed: tuple[float, float] | None) -> None:
+def _tolerance(gm: fx.GraphModule) -> float:
+    """The float tolerance, relative to an output's largest magnitude."""
+    values = pytree.tree_leaves([node.meta.get("val") for node in gm.graph.nodes])
+    steps = [torch.finfo(one.dtype).eps for one in values if isinstance(one, torch.Tensor) and one.is_floating_point()]
+    return max(FLOAT_TOLERANCE, FLOAT_STEPS * max(steps, default=0.0))
+
+
+def _check(expected: Array, actual: Array, where: str, tolerance: float, allowed: tuple[float, float] | None) -> None:
     """Compare one output; ``allowed`` holds its largest and mean difference, None stands for the float tolerance."""
     if expected.shape != actual.shape:
         raise ParityError(f"The file gives shape {actual.shape} for {where}, the graph {expected.shape}.")
@@ -259,7 +271,7 @@ def _check(expected: Array, actual: Array, where: str, allowed: tuple[float, flo
     found = _difference(expected, actual)
     largest, mean, magnitude = found.max_abs, found.mean_abs, _magnitude(expected)
     # Outputs near zero throughout have no magnitude to compare with.
-    limit = FLOAT_TOLERANCE * max(magnitude, FLOAT_TOLERANCE)
+    limit = tolerance * max(magnitude, FLOAT_TOLERANCE)
     most, most_mean = (limit, limit) if allowed is None else (max(allowed[0], limit), max(allowed[1], limit))
     if largest > most or mean > most_mean:
         raise ParityError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Mapping
 from functools import cache
@@ -92,6 +93,12 @@ def make_session(
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as failure:
         what = "the model" if isinstance(model, bytes) else os.fspath(model)
+        missing = re.search(r"NOT_IMPLEMENTED.*implementation for (\w+)", str(failure))
+        if missing is not None:
+            raise ExportError(
+                f"onnxruntime {onnxruntime.__version__} has no kernel for {missing[1]} in the types that {what} has; "
+                "what is in float64, convert with .float()."
+            ) from failure
         raise ExportError(f"onnxruntime {onnxruntime.__version__} cannot load {what}: {failure}") from failure
 
 

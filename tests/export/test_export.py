@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -475,6 +476,38 @@ def test_what_the_runtime_does_not_compute_in_is_refused(tmp_path: Path) -> None
     model = nn.Sequential(nn.Linear(3, 2)).to(torch.bfloat16)
     with pytest.raises(ExportError, match="bfloat16"):
         export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 3, dtype=torch.bfloat16))
+
+
+def test_convolutions_in_double_precision_are_refused_where_the_file_is_run(tmp_path: Path) -> None:
+    model, example = nn.Sequential(conv()).double().eval(), torch.randn(IMAGE, dtype=torch.double)
+    with pytest.raises(ExportError, match=r"convolutions in float64, .*; convert it with \.float\(\)"):
+        export_onnx(model, tmp_path / "m.onnx", example)
+    assert export_onnx(model, tmp_path / "m.onnx", example, check=False).file_bytes
+    linear = nn.Sequential(nn.Linear(3, 2)).double().eval()
+    assert export_onnx(linear, tmp_path / "l.onnx", torch.randn(2, 3, dtype=torch.double)).max_abs_diff is not None
+
+
+def test_an_operator_without_a_kernel_in_the_models_type_is_named(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.AvgPool2d(2)).double().eval()
+    with pytest.raises(ExportError, match=r"no kernel for AveragePool in the types .* float64, convert with \.float"):
+        export_onnx(model, tmp_path / "m.onnx", torch.randn(IMAGE, dtype=torch.double))
+
+
+@pytest.mark.parametrize(
+    ("kind", "off", "caught"),
+    [
+        *((torch.half, 1.008, False), (torch.half, 1.03, True)),
+        *((torch.float32, 1.0008, False), (torch.float32, 1.0012, True)),
+    ],
+)
+def test_a_file_is_as_near_as_its_type_allows(
+    kind: torch.dtype, off: float, caught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(monkeypatch, "0.weight", lambda a: (a.astype(np.float64) * off).astype(a.dtype))
+    model = nn.Sequential(nn.Linear(3, 2, bias=False)).to(kind)
+    expected = pytest.raises(ParityError) if caught else contextlib.nullcontext()
+    with expected:
+        export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 3).to(kind))
 
 
 def test_example_inputs_have_to_fit_the_graph(tmp_path: Path) -> None:
