@@ -27,6 +27,7 @@ from fxopt.graph.edit import own_copy
 from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, WeightQuantizer
 from fxopt.lowering import IndexCosts, ParametricWorkload, lower
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, TunablePass
+from fxopt.passes._sites import layers, other_types
 from fxopt.progress import Progress
 from fxopt.report import Metrics, PassLine, SupernetLine
 from fxopt.sensitivity import sensitivities
@@ -227,7 +228,13 @@ class Job:
         self.workload: ParametricWorkload = self.lowered(graph)
         self.space = self._decisions(graph)
         if any(isinstance(one, Quantize) for one in passes) and not any(one.kind == "bits" for one in self.space):
-            note = f"Nothing is quantized: {self.target.name} offers no bits, 1 to 8, for any layer of this model."
+            types = " and ".join(other_types(graph))
+            why = f"{self.target.name} offers no bits, 1 to 8, for any layer of this model."
+            if types and not layers(graph):
+                why = (
+                    f"weights are in {types}, and only those in float32 are quantized; convert the model with .float()."
+                )
+            note = f"Nothing is quantized: {why}"
             self.notes = (*(known for known in self.notes if known != note), note)
         if self.target.name == targets.HOST:
             record = self._record(f"fastest-bits-{self.digest}.json")

@@ -31,6 +31,7 @@ __all__ = [
     "class_labels",
     "class_numbers",
     "class_scores",
+    "count_batches",
     "digits",
     "fashion_mnist",
     "first_batch",
@@ -45,6 +46,9 @@ Loader: TypeAlias = Iterable[Any]
 
 IGNORED_LABEL = -100
 """A label that counts for nothing, in losses (as in torch's cross entropy) and accuracies."""
+
+_PROBABILITY_TOLERANCE = 1e-2
+"""How far probabilities may be from a sum of one, and below zero: a thousand of them in bfloat16 are within it."""
 
 _MOST_WORDS = 300
 _LIBRARIES = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
@@ -208,6 +212,22 @@ def first_batch(loader: Loader, what: str) -> Any:
     return batch
 
 
+def count_batches(loader: Loader, what: str) -> int:
+    """The batches of a pass: the loader's length, or as many as it yields where it has none.
+
+    Raises:
+        DataError: If the length is 0 or cannot be had.
+    """
+    with blaming(f"The length of {what}", "Correct __len__, or leave it out: batches are counted where there is none."):
+        try:
+            count = len(loader)  # type: ignore[arg-type]
+        except TypeError:
+            count = sum(1 for _ in read(loader, what))
+    if not count:
+        raise DataError(f"{what} has no batches, by its length; give a loader with one or more, or correct __len__.")
+    return count
+
+
 def pass_of(loader: Loader, number: int, seed: int) -> Loader:
     """A loader for one pass, whose order depends on the number alone where it can be told.
 
@@ -263,6 +283,7 @@ def blaming(what: str, remedy: str) -> Iterator[None]:
 def told(failure: Exception) -> str:
     """An error in one line: its type, the first line of its message, and the line of code that is not torch's."""
     first = next((line for line in str(failure).splitlines() if line.strip()), "").strip().rstrip(".")
+    first = first.removesuffix("but expected one of:").rstrip(" ,")  # What it expected follows in other lines.
     words = f"{type(failure).__name__}: {first}" if first else type(failure).__name__
     frames = traceback.extract_tb(failure.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, "<"))]
@@ -369,11 +390,27 @@ def class_labels(label: Any, scores: torch.Tensor, what: str, remedy: str) -> to
     """Labels as :func:`class_numbers`, or, where they have the shape of the scores, as probabilities of classes.
 
     Raises:
-        DataError: As for :func:`class_numbers`.
+        DataError: As for :func:`class_numbers`; or if probabilities are below 0 or do not sum to 1 over classes.
     """
-    if isinstance(label, torch.Tensor) and label.is_floating_point() and label.shape == scores.shape:
-        return label
-    return class_numbers(label, scores, what, remedy)
+    if not (isinstance(label, torch.Tensor) and label.is_floating_point() and label.shape == scores.shape):
+        return class_numbers(label, scores, what, remedy)
+    if label.numel():
+        least, (low, high) = label.amin(), label.sum(1, dtype=torch.float32).aminmax()
+        _check_probabilities(torch.stack([least.float(), low, high]).tolist(), what, remedy)
+    return label
+
+
+def _check_probabilities(found: list[float], what: str, remedy: str) -> None:
+    """By the least of them, and the least and the largest of their sums."""
+    least, low, high = found
+    summed = abs(low - 1.0) <= _PROBABILITY_TOLERANCE and abs(high - 1.0) <= _PROBABILITY_TOLERANCE
+    if summed and least >= -_PROBABILITY_TOLERANCE:
+        return
+    raise DataError(
+        f"{what} has floats in the shape of the class scores for labels, which would be probabilities of classes, but "
+        f"they sum to {low:.3g} to {high:.3g} over the classes and the least is {least:.3g}. Give probabilities, which "
+        f"are 0 or more and sum to 1 (dimension 1), or class numbers; {remedy}."
+    )
 
 
 def _described(value: Any) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "decide_product",
     "kind_of",
     "layers",
+    "other_types",
     "tied",
 ]
 
@@ -56,6 +57,14 @@ def layers(gm: fx.GraphModule) -> list[fx.Node]:
         if known and isinstance(module.weight, torch.Tensor) and module.weight.dtype == torch.float32:
             found.setdefault(str(node.target), node)
     return list(found.values())
+
+
+def other_types(gm: fx.GraphModule) -> list[str]:
+    """The types of weights other than float32, which keep layers that have a quantized form from being quantized."""
+    modules = [gm.get_submodule(str(node.target)) for node in gm.graph.find_nodes(op="call_module")]
+    found = (module.weight for module in modules if isinstance(module, tuple(QUANTIZED_LAYERS)))
+    types = {str(one.dtype).removeprefix("torch.") for one in found if isinstance(one, torch.Tensor)}
+    return sorted(types - {"float32"})
 
 
 def kind_of(gm: fx.GraphModule, node: fx.Node) -> str:

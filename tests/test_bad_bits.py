@@ -62,6 +62,16 @@ def test_ends_that_the_target_has_not_are_refused_before_anything_is_searched() 
         optimize(**{**QUICK, "passes": (Quantize(ends=(4, 4)),)})
 
 
+def test_weights_of_another_type_are_why_nothing_is_quantized() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)).double()
+    options: dict[str, Any] = {"target": "pixel1", "passes": "quantize", "trials": 1, "verify_on_host": False}
+    result = fxopt.optimize(model.eval(), torch.randn(2, 1, 6, 6, dtype=torch.double), **options)
+    (note,) = (one for one in result.report.notes if one.startswith("Nothing is quantized"))
+    assert note.endswith(
+        "weights are in float64, and only those in float32 are quantized; convert the model with .float()."
+    )
+
+
 @pytest.mark.parametrize("target", ["eyeriss", "eie"])
 def test_a_target_without_the_widths_quantizes_nothing_and_says_so(target: str) -> None:
     result = optimize(**{**QUICK, "target": target})

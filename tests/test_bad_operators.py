@@ -124,6 +124,16 @@ WRONG: dict[str, tuple[type[FxoptError], str, Callable[[], dict[str, Any]]]] = {
         r"0: it is a 1 x 1 convolution.*register_pattern",
         lambda: {"model": nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())},
     ),
+    "all blocks ignored": (
+        PassError,
+        r"operator for: ignore=\('blocks.*',\) leaves out all 2 that there are, such as blocks.0; ",
+        lambda: {"passes": (SelectOperators(patterns=("inverted-residual",), ignore=("blocks.*",)),)},
+    ),
+    "floats that are no probabilities": (
+        DataError,
+        "they sum to 4 to 4 over the classes",
+        lambda: {"train": TensorLoader(IMAGES, torch.ones(64, 4), 16), "val": None, "evaluate": lambda module: 0.5},
+    ),
     "a candidate of another shape": (
         PassError,
         r"'shrinking' makes \(2, 8, 6, 6\).*register_candidate\(fits=",
@@ -230,6 +240,8 @@ from tests.test_bad_operators import EXAMPLE, IMAGES, LABELS, Pair, Spoiled, loa
 
 def model(): return make(), EXAMPLE
 def pair(): return Pair(), EXAMPLE
+def brief(): return make().bfloat16(), EXAMPLE.bfloat16()
+def double(): return make().double(), EXAMPLE.double()
 def flat(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)), EXAMPLE
 def train(): return loader()
 def few(): return loader(2, 2)
@@ -243,6 +255,12 @@ def score(module): return 0.5
     ("model", "words", "told"),
     [
         ("flat", ["--train", "train"], "no block to choose an operator for"),
+        ("brief", ["--train", "spoiled"], "The model is in bfloat16, which onnxruntime does not compute in"),
+        (
+            "double",
+            ["--train", "spoiled"],
+            "The model has convolutions in float64, which onnxruntime has no kernel for",
+        ),
         ("model", ["--train", "few"], "2 samples cannot be split"),
         ("model", ["--train", "generator"], "train is a generator"),
         ("model", [], "give train"),

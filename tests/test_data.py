@@ -15,8 +15,10 @@ from fxopt.data import (
     batch_for,
     blaming,
     call_model,
+    class_labels,
     class_numbers,
     class_scores,
+    count_batches,
     digits,
     fashion_mnist,
     first_batch,
@@ -290,6 +292,7 @@ def test_only_the_users_errors_are_blamed() -> None:
 def test_an_error_is_told_in_one_short_line() -> None:
     assert told(ValueError("first.\nsecond")) == "ValueError: first."
     assert told(ValueError()) == "ValueError."
+    assert told(TypeError("f() got (int), but expected one of:\n * (Tensor)")) == "TypeError: f() got (int)."
     assert len(told(ValueError("x" * 10_000))) < 400
 
 
@@ -321,3 +324,75 @@ def test_labels_that_are_no_class_numbers_are_refused(label: Any, words: str) ->
     with pytest.raises(DataError, match=words):
         class_numbers(label, torch.zeros(2, 4, 5), "val", "do something")
     assert class_numbers(torch.full((2, 5), -100), torch.zeros(2, 4, 5), "val", "do something").sum() == -1000
+
+
+SHARES = torch.tensor([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        SHARES,
+        SHARES + 5e-3 / 3,
+        *(
+            torch.full((2, 1000), 1e-4).index_fill(1, torch.tensor([3]), 0.9001).to(kind)
+            for kind in (torch.half, torch.bfloat16)
+        ),
+        torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)).softmax(1),
+        torch.zeros(0, 3),
+    ],
+)
+def test_labels_that_are_probabilities_are_taken(label: torch.Tensor) -> None:
+    assert class_labels(label, torch.zeros(label.shape), "train", "do") is label
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (
+            torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
+            "they sum to 1 to 2 over the classes and the least is 0. Give",
+        ),
+        (torch.tensor([[2.0, -1.0, 0.0]]), "they sum to 1 to 1 over the classes and the least is -1"),
+        (torch.zeros(2, 3), "they sum to 0 to 0"),
+        (torch.full((2, 3), torch.nan), "nan"),
+        (torch.cat([SHARES, torch.full((1, 3), torch.nan)]), "nan"),
+        (torch.rand(2, 3, 4, 5).softmax(3), r"\(dimension 1\), or class numbers; do something"),
+    ],
+)
+def test_floats_that_are_no_probabilities_are_refused(label: torch.Tensor, words: str) -> None:
+    with pytest.raises(DataError, match=f"^train has floats in the shape of the class scores for labels.*{words}"):
+        class_labels(label, torch.zeros(label.shape), "train", "do something")
+
+
+class Lengthy:
+    """A loader of three batches with a length of its own."""
+
+    def __init__(self, length: Any) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        if isinstance(self.length, Exception):
+            raise self.length
+        return int(self.length)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(torch.zeros(2, 1), torch.zeros(2))] * 3)
+
+
+def test_batches_are_counted_by_the_length_or_one_by_one() -> None:
+    assert count_batches(Lengthy(2), "train") == 2
+    assert count_batches(Lengthy(TypeError("no length")), "train") == 3
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [
+        (0, "^train has no batches, by its length; .* correct __len__"),
+        (RuntimeError("no"), "^The length of train raised RuntimeError: no .*Correct __len__"),
+        (-1, "^The length of train raised ValueError"),
+    ],
+)
+def test_a_length_that_is_none_is_refused(length: Any, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        count_batches(Lengthy(length), "train")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -289,6 +289,9 @@ def no_blocks(gm: fx.GraphModule, step: SelectOperators) -> str:
     """Why there is nothing to decide in a graph, in words."""
     refused = [f"{one.site}: {one.reason}" for one in step.refusals(gm)[:3]]
     found = [f"{one.site} ({one.pattern}) has no candidate but its own" for one in step.explain(gm)[:3]]
+    ignored = [one.site for one in replace(step, ignore=()).explain(gm)] if step.ignore else []
+    if ignored and not found:
+        refused.insert(0, f"ignore={step.ignore!r} leaves out all {len(ignored)} that there are, such as {ignored[0]}")
     reasons = "; ".join(refused + found) or "it has no convolution"
     return (
         f"The graph has no block to choose an operator for: {reasons}. See SelectOperators.refusals for all, and "

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subse
 
 from fxopt._numbers import check_below_one, check_whole
 from fxopt._seeding import seeded
-from fxopt.data import IGNORED_LABEL, Loader, TensorLoader, check_loader, pass_of, read, split_batch
+from fxopt.data import IGNORED_LABEL, Loader, TensorLoader, check_loader, count_batches, pass_of, read, split_batch
 from fxopt.errors import DataError
 
 __all__ = ["Numbered", "split"]
@@ -38,13 +38,14 @@ def split(loader: Loader, share: float = 0.2, seed: int = 0) -> tuple[Loader, Lo
     check_below_one(DataError, share=share)
     check_whole(0, DataError, seed=seed)
     samples = isinstance(loader, TensorLoader) or _is_plain(loader)
-    count = _samples(loader) if samples else _count(loader, "train")
+    count = _samples(loader) if samples else count_batches(loader, "train")
     held, least = round(count * share), 2 if samples else 1
     if min(held, count - held) < least:
         one, many, remedy = ("sample", "samples", "") if samples else ("batch", "batches", " or smaller batches")
+        remedy += ", or split() another share" if count >= 2 * least else ""
         raise DataError(
             f"{count} {one if count == 1 else many} cannot be split into {count - held} for weights and {held} for the "
-            f"architecture: each needs {least} or more. Give more data{remedy}, or split() another share."
+            f"architecture: each needs {least} or more. Give more data{remedy}."
         )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     rest, own = order[held:], order[:held]
@@ -126,7 +127,7 @@ class Numbered:
     """
 
     def __init__(self, loader: Loader, what: str, seed: int) -> None:
-        self.steps = _count(loader, what)
+        self.steps = count_batches(loader, what)
         self.what = what
         self._loader = loader
         self._seeds = (seed, *what.encode())
@@ -160,10 +161,3 @@ class Numbered:
         for batch in self._reading:
             return batch
         raise DataError(f"{self.what} yields fewer batches than at first; give a loader that can be read again.")
-
-
-def _count(loader: Loader, what: str) -> int:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return sum(1 for _ in read(loader, what))

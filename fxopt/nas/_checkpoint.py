@@ -19,6 +19,10 @@ from fxopt.training import read_tensors, write_tensors
 __all__ = ["restore", "store"]
 
 _NET, _ALPHA = "net.", "alpha"
+_SPELT = {
+    "warm up": "warm-up (in optimize, its epochs)",
+    "epochs": "epochs of the search (in optimize, of its epochs)",
+}
 _OPTIMIZERS = {"weights.": "optimizer", "architecture.": "alpha_optimizer"}
 
 
@@ -57,8 +61,9 @@ def restore(run: Run, stem: Path | None) -> int:
         told: dict[str, Any] = json.loads(metadata["supernet"])
         for name, value in _identity(run).items():
             if told["identity"].get(name) != value:
+                what = _SPELT.get(name, name)
                 raise FxoptError(
-                    f"{path} is a checkpoint of another training; its {name}: {told['identity'].get(name)}, of this "
+                    f"{path} is a checkpoint of another training; its {what}: {told['identity'].get(name)}, of this "
                     f"one: {value}. Give the same options to resume, or remove the file to start afresh."
                 )
         net = {name.removeprefix(_NET): one for name, one in tensors.items() if name.startswith(_NET)}

@@ -114,7 +114,13 @@ class Run:
             return ("Weights alone were trained, no candidate is preferred: choose by PathScore and a search engine.",)
         policy = self.supernet.most_likely()
         found = []
-        if self.history and self.supernet.collapsed(policy):
+        if not self.sums[3] and all(math.isnan(epoch.architecture_loss) for epoch in self.history):
+            found.append(
+                "The architecture took no step, so that no candidate is preferred: there are "
+                f"{self.steps * self.settings.epochs} steps of weights behind the warm-up, and weight_steps is "
+                f"{self.settings.weight_steps}. Raise epochs, or lower weight_steps."
+            )
+        elif self.history and self.supernet.collapsed(policy):
             found.append(
                 f"The search collapsed to skips: {self.history[-1].skipped:.0%} of what can be left out is. "
                 "Raise the budget, lower alpha_learning_rate or the weight of costs, or warm up for longer."
@@ -168,7 +174,9 @@ class Run:
         value = self._finite(float(self.workers.mean(torch.tensor(found.loss))), step, "architecture")
         gradient = self.workers.mean(found.gradient)
         if not bool(torch.isfinite(gradient).all()):
-            raise FxoptError(self._stopped(step, "A gradient of the architecture is NaN or infinite"))
+            terms = "".join(f", the {one.metric} term's weight of {one.weight:g}" for one in self.cost.terms)
+            what = "A gradient of the architecture is NaN or infinite"
+            raise FxoptError(self._stopped(step, what, f"the data, the loss{terms}"))
         self._move_alpha(gradient, found.touched)
         self.cost.raise_duals(found.costs)
         self.sums[2] += value
@@ -197,12 +205,12 @@ class Run:
         """The loss of this process's part of a batch; the mean over processes is that of the whole."""
         inputs, label = batch_for(self.supernet.net, self.workers.share(batch, what), what)
         output = call_model(net, inputs, what)
-        if self._own_loss is not None:
-            weight = self.workers.weight(batch, what)
-            if weight:
-                return own_loss(self._own_loss, output, label) * weight
+        weight = self.workers.weight(batch, what)
+        if not weight:
             # A process without a sample of its own: what it is given in place of one counts for nothing.
             return sum((leaf.sum() for leaf in tensors_of(output)), torch.zeros(())) * 0.0
+        if self._own_loss is not None:
+            return own_loss(self._own_loss, output, label) * weight
         remedy = "a supernet is trained as a classifier unless it is given a loss"
         scores = class_scores(output, remedy)
         labels = class_labels(label, scores, what, remedy)
@@ -251,7 +259,7 @@ class Run:
             name = repr(wrong[0]) if wrong else "A weight of another process"
             raise FxoptError(self._stopped(step, f"{name} is NaN or infinite"))
 
-    def _stopped(self, step: int, what: str) -> str:
+    def _stopped(self, step: int, what: str, suspects: str = "the data and the loss") -> str:
         epoch, batch = divmod(step, self.steps)
         chosen = self.supernet.space.decode([mixed.active for mixed in self.supernet.mixed.values()])
         path = chosen.of_kind("operator")
@@ -259,6 +267,6 @@ class Run:
         kept = "" if place is None else f"{place} holds the last good state, from which the same call goes on. "
         remedy = "lower the learning rate" if place is None else f"lower the learning rate and remove {place}"
         return (
-            f"{what} in epoch {epoch + 1}, batch {batch + 1} (step {step + 1}), on the path {path}. {kept}Check the "
-            f"data and the loss; or {remedy}."
+            f"{what} in epoch {epoch + 1}, batch {batch + 1} (step {step + 1}), on the path {path}. {kept}Check "
+            f"{suspects}; or {remedy}."
         )

@@ -11,10 +11,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fxopt._schedules import SCHEDULES
 from fxopt._seeding import seeded
-from fxopt.data import Loader, batch_for, blaming, call_model, first_batch, pass_of, read
+from fxopt.data import Loader, batch_for, blaming, call_model, count_batches, first_batch, pass_of, read
 from fxopt.errors import DataError, FxoptError
 from fxopt.graph import eval_mode
 from fxopt.training._checkpoint import Checkpoint, stem_of
@@ -138,7 +139,7 @@ def fit(
     with seeded(seed), watched, keep_zeros(model):
         settings = _Settings(
             epochs=epochs,
-            steps=_count(train),
+            steps=count_batches(train, "train"),
             learning_rate=learning_rate,
             optimizer=optimizer,
             momentum=momentum,
@@ -354,12 +355,15 @@ def own_loss(loss: Loss, output: Any, label: Any) -> torch.Tensor:
     """What a function of output and label gives, a tensor of one element.
 
     Raises:
-        DataError: If it fails, or gives something else.
+        DataError: If it fails, gives something else, or gives what does not depend on an output that has a gradient.
     """
     with blaming("loss", "Correct it, or the labels of train; it is called with the model's output and a label."):
         own: Any = loss(output, label)
     if not isinstance(own, torch.Tensor) or own.numel() != 1:
         raise DataError(f"loss gives {_described(own)}; it has to give a tensor of one element, such as a mean.")
+    leaves = pytree.tree_leaves(output)
+    if not own.requires_grad and any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
+        raise DataError("loss gives a tensor without a gradient; compute it from the model's output, not detached.")
     return own
 
 
@@ -377,13 +381,6 @@ def _forward(model: nn.Module, inputs: Any) -> Any:
 
 def _copied(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
-
-
-def _count(train: Loader) -> int:
-    try:
-        return len(train)  # type: ignore[arg-type]
-    except TypeError:
-        return sum(1 for _ in read(train, "train"))
 
 
 def _described(value: object) -> str:

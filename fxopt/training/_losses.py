@@ -17,7 +17,9 @@ Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 """``loss(output, label)``, a tensor of one element."""
 
 _OTHER_TASKS = "give loss=callable(output, label) -> scalar"
-_NOT_SCORES = "only class scores can be distilled, so leave the teacher out, or give Distillation(logits=0)"
+_NOT_SCORES = (
+    "only class scores can be distilled, so leave the teacher out (distil=False), or give Distillation(logits=0)"
+)
 _LEAST = 1e-12
 
 

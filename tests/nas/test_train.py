@@ -124,6 +124,12 @@ def test_labels_may_be_probabilities_of_classes() -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_floats_that_are_no_probabilities_are_refused() -> None:
+    for what in ("data", "val"):
+        with pytest.raises(DataError, match=r"sum to 3 to 3 over the classes.* unless it is given a loss"):
+            trained(**{what: [(x, torch.ones(len(x), CLASSES)) for x, _ in loader()]})
+
+
 def test_a_collapse_to_skips_is_told() -> None:
     supernet = Supernet(*mobile())
     with torch.no_grad():
@@ -142,6 +148,15 @@ def test_a_collapse_to_skips_is_told() -> None:
     assert one.skipped(policy) == 1.0
     assert not one.collapsed(policy)
     assert supernet.collapsed(supernet.most_likely())
+
+
+def test_an_architecture_that_took_no_step_is_told() -> None:
+    for options in ({"epochs": 0}, {"weight_steps": 7}, {"epochs": 0, "method": "relaxed"}):
+        result = trained(settings=dataclasses.replace(SETTINGS, **options), terms=[])
+        (note,) = result.notes
+        assert note.startswith("The architecture took no step, so that no candidate is preferred: there are ")
+        assert note.endswith(f"weight_steps is {options.get('weight_steps', 1)}. Raise epochs, or lower weight_steps.")
+    assert not trained(settings=dataclasses.replace(SETTINGS, weight_steps=6), terms=[]).notes
 
 
 def test_a_policy_over_a_limit_is_told() -> None:
@@ -166,6 +181,22 @@ def test_a_loss_that_is_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path: P
     with pytest.raises(FxoptError, match=r"loss of the weights is nan in epoch 2, batch 3 \(step 6\), on the path"):
         trained(data=[*[*loader()][:2], bad], checkpoint=place)
     assert place.with_name("supernet.safetensors").read_bytes() == good
+
+
+def test_the_weight_of_a_cost_that_makes_gradients_infinite_is_named() -> None:
+    with pytest.raises(
+        FxoptError, match=r"gradient .* infinite .*the loss, the latency term's weight of 1e\+300; or lower"
+    ):
+        trained(terms=[CostTerm("latency", between(0.7), "additive", 1e300)])
+
+
+def test_a_checkpoint_of_other_epochs_tells_whose(tmp_path: Path) -> None:
+    trained(checkpoint=tmp_path / "s", stop_after=1)
+    other = dataclasses.replace(SETTINGS, warm_up=2, epochs=4)
+    with pytest.raises(FxoptError, match=r"its warm-up \(in optimize, its epochs\): 1, of this one: 2"):
+        trained(checkpoint=tmp_path / "s", settings=other)
+    with pytest.raises(FxoptError, match=r"its epochs of the search \(in optimize, of its epochs\): 2, of this one: 4"):
+        trained(checkpoint=tmp_path / "s", settings=dataclasses.replace(other, warm_up=1))
 
 
 def test_a_checkpoint_of_another_models_weights_is_refused(tmp_path: Path) -> None:
@@ -286,14 +317,19 @@ def test_a_loss_of_ones_own_trains_weights_and_architecture() -> None:
     assert result.history[-1].loss < result.history[0].loss
     with pytest.raises(DataError, match=r"tensor of shape \(8, 3\); it has to give a tensor of one element"):
         trained(loss=lambda output, label: output)
+    with pytest.raises(DataError, match="loss gives a tensor without a gradient"):
+        trained(loss=lambda output, label: nn.functional.cross_entropy(output.detach(), label))
 
 
-def test_a_process_without_a_sample_adds_nothing_to_a_loss_of_ones_own() -> None:
-    """Means over processes, each with its weight, are the mean of the batch."""
+@pytest.mark.parametrize("own", [True, False])
+def test_a_process_without_a_sample_adds_nothing_to_a_loss(own: bool) -> None:
+    """Means over processes, each with its weight, are the mean of the batch; so with probabilities for labels."""
     supernet, batch = Supernet(*mobile()), next(iter(loader()))
+    loss = nn.functional.cross_entropy if own else None
+    batch = batch if own else (batch[0], nn.functional.one_hot(batch[1], CLASSES).float())
     with Workers(supernet.net) as workers:
         costs = Cost(mobile_table(), [])
-        run = Run(supernet, loader(), loader(), costs, SETTINGS, workers, nn.functional.cross_entropy)
+        run = Run(supernet, loader(), loader(), costs, SETTINGS, workers, loss)
         whole = run._loss(supernet.net.eval(), batch, "train", 0.0)
         workers.size, parts = 3, []
         for workers._rank in range(3):
@@ -482,7 +518,7 @@ def test_loaders_are_split_or_refused() -> None:
     for share, words in (
         (torch.nan, r"share lies in \[0, 1\), got nan"),
         ("20%", "got '20%'"),
-        (0.0, "split.. another share"),
+        (0.0, "Give more data, or split.. another share"),
     ):
         with pytest.raises(DataError, match=words):
             split(whole, share)  # type: ignore[arg-type]
@@ -490,7 +526,7 @@ def test_loaders_are_split_or_refused() -> None:
         split(whole, seed="a")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="train is a generator, which can be read only once"):
         split(one for one in whole)
-    with pytest.raises(DataError, match=r"1 batch cannot be split .* Give more data or smaller batches"):
+    with pytest.raises(DataError, match=r"1 batch cannot be split .* Give more data or smaller batches\.$"):
         split(batches[:1])
     with pytest.raises(DataError, match="val"):
         train_supernet(Supernet(*mobile()), loader(), [], mobile_table())

@@ -19,7 +19,7 @@ from fxopt.graph.taps import Taps
 from fxopt.passes import PruneChannels
 from fxopt.training import Distillation, fit, rehearse
 from fxopt.training._distilling import Distiller
-from fxopt.training._losses import attention_distance, attention_map, feature_distance
+from fxopt.training._losses import attention_distance, attention_map, feature_distance, score_distance
 from fxopt.training._places import shared_places
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -324,3 +324,9 @@ def test_a_loss_of_ones_own_goes_with_maps_of_a_teacher() -> None:
         distillation=Distillation(logits=0.0, attention=1.0),
     )
     assert history.attention == ["add", "add_1"]
+
+
+def test_without_class_scores_it_is_told_how_to_train_without_a_teacher() -> None:
+    """By ``fit``, and by ``nas.fine_tune``, which brings a teacher of its own."""
+    with pytest.raises(DataError, match=r"leave the teacher out \(distil=False\), or give Distillation\(logits=0\)"):
+        score_distance({"mask": IMAGES}, {"mask": IMAGES}, 1.0)

@@ -379,6 +379,26 @@ def test_an_epoch_that_breaks_off_leaves_no_trace(error: BaseException) -> None:
     assert_same(state_of(model), before)
 
 
+def test_a_loss_without_a_gradient_is_refused() -> None:
+    with pytest.raises(DataError, match="loss gives a tensor without a gradient; compute it from the model's output"):
+        fit(make_model(), make_data(), epochs=1, loss=lambda output, label: output.detach().sum())
+
+
+def test_a_loader_whose_length_is_0_is_refused() -> None:
+    class Empty(list[Any]):
+        def __len__(self) -> int:
+            return 0
+
+    with pytest.raises(DataError, match="train has no batches, by its length"):
+        fit(make_model(), Empty(make_data()), epochs=1)
+
+
+def test_several_labels_a_sample_are_no_probabilities() -> None:
+    data = make_data(16)
+    with pytest.raises(DataError, match="probabilities of classes, but they sum to 3 to 3"):
+        fit(make_model(), [(data.inputs, torch.ones(16, 3))], epochs=1)
+
+
 def test_whole_numbers_of_any_type_and_probabilities_are_labels() -> None:
     data = make_data(16)
     losses = []
