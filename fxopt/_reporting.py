@@ -14,7 +14,7 @@ import torch
 
 from fxopt._course import Course, Outcome
 from fxopt._job import Job
-from fxopt.decisions import Policy, SearchSpace
+from fxopt.decisions import Policy, SearchSpace, format_quantity
 from fxopt.export import ExportReport
 from fxopt.graph.channels import ChannelGroup, analyze
 from fxopt.lowering import ParametricWorkload, lower
@@ -61,7 +61,14 @@ def build_report(course: Course, job: Job, made: Outcome, *, title: str, before:
     found = bounds(target, bound)
     return Report(
         title=title,
-        target=TargetLine(target.name, target.title, target.status, target.error, tuple(target.caveats(bound))),
+        target=TargetLine(
+            target.name,
+            target.title,
+            target.status,
+            target.error,
+            tuple(target.caveats(bound)),
+            target.capabilities.batch,
+        ),
         before=before,
         after=after,
         budgets=tuple(BudgetLine(*line) for line in job.budget_lines(made.graph)),
@@ -115,6 +122,7 @@ def _notes(course: Course, job: Job, made: Outcome) -> list[str]:
         )
     if course.tuning.train is None:
         notes.append("No training data was given: nothing was fine-tuned, and ranges come from random inputs.")
+    notes += _of_a_batch(job)
     if not made.policy and not job.selected:
         notes.append("The passes find nothing to decide in this model; it was left as it is.")
     for one in made.found:
@@ -122,6 +130,17 @@ def _notes(course: Course, job: Job, made: Outcome) -> list[str]:
             first = next(trial.error for trial in one.trials if trial.failed)
             notes.append(f"{one.failed} of {len(one.trials)} trials failed; the first with: {first}")
     return [*notes, *job.notes, *filter(None, (made.note,))]
+
+
+def _of_a_batch(job: Job) -> list[str]:
+    """What absolute limits are of, where the target runs several samples at a time."""
+    batch = job.target.capabilities.batch
+    told = [
+        f"{budget}, {format_quantity(budget.metric, budget.limit / batch)} each"
+        for budget in job.budgets
+        if batch > 1 and not budget.relative and budget.metric != "size"
+    ]
+    return [f"{job.target.name} takes {batch} samples at a time, and limits are of all of them: {one}." for one in told]
 
 
 def _candidates(target: Target, workload: ParametricWorkload, search: SearchResult | None) -> tuple[CandidateLine, ...]:

@@ -197,7 +197,8 @@ def optimize(
         example_inputs: One input of the model: a tensor, a tuple, a dict, or ``(args, kwargs)``.
         target: A name from ``fxopt.targets.names()``, a TOML file, or a target.
         budget: Upper limits by metric (latency, energy, size, macs, memory): a fraction of the original (0.6, "60%")
-            or an absolute value ("5ms", "2MB", "300M"). None for no limit.
+            or an absolute value ("5ms", "2MB", "300M"). All but size are of one run on the target, of as many samples
+            as it takes at a time: "2400M" on ``v100``, which takes 8, are 300M each. None for no limit.
         passes: Names of passes or configured passes, in order. If the target has fewer than 8 bits on offer, "quantize"
             by name chooses ranges of least error and rounds weights by ``RoundWeights``. With "select-operators", which
             comes first, a supernet is trained on ``train`` (``epochs`` of warm-up, twice as many of search), and what

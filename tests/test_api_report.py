@@ -80,3 +80,17 @@ def test_operators_are_told_beside_the_layers_that_are_gone() -> None:
     sites = [line.site for line in report.layers]
     assert len(sites) == len(set(sites))
     assert sites[-1] == "classifier"
+
+
+def test_an_absolute_limit_of_several_samples_is_told_for_each() -> None:
+    options = {"passes": "prune-channels", "engine": "uniform", "epochs": 0, "trials": 1}
+    budget = {"macs": "1G", "latency": "80ms", "size": "1MB"}
+    report = optimize(target="v100", budget=budget, **options).report
+    assert report.target.batch == 8
+    assert [note for note in report.notes if "samples at a time" in note] == [
+        "v100 takes 8 samples at a time, and limits are of all of them: macs <= 1 G, 125 M each.",
+        "v100 takes 8 samples at a time, and limits are of all of them: latency <= 80 ms, 10 ms each.",
+    ]
+    for target, limit in (("v100", 0.9), ("pixel1", "1G")):
+        notes = optimize(target=target, budget={"macs": limit}, **options).report.notes
+        assert not [note for note in notes if "samples at a time" in note]

@@ -70,6 +70,9 @@ def within(cost: float, limit: float) -> bool:
 class Budget:
     """An upper bound on one metric of the result.
 
+    Latency, energy, memory and multiply-accumulates are those of one run on the target, of as many samples as it takes
+    at a time (``capabilities.batch``: 1 on phones, 8 on ``v100``, 64 on ``gtx1080ti``).
+
     Attributes:
         metric: ``"latency"``, ``"energy"``, ``"size"``, ``"macs"`` or ``"memory"``.
         limit: The bound: seconds, joules, bytes or a count; or a fraction of the original if ``relative``.

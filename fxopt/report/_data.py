@@ -282,6 +282,7 @@ class TargetLine:
         status: "calibrated", "uncalibrated" or "measured".
         error: How far predictions are from measurements, or why that is not known.
         caveats: Why the figures of this very workload deserve less trust.
+        batch: Samples of a run. All costs but sizes, and so the limits of all but sizes, are of one run.
     """
 
     name: str
@@ -289,6 +290,12 @@ class TargetLine:
     status: str
     error: str
     caveats: tuple[str, ...]
+    batch: int = 1
+
+    @property
+    def told(self) -> str:
+        """The name, with the samples of a run where they are more than one."""
+        return f"{self.name}, {self.batch} samples a run" if self.batch > 1 else self.name
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ def network_charts(report: Report) -> Iterator[Chart]:
         _bits(report.layers),
         _operators(report.operators),
         _supernet(report.supernet),
-        _times(report.times, report.target.name),
-        _latencies(report.layers, report.target.name),
+        _times(report.times, report.target.told),
+        _latencies(report.layers, report.target.told),
     )
     yield from (one for one in made if one is not None)
 

@@ -126,7 +126,9 @@ def summary(report: Report) -> tuple[SummaryRow, ...]:
         before, after = pick(report.before), pick(report.after)
         if before is None and after is None:
             continue
-        how = f"predicted for {report.target.name}" if source == "predicted" else source
+        how = f"predicted for {report.target.told}" if source == "predicted" else source
+        if label == "MACs":
+            how += report.target.told.removeprefix(report.target.name)
         rows.append(
             SummaryRow(label, how, _quantity(metric, before), _quantity(metric, after), change_words(before, after))
         )
@@ -153,7 +155,7 @@ def tiles(report: Report) -> tuple[tuple[str, str, str], ...]:
     """The figures to see first: label, the result's value and the original's."""
     before, after = report.before, report.after
     pairs = (
-        (f"Latency predicted for {report.target.name}", "latency", before.latency_s, after.latency_s),
+        (f"Latency predicted for {report.target.told}", "latency", before.latency_s, after.latency_s),
         ("Latency measured on this machine", "latency", before.measured_latency_s, after.measured_latency_s),
     )
     score = (_score_label(report), score_words(report, after.accuracy), score_words(report, before.accuracy))
@@ -218,7 +220,7 @@ def asked(report: Report) -> str:
     """What was asked for, in words."""
     limits = " and ".join(budget.asked for budget in report.budgets) or "no budget"
     search = f"{report.trials} trials of {report.engine}" if report.trials else "no search"
-    return f"{limits}, for {report.target.name}; {search}, judged by {report.score_name}"
+    return f"{limits}, for {report.target.told}; {search}, judged by {report.score_name}"
 
 
 def budget_of(report: Report, metric: str) -> BudgetLine | None:

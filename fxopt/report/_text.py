@@ -67,7 +67,7 @@ def layer_table(report: Report) -> Table:
         for layer in report.layers
     ]
     columns = ("Layer", "Kind", ">Channels", ">Bits w/a", ">MACs", ">after", ">Latency", ">after", ">Change")
-    return _table(f"Layers, latency predicted for {report.target.name}", columns, rows)
+    return _table(f"Layers, latency predicted for {report.target.told}", columns, rows)
 
 
 def steps_table(report: Report) -> Table:
@@ -103,7 +103,7 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield Text(f"Note: {note}", style="yellow")
     yield metrics_table(report)
     if report.budgets:
-        columns = ("Budget", ">Limit", ">Before", ">Achieved", "")
+        columns = (f"Budget for {report.target.told}", ">Limit", ">Before", ">Achieved", "")
         yield _table(None, columns, [budget_words(budget) for budget in report.budgets])
     if report.passes:
         yield steps_table(report)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fxopt.errors import FxoptError
 from fxopt.report import BudgetLine, Report
+from fxopt.report._summary import summary
 from tests.report.samples import layer, metrics, report
 
 
@@ -157,3 +158,19 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FxoptError, match="Cannot write"):
         report().save(tmp_path / "file" / "report.json")
+
+
+def test_a_run_of_several_samples_is_told_beside_every_prediction() -> None:
+    several = dataclasses.replace(report().target, batch=8)
+    made = report(target=several)
+    how = {row.label: row.source for row in summary(made)}
+    assert how["MACs"] == "counted, 8 samples a run"
+    assert how["Latency"] == how["Peak activations"] == "predicted for pixel1, 8 samples a run"
+    assert how["Parameters"] == how["Size of weights"] == "counted"
+    assert "Budget for pixel1, 8 samples a run" in str(made)
+    assert made.to_html().count("predicted for pixel1, 8 samples a run") >= 5
+    assert "samples a run" not in str(report()) + report().to_html()
+    assert Report.from_json(made.to_json()) == made
+    older = made.to_data()
+    del older["target"]["batch"]
+    assert Report.from_json(json.dumps(older)).target.batch == 1
