@@ -201,8 +201,8 @@ def optimize(
             as it takes at a time: "2400M" on ``v100``, which takes 8, are 300M each. None for no limit.
         passes: Names of passes or configured passes, in order. If the target has fewer than 8 bits on offer, "quantize"
             by name chooses ranges of least error and rounds weights by ``RoundWeights``. With "select-operators", which
-            comes first, a supernet is trained on ``train`` (``epochs`` of warm-up, twice as many of search), and what
-            was selected for ``epochs`` more, the supernet as its teacher.
+            comes first, a supernet is trained on ``train`` (``epochs`` of warm-up, twice as many of search; one of each
+            where ``epochs`` is 0), and what was selected for ``epochs`` more, the supernet as its teacher.
         shares: The part of the way to the budget that passes go, by name, from 0 to 1; those that are not named divide
             equally what is left. Where the shares up to a pass are s and the budget is the part r of the original, the
             network behind that pass costs at most r ** s of the original. Each pass is then searched on its own, with

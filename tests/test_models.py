@@ -132,6 +132,14 @@ def test_the_space_has_21_blocks_of_which_15_have_a_shortcut() -> None:
     assert widths == [8, *[16] * 4, *[24] * 4, *[40] * 4, *[48] * 4, *[96] * 4, 160]
 
 
+@pytest.mark.parametrize(("width", "resolution", "shortcuts"), [(0.35, 224, 16), (0.35, 32, 17), (0.05, 224, 17)])
+def test_stages_that_are_equally_wide_have_a_shortcut_between_them(
+    width: float, resolution: int, shortcuts: int
+) -> None:
+    blocks = models.proxyless_space(width, resolution).blocks
+    assert sum(block.shortcut for block in blocks[1:]) == shortcuts
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -16,6 +16,23 @@ from fxopt.errors import DataError, FxoptError
 __all__ = ["Workers"]
 
 
+class _WithSpare(nn.Module):
+    """A network with a parameter that it never uses.
+
+    Of a mixed operator one candidate is computed, so that torch has to look for unused parameters. The relaxation
+    computes them all behind its warm-up, and where torch finds none unused it warns of the flag, which nobody can set.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.spare = nn.Parameter(next(net.parameters()).new_zeros(()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the network computes."""
+        return self.net(*args, **kwargs)
+
+
 class Workers:
     """The processes of torch.distributed, or this one alone, while a network is trained.
 
@@ -32,8 +49,8 @@ class Workers:
             self.size, self._rank = distributed.get_world_size(), distributed.get_rank()
         self.is_first = self._rank == 0
         if self.size > 1:
-            # Of a mixed operator one candidate is computed, the same one in all processes.
-            self.net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+            # Which candidates are computed is the same in all processes.
+            self.net = nn.parallel.DistributedDataParallel(_WithSpare(net), find_unused_parameters=True)
 
     def __enter__(self) -> Workers:
         return self

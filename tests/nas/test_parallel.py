@@ -86,6 +86,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*launch, str(script), str(folder)], env=environment, cwd=root, timeout=280, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    (folder / "told").write_text(done.stderr)
     return folder
 
 
@@ -105,6 +106,10 @@ def test_two_processes_train_as_one(trained: Path, method: str) -> None:
         assert sorted(found) == sorted(wanted)
         for key, value in wanted.items():
             assert torch.allclose(found[key], value, atol=1e-6, equal_nan=True), (name, key)
+
+
+def test_nothing_is_told_that_nobody_can_change(trained: Path) -> None:
+    assert "find_unused_parameters" not in (trained / "told").read_text()
 
 
 def test_processes_that_see_different_checkpoints_are_told(trained: Path) -> None:
