@@ -53,8 +53,8 @@ class _Quantizer(nn.Module):
         return self.bounds[1]
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode; when training ends, a learned scale becomes what training used."""
-        if self.learned and self.training and not mode:
+        """Set the mode; in evaluation a learned scale is what training used, whether it was trained or read."""
+        if self.learned and not mode:
             with torch.no_grad():
                 self.scale.copy_(positive(self.scale))
         return super().train(mode)

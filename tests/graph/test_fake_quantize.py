@@ -352,6 +352,19 @@ def test_learned_scales_stay_positive_and_keep_their_names() -> None:
     torch.testing.assert_close(network(x), before)
 
 
+def test_learned_scales_read_in_evaluation_are_those_of_training() -> None:
+    network = nn.Sequential(calibrated(np.array([-1.0, 1.0], np.float32), 4), QuantLinear.from_float(nn.Linear(3, 2)))
+    learn_scales(network)
+    with torch.no_grad():
+        network[0].scale.neg_()
+        network[1].weight_quantizer.scale.neg_()
+    in_training = {name: value.clone() for name, value in network.train().state_dict().items()}
+    ended = {name: value.clone() for name, value in network.eval().state_dict().items()}
+    network.load_state_dict(in_training)
+    for name, value in network.eval().state_dict().items():
+        assert torch.equal(value, ended[name]), name
+
+
 def test_scales_that_cannot_be_learned_are_refused() -> None:
     with pytest.raises(PassError, match="'lsq' or 'pact'"):
         learn_scales(nn.Identity(), "best")  # type: ignore[arg-type]
