@@ -39,6 +39,7 @@ _POORLY_SELECTED = (
     "little. Lower the learning rate (networks without batch norm may need a tenth), train for more epochs, or raise "
     "the budget."
 )
+_UNTRAINED = "What was selected has {}, the original {}: it was not trained. Give epochs, or train what comes out."
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,7 @@ class Course:
         folder: Where journals and checkpoints are; None for nowhere.
         show: Told how far everything is.
         steps: What was done, and what came of it.
+        original: The score of the given model, once it was rehearsed; None before, or where nothing judges it.
     """
 
     judging: Judging
@@ -206,6 +208,7 @@ class Course:
     folder: Path | None
     show: Progress
     steps: list[PassLine] = field(default_factory=list)
+    original: float | None = field(default=None, init=False)
 
     def rehearse(
         self, job: Job, passes: tuple[TunablePass, ...], selector: Selector | None
@@ -225,13 +228,14 @@ class Course:
         """
         judge, first, original = rehearsed(job, passes, self.judging, self.tuning, selector)
         before = job.metrics(job.source, first if original is None else original)
+        self.original = before.accuracy
         if original is not None:
             job.learn_from_better(before.accuracy, first, known=self.judging.by_data)
             line = f"operators: {len(job.selected)} blocks, entropy {job.entropy:.2f}"
             self.steps.append(PassLine(SelectOperators.name, line, first, job.metrics(job.graph, first)))
             # Alone it is trained later.
-            if job.passes and self.tuning.epochs and self.judging.by_data:
-                job.notes = (*job.notes, *_poorly_selected(judge.score_name, first, before.accuracy))
+            if job.passes:
+                self._tell_if_poor(job, judge.score_name, first, before.accuracy)
         self.tuning.rehearse(job.graph)
         return judge, before
 
@@ -269,7 +273,15 @@ class Course:
         known = self.steps[-1].accuracy if self.steps else None
         end = made[-1]
         score = judge.judge(end.graph) if known is None else known
+        if len(job.operators) and not job.passes:
+            self._tell_if_poor(job, judge.score_name, score, self.original)
         return Outcome(end.graph, policy, score, judge.score_name, tuple(found), end.note)
+
+    def _tell_if_poor(self, job: Job, name: str, selected: float, original: float | None) -> None:
+        """Note where what was selected is far from as good as the original."""
+        if self.judging.by_data and original is not None and original > 0.0 and selected < _POOR * original:
+            told = _POORLY_SELECTED if self.tuning.epochs else _UNTRAINED
+            job.notes = (*job.notes, told.format(format_score(name, selected), format_score(name, original)))
 
     def _journal(self, job: Job, group: tuple[TunablePass, ...], number: int) -> Path | None:
         if self.folder is None:
@@ -371,13 +383,6 @@ def _below(line: PassLine, before: PassLine) -> bool:
     """Whether a score is no number, or less than it was."""
     now, then = line.accuracy, before.accuracy
     return now is not None and then is not None and (math.isnan(now) or now < then)
-
-
-def _poorly_selected(name: str, selected: float, original: float | None) -> tuple[str, ...]:
-    """A note where what was selected, and trained, is far from as good as the original."""
-    if original is None or original <= 0.0 or not selected < _POOR * original:
-        return ()
-    return (_POORLY_SELECTED.format(format_score(name, selected), format_score(name, original)),)
 
 
 def _completed(search: SearchResult, decided: Policy) -> SearchResult:

@@ -28,7 +28,7 @@ from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, We
 from fxopt.lowering import IndexCosts, ParametricWorkload, lower
 from fxopt.passes import FoldBatchNorm, PruneChannels, Quantize, TunablePass
 from fxopt.passes._sites import layers, other_types
-from fxopt.progress import Progress
+from fxopt.progress import Progress, during
 from fxopt.report import Metrics, PassLine, SupernetLine
 from fxopt.sensitivity import sensitivities
 
@@ -99,10 +99,11 @@ class Job:
         show: Progress,
         shares: Shares | None = None,
     ) -> None:
-        self.target = target
         self.budgets = budgets
         self._metrics = [budget.metric for budget in budgets]
         self._example, self._folder, self._show = example_inputs, folder, show
+        record = self._record("measured.json")
+        self.target = target.recorded(record) if record and isinstance(target, targets.HostTarget) else target
         self._attention = next((one.attention for one in passes if isinstance(one, PruneChannels)), "heads")
         # Tensors of its own: whatever a judge or a loss does to the graph, the model stays as it was.
         self.source: fx.GraphModule = own_copy(_storage.traced(model, example_inputs)).eval()
@@ -112,8 +113,8 @@ class Job:
         self.entropy = 0.0
         self.supernet: SupernetLine | None = None
         self.notes: tuple[str, ...] = ()
-        self.original, self.limits = self._costs_of_original()
         self.shares, self.passes = shares, passes
+        self.original, self.limits = self._costs_of_original()
         self.made_by: tuple[TunablePass, ...] = ()
 
     def decide(self, selector: Selector | None) -> None:
@@ -159,11 +160,15 @@ class Job:
         """Choose operators, under their share."""
 
         def completed(graph: fx.GraphModule, *, anyhow: bool = True) -> None:
-            if self.target.name != targets.HOST:
-                space = self._decisions(graph)
-                self._constrained(graph, self.lowered(graph), space if anyhow else self._counted_on(space))
+            workload = self.lowered(graph)
+            space = self._offered(graph, workload)
+            self._constrained(graph, workload, space if anyhow else self._counted_on(space))
 
-        limits = dict(zip(self._metrics, self._limits_behind(selector.step).tolist(), strict=True))
+        def limits() -> dict[str, float]:
+            # What candidates were measured for changes what is known of the original, on a target that is measured.
+            self.original, self.limits = self._costs_of_original()
+            return dict(zip(self._metrics, self._limits_behind(selector.step).tolist(), strict=True))
+
         return selector.select(self.source, self.target, limits, completed, self._decisions)
 
     def _counted_on(self, space: SearchSpace) -> SearchSpace:
@@ -226,23 +231,35 @@ class Job:
         self.graph, self.passes = graph, passes
         self.digest = digest_of(graph)
         self.workload: ParametricWorkload = self.lowered(graph)
-        self.space = self._decisions(graph)
-        if any(isinstance(one, Quantize) for one in passes) and not any(one.kind == "bits" for one in self.space):
-            types = " and ".join(other_types(graph))
-            why = f"{self.target.name} offers no bits, 1 to 8, for any layer of this model."
-            if types and not layers(graph):
-                why = (
-                    f"weights are in {types}, and only those in float32 are quantized; convert the model with .float()."
-                )
-            note = f"Nothing is quantized: {why}"
-            self.notes = (*(known for known in self.notes if known != note), note)
-        if self.target.name == targets.HOST:
-            record = self._record(f"fastest-bits-{self.digest}.json")
-            for one in passes:
-                if isinstance(one, Quantize):
-                    self.space = without_slow_integers(self.space, graph, self._example, one, record, self._show)
-        self._prepare()
+        self.space = self._offered(graph, self.workload)
+        if any(isinstance(one, Quantize) for one in passes):
+            self._tell_if_unquantized(graph)
         self.costs, self.constraint = self._constrained(graph, self.workload, self.space)
+
+    def _tell_if_unquantized(self, graph: fx.GraphModule) -> None:
+        """Note why no layer of a graph has bits to decide."""
+        if any(one.kind == "bits" for one in self._decisions(graph)):
+            return
+        types = " and ".join(other_types(graph))
+        why = f"{self.target.name} offers no bits, 1 to 8, for any layer of this model."
+        if types and not layers(graph):
+            why = f"weights are in {types}, and only those in float32 are quantized; convert the model with .float()."
+        note = f"Nothing is quantized: {why}"
+        self.notes = (*(known for known in self.notes if known != note), note)
+
+    def _offered(self, graph: fx.GraphModule, workload: ParametricWorkload) -> SearchSpace:
+        """What can be decided about a graph, and costed; on the machine that is measured no bits slower than floats."""
+        space = self._decisions(graph)
+        if self.target.name == targets.HOST:
+            # Speed is not a matter of weights.
+            rows = workload.bind().rows
+            shapes = digest(graph.code, *(rows[name].tobytes() for name in rows.dtype.names or ()))
+            record = self._record(f"fastest-bits-{shapes}.json")
+            for one in self.passes:
+                if isinstance(one, Quantize):
+                    space = without_slow_integers(space, graph, self._example, one, record, self._show)
+        self._prepare(workload, space)
+        return space
 
     def _decisions(self, graph: fx.GraphModule) -> SearchSpace:
         return SearchSpace(d for one in self.passes for d in one.search_space(graph, self.target.capabilities))
@@ -252,25 +269,23 @@ class Job:
 
     def _costs_of_original(self) -> tuple[targets.Estimate, npt.NDArray[np.float64]]:
         """What the original costs, and the limits of the budgets that this gives."""
-        workload = self.lowered(self.source).bind()
-        self.target.prepare(workload)
-        found = self.target.estimate(workload)
+        workload = self.lowered(self.source)
+        self._prepare(workload, self._decisions(self.source))
+        found = self.target.estimate(workload.bind())
         limits = [budget.absolute(float(found.metric(budget.metric)[0])) for budget in self.budgets]
         return found, np.array(limits)
 
-    def _prepare(self) -> None:
+    def _prepare(self, workload: ParametricWorkload, space: SearchSpace) -> None:
         """Let a measured target see the operators at full and half width, in every bit-width on offer."""
-        widths = [self.space.default(), self.space.uniform(0.5)] if len(self.space) else [Policy({})]
-        offered = {choice for decision in self.space if decision.kind == "bits" for choice in decision.choices}
+        widths = [space.default(), space.uniform(0.5)] if len(space) else [Policy({})]
+        offered = {choice for decision in space if decision.kind == "bits" for choice in decision.choices}
         for policy in widths:
-            self.target.prepare(self.workload.bind(policy))
+            self.target.prepare(workload.bind(policy))
             for bits in sorted(offered):
                 changed = {
-                    decision.key: bits
-                    for decision in self.space
-                    if decision.kind == "bits" and bits in decision.choices
+                    decision.key: bits for decision in space if decision.kind == "bits" and bits in decision.choices
                 }
-                self.target.prepare(self.workload.bind(policy.merged(Policy(changed))))
+                self.target.prepare(workload.bind(policy.merged(Policy(changed))))
 
     def _constrained(
         self, graph: fx.GraphModule, workload: ParametricWorkload, space: SearchSpace
@@ -305,18 +320,17 @@ class Job:
         quantize = next((one for one in self.passes if isinstance(one, Quantize)), None)
         if engine != _EXACT or quantize is None or {one.kind for one in self.space} != set(quantize.kinds):
             return {}
-        self._show.start(_MEASURING, 1)
-        losses = sensitivities(
-            FoldBatchNorm()(self.graph).graph_module,
-            self.space,
-            judge.sample(_MEASURED_ON),
-            method="gradient",
-            rounding=quantize.rounding,
-            weights=quantize.weights,
-            activations=quantize.activations,
-            cache=self._record(f"losses-{self.digest}.json"),
-        )
-        self._show.finish(_MEASURING)
+        with during(self._show, _MEASURING):
+            losses = sensitivities(
+                FoldBatchNorm()(self.graph).graph_module,
+                self.space,
+                judge.sample(_MEASURED_ON),
+                method="gradient",
+                rounding=quantize.rounding,
+                weights=quantize.weights,
+                activations=quantize.activations,
+                cache=self._record(f"losses-{self.digest}.json"),
+            )
         return {"losses": losses}
 
     def context(self, judge: Evaluator, terms: Mapping[str, str]) -> dict[str, str]:

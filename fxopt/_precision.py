@@ -20,7 +20,7 @@ from fxopt.export._fastest import INTEGER
 from fxopt.graph.fake_quantize import QuantizedLayer
 from fxopt.passes import Quantize, TunablePass
 from fxopt.passes.quantize import FLOAT
-from fxopt.progress import Progress
+from fxopt.progress import Progress, during
 
 __all__ = ["Quickest", "not_slower", "without_slow_integers"]
 
@@ -59,9 +59,8 @@ def without_slow_integers(
     if record is not None and record.exists():
         fast = Policy.load(record)
     else:
-        show.start(_STEP, 1)
-        fast = fastest_bits(gm, example_inputs, quantize).policy
-        show.finish(_STEP)
+        with during(show, _STEP):
+            fast = fastest_bits(gm, example_inputs, quantize).policy
         if record is not None:
             record.parent.mkdir(parents=True, exist_ok=True)
             fast.save(record)
@@ -139,9 +138,8 @@ def not_slower(
 
     name, note = (None, "") if record is None or not record.exists() else _recorded(record, policies)
     if name is None:
-        show.start(_LAST_STEP, 1)
-        name, note = _measured(graph, policies, example_inputs, allowed)
-        show.finish(_LAST_STEP)
+        with during(show, _LAST_STEP):
+            name, note = _measured(graph, policies, example_inputs, allowed)
         if record is not None:
             write_text(record, json.dumps({"bits": name, "note": note}))
     return Quickest(graph(name), policies[name], note)

@@ -30,7 +30,7 @@ from fxopt.nas import (
     train_supernet,
 )
 from fxopt.passes import SelectOperators, TunablePass
-from fxopt.progress import Progress
+from fxopt.progress import Progress, during
 from fxopt.report import EpochLine, SupernetLine
 from fxopt.targets import Target
 
@@ -40,11 +40,23 @@ _SEARCH_EPOCHS = 2
 """Epochs of the search for each epoch of fine-tuning; the warm-up has as many as fine-tuning."""
 
 _COLLAPSED = (
-    "The search may have collapsed: of the blocks that can be left out {:.0%} are. Raise the budget, train for more "
-    "epochs, or let the other passes go a larger share of the way."
+    "The search may have collapsed: of the blocks that can be left out {:.0%} are. Raise the budget, {}train for more "
+    "epochs."
 )
+_SHARE = "let the other passes go a larger share of the way, or "
+_FELL_BACK = (
+    "The other passes can bring no network that the search ranks high within the budget: {} taken instead of what it "
+    "found. Raise the budget, or let them go another share of the way."
+)
+_UNDECIDED = 0.9
+"""The entropy, of at most 1, above which what is chosen is close to chance."""
+_CHANCE = (
+    "The search of operators ended undecided, with an entropy of {:.2f} of at most 1: what it chose is close to "
+    "chance. Train for more epochs, or with more data."
+)
+_COSTING = "costing operators"
 _STEP_DOWN = 0.95
-"""What limits are multiplied by until the other passes can do the rest."""
+"""What a limit, or what is found where that is less, is multiplied by until the other passes can do the rest."""
 
 
 class Completed(Protocol):
@@ -105,7 +117,7 @@ class Selector:
         self,
         graph: fx.GraphModule,
         target: Target,
-        limits: Mapping[str, float],
+        limits_of: Callable[[], Mapping[str, float]],
         completed: Completed,
         decisions: Callable[[fx.GraphModule], SearchSpace],
     ) -> Selection:
@@ -117,7 +129,7 @@ class Selector:
         Args:
             graph: The original graph.
             target: The target.
-            limits: What this pass may leave, by metric.
+            limits_of: What this pass may leave, by metric; asked once the target knows all candidates.
             completed: Looks whether the others can do the rest.
             decisions: What the others have to decide about a network.
 
@@ -130,19 +142,21 @@ class Selector:
         train = self.tuning.train
         if train is None:
             raise DataError("select-operators trains a supernet; give train, a loader of (input, label).")
-        workload = lower_operators(graph, self.step, target.capabilities.batch)
-        workload.prepare(target)
-        table = workload.table(target)
-        supernet = Supernet(graph, self.step)
-        wanted, last = limits, None
-        if self.alone and len(limits) > 1:
-            # Limits that can be met one by one, but not together, are told before anything is trained.
-            policy_within(supernet, table, limits)
-        elif not self.alone and limits:
-            wanted = {metric: max(limit, ExpectedCost(table, metric).least) for metric, limit in limits.items()}
-            last, completed = _last(supernet, table, limits, completed)
+        with during(self.show, _COSTING):
+            workload = lower_operators(graph, self.step, target.capabilities.batch)
+            workload.prepare(target)
+            table = workload.table(target)
+            supernet = Supernet(graph, self.step)
+            limits = limits_of()
+            wanted, last = limits, None
+            if self.alone and len(limits) > 1:
+                # Limits that can be met one by one, but not together, are told before anything is trained.
+                policy_within(supernet, table, limits)
+            elif not self.alone and limits:
+                wanted = {metric: max(limit, ExpectedCost(table, metric).least) for metric, limit in limits.items()}
+                last, completed = _last(supernet, table, limits, completed)
         found = self._train(supernet, table, wanted, train)
-        policy = self._within(supernet, table, wanted, completed, found.duals, last)
+        policy, fell_back = self._within(supernet, table, wanted, completed, found.duals, last)
         derived = supernet.derive(policy)
         # Another supernet may choose the same operators with other weights.
         name = "" if self.folder is None else f"selected-{digest_of(derived)}"
@@ -162,8 +176,19 @@ class Selector:
         row = supernet.space.encode(policy)[None]
         told = {metric: max(limit, float(table.score(row, metric)[0])) for metric, limit in wanted.items()}
         check_budget(network, table, wanted if self.alone else told, target.capabilities.batch)
-        notes = (_COLLAPSED.format(supernet.skipped(policy)),) if supernet.collapsed(policy) else ()
-        return Selection(network, policy, found.history[-1].entropy, notes, _told(found, wanted))
+        entropy = found.history[-1].entropy
+        notes = self._notes(supernet, policy, entropy, fell_back=fell_back)
+        return Selection(network, policy, entropy, notes, _told(found, wanted))
+
+    def _notes(self, supernet: Supernet, policy: Policy, entropy: float, *, fell_back: bool) -> tuple[str, ...]:
+        """What to know of a search."""
+        notes = []
+        if fell_back:
+            original = policy == supernet.space.default()
+            notes.append(_FELL_BACK.format("the original was" if original else "the cheapest operators were"))
+        elif supernet.collapsed(policy):
+            notes.append(_COLLAPSED.format(supernet.skipped(policy), "" if self.alone else _SHARE))
+        return (*notes, *([_CHANCE.format(entropy)] if entropy > _UNDECIDED else []))
 
     def _train(
         self, supernet: Supernet, table: OperatorTable, limits: Mapping[str, float], train: Loader
@@ -194,10 +219,10 @@ class Selector:
         completed: Completed,
         duals: Sequence[float],
         last: Policy | None,
-    ) -> Policy:
-        """The most probable policy within limits, lowered until the others can do the rest; ``last`` if they never can.
+    ) -> tuple[Policy, bool]:
+        """The most probable policy within limits, lowered until the others can do the rest.
 
-        With None the limits are not lowered.
+        If they never can it is ``last``, and True is returned with it. With None the limits are not lowered.
         """
         while True:
             try:
@@ -205,15 +230,18 @@ class Selector:
             except InfeasibleError:
                 if last is None:
                     raise
-                return last
+                return last, True
             if last is None or policy == last:
-                return policy
+                return policy, False
             try:
                 completed(supernet.derive(policy))
-            except InfeasibleError:
-                limits = {metric: limit * _STEP_DOWN for metric, limit in limits.items()}
+            except InfeasibleError as failure:
+                # What the others bring down far enough stays as it is.
+                short = (failure.metric,) if failure.metric in limits else tuple(limits)
+                costs = {metric: float(table.score(supernet.space.encode(policy)[None], metric)[0]) for metric in short}
+                limits = {**limits, **{metric: min(limits[metric], costs[metric]) * _STEP_DOWN for metric in short}}
             else:
-                return policy
+                return policy, False
 
     def _place(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name

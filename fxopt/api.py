@@ -41,12 +41,14 @@ from fxopt.evaluate import Reconstruction, accuracy
 from fxopt.export import ExportReport, Format, OnnxModule, export_onnx, measure
 from fxopt.objectives import Objective
 from fxopt.passes import TunablePass
-from fxopt.progress import Progress, reporter, tracked
+from fxopt.progress import Progress, during, reporter, tracked
 from fxopt.report import Report
 from fxopt.search import SearchResult, engines
 from fxopt.training import FineTuning
 
 __all__ = ["OptimizationResult", "load", "optimize"]
+
+_MEASURING = "measuring in onnxruntime"
 
 
 @dataclass
@@ -283,7 +285,7 @@ def optimize(
         judge, before = course.rehearse(job, groups[0], selector)
         made = course.run(job, groups, judge)
         job.check_budget(made.graph)
-        timed = _measured(job, made.graph, example_inputs) if verify_on_host else (None, None)
+        timed = _measured(job, made.graph, example_inputs, show) if verify_on_host else (None, None)
         report = build_report(
             course,
             job,
@@ -303,10 +305,11 @@ def _kept(folder: Path | None) -> AbstractContextManager[None]:
     return nullcontext() if folder is None or (together and distributed.get_rank()) else occupied(folder, JournalError)
 
 
-def _measured(job: Job, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:
+def _measured(job: Job, after: fx.GraphModule, inputs: object, show: Progress) -> tuple[float | None, float | None]:
     """Seconds of the original and of the result; a note in their place where onnxruntime cannot compute them."""
     try:
-        found = measure(job.source, inputs, runs=15, peers=(after,))
+        with during(show, _MEASURING):
+            found = measure(job.source, inputs, runs=15, peers=(after,))
     except ExportError as failure:
         job.notes = (*job.notes, f"Not measured in onnxruntime on this machine: {failure}")
         return None, None

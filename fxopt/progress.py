@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import length_hint
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar, runtime_checkable
@@ -14,7 +15,7 @@ from fxopt.errors import FxoptError
 if TYPE_CHECKING:
     from rich import progress as rich_progress
 
-__all__ = ["LineProgress", "Progress", "RichProgress", "Silent", "reporter", "tracked", "watched"]
+__all__ = ["LineProgress", "Progress", "RichProgress", "Silent", "during", "reporter", "tracked", "watched"]
 
 _Item = TypeVar("_Item")
 
@@ -162,6 +163,17 @@ def _clock_time(seconds: float) -> str:
 def watched(stream: TextIO) -> RichProgress | LineProgress:
     """Bars if ``stream``, which is stderr, is a terminal, and lines if it is a file or a pipe."""
     return RichProgress() if stream.isatty() else LineProgress(stream)
+
+
+@contextmanager
+def during(show: Progress, task: str) -> Iterator[None]:
+    """Show ``task``, of a single step, while something runs; it ends with an error, too."""
+    show.start(task, 1)
+    try:
+        yield
+        show.advance(task)
+    finally:
+        show.finish(task)
 
 
 def reporter(progress: bool | Progress | None) -> Progress:

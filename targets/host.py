@@ -7,7 +7,9 @@ runtime, so this happens once.
 
 from __future__ import annotations
 
+import copy
 import datetime
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +72,24 @@ class HostTarget(Target):
         self._table = MeasurementTable(fingerprint, folder or cache_folder()) if fingerprint else None
         self._model: CostModel | None = None
         self._error: str | None = None
+        self._record: _Record | None = None
+        self._known: int | None = None
+
+    def recorded(self, path: Path) -> HostTarget:
+        """This machine as a run knows it that can be resumed.
+
+        What is measured on the way changes what was fitted before. So a file keeps how many operators were known at
+        each :meth:`prepare`, and a run with the same file sees at each of them what the one before it saw.
+
+        Args:
+            path: The file; written whole or not at all.
+
+        Raises:
+            TargetError: If it cannot be read, or, later, written.
+        """
+        found = copy.copy(self)
+        found._table, found._record = self._table, _Record(path)
+        return found
 
     @property
     def info(self) -> TargetInfo:
@@ -151,6 +171,17 @@ class HostTarget(Target):
             TargetError: If something is missing and there is no profiler, or the profiler gives nonsense.
         """
         self.calibrate()
+        total = 0 if self._table is None else len(self._table)
+        known = None if self._record is None else self._record.next(total)
+        if known != self._known:
+            self._known, self._model, self._error = known, None, None
+        if known is not None:
+            return
+        self._measure_families(workload)
+        if self._record is not None and self._table is not None:
+            self._record.add(len(self._table))
+
+    def _measure_families(self, workload: Workload) -> None:
         rows = np.ravel(workload.rows)
         merged = (rows["fused"] == 1) & (rows["activation"] != Activation.CURVE)
         rows = distinct(rows[(rows["kind"] != OpKind.UNKNOWN) & ~merged])
@@ -164,7 +195,11 @@ class HostTarget(Target):
     def __reduce__(self) -> tuple[type[HostTarget], tuple[object, ...]]:
         """Pickle by the constructor's arguments; the table is read again."""
         table = self._table
-        where = (table.fingerprint, self._progress, table.path.parent) if table else (None, self._progress, None)
+        where = (
+            (table.fingerprint, self._progress, table.path.parent)
+            if table is not None
+            else (None, self._progress, None)
+        )
         return (HostTarget, (self._profiler, *where))
 
     def __repr__(self) -> str:
@@ -175,7 +210,7 @@ class HostTarget(Target):
             raise TargetError(
                 "The host target has nothing measured: give load('host', ...) a profiler and a fingerprint."
             )
-        return self._table.measured()
+        return self._table.measured(self._known)
 
     def _measure(self, rows: Rows, what: str) -> None:
         """Time those of ``rows`` that are not in the table, some at a time, each kept at once."""
@@ -199,8 +234,49 @@ class HostTarget(Target):
         if self._table is None:
             return "Nothing measured yet."
         if self._error is None:
-            self._error = describe_errors(*self._table.measured(), by_family=True)
+            self._error = describe_errors(*self._measured(), by_family=True)
         return self._error
+
+
+class _Record:
+    """How many operators were known at each step of a run.
+
+    Args:
+        path: The file that keeps it.
+
+    Raises:
+        TargetError: If it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._step = path, 0
+        self._counts: list[int] = []
+        if not path.exists():
+            return
+        try:
+            self._counts = [int(count) for count in json.loads(path.read_text(encoding="utf-8"))]
+        except (OSError, ValueError, TypeError) as failure:
+            raise TargetError(f"{path} cannot be read ({failure}). Delete it; the run is then another one.") from None
+
+    def next(self, total: int) -> int | None:
+        """How many were known at this step; None if it was not reached, or the table, now of ``total``, is another."""
+        found = self._counts[self._step] if self._step < len(self._counts) else None
+        if found is None or found > total:
+            del self._counts[self._step :]
+            return None
+        self._step += 1
+        return found
+
+    def add(self, count: int) -> None:
+        """Note the next step.
+
+        Raises:
+            TargetError: If it cannot be written.
+        """
+        self._counts.append(count)
+        self._step += 1
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _files.write_text(self._path, json.dumps(self._counts), TargetError)
 
 
 def _paced(profiler: Profiler, table: MeasurementTable, rows: Rows) -> tuple[Rows, Floats]:

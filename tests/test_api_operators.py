@@ -5,17 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fxopt
+from fxopt import _precision as precision
 from fxopt import models, targets
 from fxopt.api import OptimizationResult
+from fxopt.decisions import Policy
 from fxopt.errors import BudgetError, DataError, FxoptError, InfeasibleError, PassError, SearchError
+from fxopt.export import FastestBits
 from fxopt.lowering import lower_operators
 from fxopt.objectives import SmallestCost
 from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, SelectOperators, TunablePass
 from fxopt.progress import Silent
+from fxopt.targets.rows import Floats, Rows, macs
 from tests.optimizing import InProcess, make_batches, optimize, outcome
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -71,17 +76,72 @@ class HardlyWorks:
 
 
 @pytest.mark.parametrize(("score", "told"), [(0.1, True), (0.5, True), (0.6, False)])
+@pytest.mark.parametrize("passes", [(STEP,), (STEP, "prune-channels")])
+@pytest.mark.parametrize(("epochs", "words"), [(1, "training hardly worked"), (0, "it was not trained")])
 def test_a_selected_network_that_has_not_learnt_is_told(
-    score: float, told: bool, monkeypatch: pytest.MonkeyPatch
+    passes: tuple[Any, ...], epochs: int, words: str, score: float, told: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HardlyWorks, "score", score)
     model = make()
-    result = optimize(
-        model, EXAMPLE, passes=(STEP, "prune-channels"), budget={"macs": 0.5}, train=DATA, evaluate=HardlyWorks(model)
-    )
-    notes = [note for note in result.report.notes if note.startswith(f"What was selected has {score} ")]
-    assert bool(notes) is told
-    assert all("the original 0.9: training hardly worked" in note for note in notes)
+    options: dict[str, Any] = {"budget": {"macs": 0.6}, "train": DATA, "evaluate": HardlyWorks(model)}
+    result = optimize(model, EXAMPLE, passes=passes, epochs=epochs, **options)
+    notes = [note for note in result.report.notes if note.startswith(f"What was selected has {score}")]
+    assert len(notes) == told
+    assert all(f"the original 0.9: {words}" in note for note in notes)
+
+
+def test_a_search_that_ended_undecided_is_told_and_one_that_did_not_is_not() -> None:
+    options: dict[str, Any] = {"passes": (STEP,), "train": make_batches(8), "val": DATA, "budget": {"macs": 0.8}}
+    short, long = (optimize(make(), EXAMPLE, epochs=epochs, **options) for epochs in (0, 12))
+    assert any("ended undecided" in note for note in short.report.notes)
+    assert not any("ended undecided" in note for note in long.report.notes)
+
+
+class Machine:
+    """A measured machine on which floats are faster than integers."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(precision, "fastest_bits", self._fastest)
+        self._folder, self.asked = folder, 0
+
+    def target(self) -> targets.HostTarget:
+        """What another process finds."""
+        return targets.HostTarget(self._profile, "an imaginary machine", folder=self._folder)
+
+    def _profile(self, rows: Rows) -> Floats:
+        """No line goes through these times, so that what is fitted depends on what was measured."""
+        return (4e-6 + macs(rows) * 6e-10) * (1.2 + 0.2 * np.sin(macs(rows)))
+
+    def _fastest(self, graph: torch.fx.GraphModule, _: object, quantize: Quantize) -> FastestBits:
+        self.asked += 1
+        floats = Policy({decision.key: (32, 32) for decision in quantize.search_space(graph)})
+        return FastestBits(floats, median_s=1.0, float_s=1.0, integer_s=2.0)
+
+
+@pytest.mark.parametrize("others", [("quantize",), ("prune-channels", "quantize")])
+def test_operators_go_as_far_as_they_have_to_on_a_machine_that_is_measured(
+    others: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path, monkeypatch)
+    told: dict[str, Any] = {"target": machine.target(), "train": DATA, "val": DATA, "epochs": 0, "trials": 1}
+    told |= {"shares": {"select-operators": 0.1}}
+    result = optimize(make(), EXAMPLE, passes=(STEP, *others), budget={"latency": 0.45}, **told)
+    assert result.report.after.latency_s <= 0.45 * result.report.before.latency_s
+    told |= {"progress": Untrained()}
+    with pytest.raises(InfeasibleError, match="budget"):
+        optimize(make(), EXAMPLE, passes=(STEP, *others), budget={"latency": 0.02}, **told)
+
+
+def test_a_run_on_a_machine_that_is_measured_goes_on_with_what_it_knew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path, monkeypatch)
+    whole = three(tmp_path / "work", target=machine.target(), shares=None)
+    asked = machine.asked
+    # Another process knows from its beginning what the first one measured on the way.
+    again = three(tmp_path / "work", target=machine.target(), shares=None)
+    assert machine.asked == asked
+    assert outcome(again) == outcome(whole)
 
 
 def three(folder: Path | None = None, model: torch.nn.Module | None = None, **options: Any) -> OptimizationResult:

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from fxopt.errors import FxoptError
-from fxopt.progress import LineProgress, Progress, RichProgress, Silent, reporter, tracked
+from fxopt.progress import LineProgress, Progress, RichProgress, Silent, during, reporter, tracked
 
 
 class Terminal(io.StringIO):
@@ -88,3 +88,15 @@ def test_items_are_told_as_they_are_done() -> None:
     for _ in tracked((item for item in "ab"), show, "long"):
         now[0] += 20.0
     assert "long: 1, 0:00:20 gone\n" in log.getvalue()
+
+
+def test_what_runs_for_a_while_has_ended_with_an_error_too() -> None:
+    log = io.StringIO()
+    show = LineProgress(log)
+    with during(show, "measuring"):
+        pass
+    assert log.getvalue().startswith("measuring: 0 of 1\nmeasuring: 1 of 1 in ")
+    log.truncate(log.seek(0))
+    with pytest.raises(ValueError, match="no"), during(show, "measuring"):
+        raise ValueError("no")
+    assert log.getvalue().startswith("measuring: 0 of 1\nmeasuring: 0 of 1 in ")

@@ -148,6 +148,28 @@ def test_nothing_is_measured_twice(small_sweep: Rows) -> None:
     np.testing.assert_array_equal(again.estimate(NETWORK).latency_s, host.estimate(NETWORK).latency_s)
 
 
+def test_a_run_that_is_resumed_sees_what_it_saw(small_sweep: Rows, tmp_path: Path) -> None:
+    record = tmp_path / "run" / "measured.json"
+    steps = [Workload(NETWORK.rows[:, :count], NETWORK.names[:count]) for count in (2, 4, len(NETWORK.names))]
+
+    def run(stop: int = len(steps)) -> list[float]:
+        host = load("host", profiler=Stopwatch(pace=(1.0, 1.5)), fingerprint="machine").recorded(record)
+        seen = []
+        for step in steps[:stop]:
+            host.prepare(step)
+            seen += [float(host.estimate(NETWORK).latency_s[0]), host.error]
+        return seen
+
+    first = run(2)
+    assert len({*first}) == 4
+    whole = run()
+    assert whole[:4] == first
+    assert run() == whole
+    record.write_text("nothing")
+    with pytest.raises(TargetError, match="Delete it"):
+        run()
+
+
 def test_a_machine_that_is_slower_for_a_while_gives_the_same_times(small_sweep: Rows) -> None:
     steady = load("host", profiler=Stopwatch(), fingerprint="machine")
     # The first call is at pace 1.0, which later ones are put in terms of.
