@@ -56,7 +56,9 @@ _CHANCE = (
 )
 _COSTING = "costing operators"
 _STEP_DOWN = 0.95
-"""What a limit, or what is found where that is less, is multiplied by until the other passes can do the rest."""
+"""What a limit is multiplied by until the other passes can do the rest."""
+_BELOW = 0.999
+"""And what was found, where that is less than the limit so."""
 
 
 class Completed(Protocol):
@@ -239,7 +241,8 @@ class Selector:
                 # What the others bring down far enough stays as it is.
                 short = (failure.metric,) if failure.metric in limits else tuple(limits)
                 costs = {metric: float(table.score(supernet.space.encode(policy)[None], metric)[0]) for metric in short}
-                limits = {**limits, **{metric: min(limits[metric], costs[metric]) * _STEP_DOWN for metric in short}}
+                lower = {metric: min(limits[metric] * _STEP_DOWN, costs[metric] * _BELOW) for metric in short}
+                limits = {**limits, **lower}
             else:
                 return policy, False
 
