@@ -45,6 +45,8 @@ def path_of(name: str, given: object) -> Path:
     return Path(given)
 
 
+_HELD: dict[int, tuple[int, int]] = {}
+"""Device and inode of what is locked, by descriptor; a descriptor may be closed meanwhile, or be another file's."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 _SCRATCH = ".partial"
 _OLD_S = 600.0
@@ -52,7 +54,7 @@ _OLD_S = 600.0
 
 
 def locked(descriptor: int) -> bool | None:
-    """Lock an open file or folder until it is closed; whether that is done.
+    """Lock an open file or folder until it is closed or the process ends; whether that is done.
 
     Returns:
         False if another process holds it, None where the platform or the file system has no locks.
@@ -67,7 +69,28 @@ def locked(descriptor: int) -> bool | None:
         if failure.errno in _NO_LOCKS:
             return None
         raise
+    _HELD[descriptor] = _identity(descriptor)
     return True
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
+
+
+def _let_go() -> None:
+    """Leave locks to the parent: a forked child shares them, and one that outlives it would keep them."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor, file in _HELD.items():
+        with contextlib.suppress(OSError):
+            if _identity(descriptor) == file:
+                os.dup2(nowhere, descriptor, inheritable=False)
+    os.close(nowhere)
+    _HELD.clear()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
