@@ -277,6 +277,8 @@ class Job:
 
     def _prepare(self, workload: ParametricWorkload, space: SearchSpace) -> None:
         """Let a measured target see the operators at full and half width, in every bit-width on offer."""
+        if type(self.target).prepare is targets.Target.prepare:
+            return
         widths = [space.default(), space.uniform(0.5)] if len(space) else [Policy({})]
         offered = {choice for decision in space if decision.kind == "bits" for choice in decision.choices}
         for policy in widths:
