@@ -102,7 +102,7 @@ def test_behind_operators_engines_have_what_their_share_left(tmp_path: Path, mon
     select = Selector.select
 
     def spied(self: Selector, graph: Any, target: Any, limits: Any, *others: Any) -> Any:
-        given.append((float(lower(graph).estimate(target, [Policy({})]).macs[0]), limits["macs"]))
+        given.append((float(lower(graph).estimate(target, [Policy({})]).macs[0]), limits()["macs"]))
         return select(self, graph, target, limits, *others)
 
     monkeypatch.setattr(Selector, "select", spied)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 import typer.core
+from torch import nn
 from typer.testing import CliRunner
 
 from fxopt import api, cli
@@ -124,7 +125,7 @@ def test_what_is_measured_and_tried_at_a_time_is_passed_on(tmp_path: Path, monke
         raise FxoptError("enough")
 
     monkeypatch.setattr(api, "optimize", stop)
-    monkeypatch.setattr("fxopt._cli.optimizing.load_model", lambda *_: (None, None))
+    monkeypatch.setattr("fxopt._cli.optimizing.load_model", lambda *_: (nn.Identity(), None))
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('model = "a:b"\ntarget = "pixel1"\nparallel = 3\nverify_on_host = false\n', encoding="utf-8")
     words = ["optimize", "--recipe", str(recipe), "--out", str(tmp_path / "out")]
