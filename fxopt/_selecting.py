@@ -39,11 +39,9 @@ __all__ = ["Selection", "Selector", "bits_are_left", "parted"]
 _SEARCH_EPOCHS = 2
 """Epochs of the search for each epoch of fine-tuning; the warm-up has as many as fine-tuning."""
 
-_COLLAPSED = (
-    "The search may have collapsed: of the blocks that can be left out {:.0%} are. Raise the budget, {}train for more "
-    "epochs."
-)
-_SHARE = "let the other passes go a larger share of the way, or "
+_COLLAPSED = "The search may have collapsed: of the blocks that can be left out {:.0%} are. {}"
+_ALONE = "Raise the budget, or train for more epochs."
+_WITH_OTHERS = "Raise the budget, train for more epochs, or let the other passes go a larger share of the way."
 _FELL_BACK = (
     "The other passes can bring no network that the search ranks high within the budget: {} taken instead of what it "
     "found. Raise the budget, or let them go another share of the way."
@@ -189,7 +187,7 @@ class Selector:
             original = policy == supernet.space.default()
             notes.append(_FELL_BACK.format("the original was" if original else "the cheapest operators were"))
         elif supernet.collapsed(policy):
-            notes.append(_COLLAPSED.format(supernet.skipped(policy), "" if self.alone else _SHARE))
+            notes.append(_COLLAPSED.format(supernet.skipped(policy), _ALONE if self.alone else _WITH_OTHERS))
         return (*notes, *([_CHANCE.format(entropy)] if entropy > _UNDECIDED else []))
 
     def _train(
