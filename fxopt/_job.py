@@ -40,6 +40,11 @@ _MEASURING = "measuring what layers lose"
 _MEASURED_ON = 64
 """Samples."""
 _NO_LIMIT = 1e300
+_ADD_PASSES = "Add passes, or see fxopt.trace and the report's barriers."
+_LEFT_TOO_MUCH = (
+    'The passes before left too much to the last. Let them go further (shares={"quantize": 0} leaves nothing to bits), '
+    "or raise the budget."
+)
 _RECOVERED = 4
 """Bits that a short training makes up for; how far bits are counted on to go where nobody says how far."""
 
@@ -311,7 +316,7 @@ class Job:
             if not within(least, limit):
                 raise InfeasibleError(
                     f"The passes find nothing to decide in this model, and its {budget.metric} is over the budget "
-                    f"{budget}. Add passes, or see fxopt.trace and the report's barriers.",
+                    f"{budget}. {_LEFT_TOO_MUCH if self.made_by else _ADD_PASSES}",
                     metric=budget.metric,
                     limit=float(limit),
                     least=least,

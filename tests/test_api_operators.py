@@ -20,7 +20,7 @@ from fxopt.lowering import lower_operators
 from fxopt.objectives import SmallestCost
 from fxopt.passes import Canonicalize, FoldBatchNorm, PruneChannels, Quantize, SelectOperators, TunablePass
 from fxopt.progress import Silent
-from fxopt.targets.rows import Floats, Rows, macs
+from fxopt.targets.rows import Floats, Rows, compute_bits, macs
 from tests.optimizing import InProcess, make_batches, optimize, outcome
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -130,6 +130,29 @@ def test_operators_go_as_far_as_they_have_to_on_a_machine_that_is_measured(
     told |= {"progress": Untrained()}
     with pytest.raises(InfeasibleError, match="budget"):
         optimize(make(), EXAMPLE, passes=(STEP, *others), budget={"latency": 0.02}, **told)
+
+
+def test_bits_that_gain_less_behind_the_cut_than_before_it_are_told_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(tmp_path, monkeypatch)
+    slow = machine._fastest
+    monkeypatch.setattr(
+        machine, "_profile", lambda rows: 1e-7 + macs(rows) * 6e-10 / (1 + 2 * (compute_bits(rows) <= 8))
+    )
+
+    def fastest(graph: torch.fx.GraphModule, example: object, quantize: Quantize) -> FastestBits:
+        found = slow(graph, example, quantize)
+        fewer = sum(weight.numel() for weight in graph.parameters()) < 0.9 * whole
+        return found if fewer else FastestBits(Policy({}), median_s=1.0, float_s=1.0, integer_s=1.0)
+
+    monkeypatch.setattr(precision, "fastest_bits", fastest)
+    whole = sum(weight.numel() for weight in make().parameters())
+    told: dict[str, Any] = {"target": machine.target(), "train": DATA, "val": DATA, "epochs": 0, "trials": 1}
+    told |= {"passes": ("prune-channels", "quantize"), "budget": {"latency": 0.55}}
+    with pytest.raises(InfeasibleError, match=r'left too much .*shares=\{"quantize": 0\}'):
+        optimize(make(), EXAMPLE, shares={"quantize": 0.6}, **told)
+    assert optimize(make(), EXAMPLE, shares={"quantize": 0}, **told).report.budgets[0].met
 
 
 def test_a_run_on_a_machine_that_is_measured_goes_on_with_what_it_knew(
