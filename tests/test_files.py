@@ -120,9 +120,8 @@ import os, sys, time
 from pathlib import Path
 from fxopt._files import occupied
 with occupied(Path(sys.argv[1])):
-    child = os.fork()
-    if child:
-        print(child, flush=True)
+    if not os.fork():
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
