@@ -229,9 +229,9 @@ class Course:
         judge, first, original = rehearsed(job, passes, self.judging, self.tuning, selector)
         before = job.metrics(job.source, first if original is None else original)
         self.original = before.accuracy
-        if original is not None:
+        if job.supernet is not None:
             job.learn_from_better(before.accuracy, first, known=self.judging.by_data)
-            line = f"operators: {len(job.selected)} blocks, entropy {job.entropy:.2f}"
+            line = f"operators: {len(job.selected)} blocks, entropy {job.supernet.epochs[-1].entropy:.2f}"
             self.steps.append(PassLine(SelectOperators.name, line, first, job.metrics(job.graph, first)))
             # Alone it is trained later.
             if job.passes:

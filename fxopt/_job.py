@@ -84,7 +84,6 @@ class Job:
         teacher: What it learns from when it is trained.
         operators: The operators that could be selected; none without a selector.
         selected: The operators that were selected.
-        entropy: How undecided their search was at its end, from 0 to 1.
         supernet: How that search went; None without a selector.
         made_by: The passes that made ``graph`` of ``source``.
         original: What ``source`` costs.
@@ -115,7 +114,6 @@ class Job:
         self.state = _storage.shapes_of(model)
         check_weights(self.source)
         self.teacher, self.operators, self.selected = self.source, SearchSpace(()), Policy({})
-        self.entropy = 0.0
         self.supernet: SupernetLine | None = None
         self.notes: tuple[str, ...] = ()
         self.shares, self.passes = shares, passes
@@ -134,8 +132,7 @@ class Job:
             return
         found = self._select(selector)
         self.operators = selector.step.search_space(self.source)
-        self.selected, self.entropy, self.notes = found.policy, found.entropy, found.notes
-        self.supernet = found.supernet
+        self.selected, self.notes, self.supernet = found.policy, found.notes, found.supernet
         self.made_by = (selector.step.with_policy(found.policy),)
         self._open(found.graph, self.passes)
 

@@ -77,14 +77,12 @@ class Selection:
     Attributes:
         graph: The network, trained if other passes follow.
         policy: The operator of every block.
-        entropy: How undecided the search was at its end, from 0 to 1.
         notes: What to know of the search.
         supernet: How the search went.
     """
 
     graph: fx.GraphModule
     policy: Policy
-    entropy: float
     notes: tuple[str, ...]
     supernet: SupernetLine
 
@@ -176,9 +174,8 @@ class Selector:
         row = supernet.space.encode(policy)[None]
         told = {metric: max(limit, float(table.score(row, metric)[0])) for metric, limit in wanted.items()}
         check_budget(network, table, wanted if self.alone else told, target.capabilities.batch)
-        entropy = found.history[-1].entropy
-        notes = self._notes(supernet, policy, entropy, fell_back=fell_back)
-        return Selection(network, policy, entropy, notes, _told(found, wanted))
+        notes = self._notes(supernet, policy, found.history[-1].entropy, fell_back=fell_back)
+        return Selection(network, policy, notes, _told(found, wanted))
 
     def _notes(self, supernet: Supernet, policy: Policy, entropy: float, *, fell_back: bool) -> tuple[str, ...]:
         """What to know of a search."""
