@@ -20,6 +20,7 @@ from fxopt._selecting import Selector, bits_are_left
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
 from fxopt.decisions import Constraint, Policy, SearchSpace, format_score
+from fxopt.errors import InfeasibleError
 from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
 from fxopt.graph.edit import own_copy
 from fxopt.objectives import Objective
@@ -38,6 +39,9 @@ _POORLY_SELECTED = (
     "What was selected has {} after its training, the original {}: training hardly worked, so the selection means "
     "little. Lower the learning rate (networks without batch norm may need a tenth), train for more epochs, or raise "
     "the budget."
+)
+_AGAIN = (
+    "{} was searched twice: the first policy left too little to {} behind it. The second keeps the budget by itself."
 )
 _UNTRAINED = "What was selected has {}, the original {}: it was not trained. Give epochs, or train what comes out."
 
@@ -199,6 +203,7 @@ class Course:
         folder: Where journals and checkpoints are; None for nowhere.
         show: Told how far everything is.
         steps: What was done, and what came of it.
+        notes: What a reader should know of it.
         original: The score of the given model, once it was rehearsed; None before, or where nothing judges it.
     """
 
@@ -208,6 +213,7 @@ class Course:
     folder: Path | None
     show: Progress
     steps: list[PassLine] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     original: float | None = field(default=None, init=False)
 
     def rehearse(
@@ -235,7 +241,7 @@ class Course:
             self.steps.append(PassLine(SelectOperators.name, line, first, job.metrics(job.graph, first)))
             # Alone it is trained later.
             if job.passes:
-                self._tell_if_poor(job, judge.score_name, first, before.accuracy)
+                self._tell_if_poor(judge.score_name, first, before.accuracy)
         self.tuning.rehearse(job.graph)
         return judge, before
 
@@ -252,14 +258,16 @@ class Course:
         made = [Quickest(job.graph, Policy({}), "")] if len(job.operators) and job.passes else []
         policy = Policy({})
         for number, group in enumerate(groups):
-            last = number == len(groups) - 1
-            space, constraint = (job.space, job.constraint) if last else job.part(group[0])
-            if not len(space) and (made or not last):
+            rest = tuple(one for later in groups[number + 1 :] for one in later)
+            space, constraint = job.part(group[0]) if rest else (job.space, job.constraint)
+            if not len(space) and (made or rest):
                 continue
             if number:
                 judge = self.judging.of(job, group, self.tuning)
                 judge.rehearse()
             search = self.searching.run(job, judge, space, constraint, self._journal(job, group, number), self.show)
+            if search is not None and rest:
+                search = self._enough(job, judge, group[0], rest, search)
             found += [] if search is None else [_completed(search, policy)]
             own = space.default() if search is None else search.policy
             if search is not None:
@@ -267,21 +275,43 @@ class Course:
             built = self._built(job, group, own, judge, final=bits_are_left(job.space, group), trained=bool(made))
             made.append(built)
             policy = policy.merged(built.policy)
-            if not last:
-                rest = tuple(one for later in groups[number + 1 :] for one in later)
+            if rest:
                 job = job.after(built.graph, group[0].with_policy(built.policy), rest)
         known = self.steps[-1].accuracy if self.steps else None
         end = made[-1]
         score = judge.judge(end.graph) if known is None else known
         if len(job.operators) and not job.passes:
-            self._tell_if_poor(job, judge.score_name, score, self.original)
+            self._tell_if_poor(judge.score_name, score, self.original)
         return Outcome(end.graph, policy, score, judge.score_name, tuple(found), end.note)
 
-    def _tell_if_poor(self, job: Job, name: str, selected: float, original: float | None) -> None:
+    def _enough(
+        self, job: Job, judge: Evaluator, one: TunablePass, rest: tuple[TunablePass, ...], search: SearchResult
+    ) -> SearchResult:
+        """A search behind which the other passes can do the rest: the one given, or a second that leaves them nothing.
+
+        Raises:
+            InfeasibleError: If they cannot, and the pass cannot keep the limits by itself.
+        """
+        short = job.short_behind(search.policy, one, rest)
+        if short is None:
+            return search
+        try:
+            alone = job.alone(one)
+        except InfeasibleError:
+            raise short from None
+        journal = None if self.folder is None else self.folder / f"journal-{one.name}-alone-{job.digest}.jsonl"
+        again = self.searching.run(job, judge, alone.space, alone, journal, self.show) or search
+        short = job.short_behind(again.policy, one, rest)
+        if short is not None:
+            raise short
+        self.notes.append(_AGAIN.format(one.name, " and ".join(later.name for later in rest)))
+        return again
+
+    def _tell_if_poor(self, name: str, selected: float, original: float | None) -> None:
         """Note where what was selected is far from as good as the original."""
         if self.judging.by_data and original is not None and original > 0.0 and selected < _POOR * original:
             told = _POORLY_SELECTED if self.tuning.epochs else _UNTRAINED
-            job.notes = (*job.notes, told.format(format_score(name, selected), format_score(name, original)))
+            self.notes.append(told.format(format_score(name, selected), format_score(name, original)))
 
     def _journal(self, job: Job, group: tuple[TunablePass, ...], number: int) -> Path | None:
         if self.folder is None:

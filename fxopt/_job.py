@@ -16,13 +16,13 @@ from torch import fx, nn
 from fxopt import _storage, targets
 from fxopt._arguments import check_weights
 from fxopt._digests import digest, digest_of
-from fxopt._precision import Quickest, not_slower, without_slow_integers
+from fxopt._precision import Quickest, measured_bits, not_slower, without_slow_integers
 from fxopt._selecting import Selection, Selector
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace, Shares
 from fxopt.decisions._budget import within
 from fxopt.errors import InfeasibleError, PassError
-from fxopt.evaluate import Evaluator
+from fxopt.evaluate import Evaluator, apply_policy
 from fxopt.graph.edit import own_copy
 from fxopt.graph.fake_quantize import ActivationQuantizer, CodebookQuantizer, WeightQuantizer
 from fxopt.lowering import IndexCosts, ParametricWorkload, lower
@@ -106,6 +106,7 @@ class Job:
         self.budgets = budgets
         self._metrics = [budget.metric for budget in budgets]
         self._example, self._folder, self._show = example_inputs, folder, show
+        self._fastest: dict[str, Policy] = {}
         record = self._record("measured.json")
         self.target = target.recorded(record) if record and isinstance(target, targets.HostTarget) else target
         self._attention = next((one.attention for one in passes if isinstance(one, PruneChannels)), "heads")
@@ -196,11 +197,10 @@ class Job:
         A pass that cannot go as far as its share goes as far as it can; the others go further for it. So they do where
         bits would go further than training makes up for, if nobody gave their share and the others can.
         """
-        space = SearchSpace(decision for decision in self.space if decision.kind in one.kinds)
+        space = self._decided_by(one)
         if len(space) == len(self.space) or self.constraint is None or self.costs is None or not len(space):
             return space, self.constraint if len(space) else None
-        columns = [index for index, decision in enumerate(self.space) if decision.kind in one.kinds]
-        now = _Part(self.costs, columns, self.space.encode(self.space.default()))
+        columns, now = self._columns(one), self._as_it_is(one, self.costs)
         own = np.maximum(self._limits_behind(one), [now.least(space, metric) for metric in range(len(self._metrics))])
         far, counted_on = [self.constraint.cheapest()], self._counted_on(self.space)
         if counted_on != self.space:
@@ -212,6 +212,38 @@ class Job:
                 return space, self._bounded(space, (rest, self.limits), (now, own))
         # Of several metrics not all can be as low as each of them alone; what counts is the end.
         return space, self._bounded(space, (rest, self.limits))
+
+    def short_behind(self, policy: Policy, one: TunablePass, passes: tuple[TunablePass, ...]) -> InfeasibleError | None:
+        """Why ``passes`` cannot keep the limits behind a policy of one pass; None if they can.
+
+        What a cut leaves to decide is known for sure only behind it: on a machine that is measured, layers that gained
+        from integers may not do so any more. Nothing is trained to find out.
+        """
+        try:
+            self.after(apply_policy(self.graph, (one,), policy, reconstruct=False), one.with_policy(policy), passes)
+        except InfeasibleError as failure:
+            return failure
+        return None
+
+    def alone(self, one: TunablePass) -> Constraint:
+        """What keeps one pass's decisions within the limits where others change nothing.
+
+        Raises:
+            InfeasibleError: If nothing does.
+        """
+        # By what the target has learnt since.
+        costs = self.workload.index_costs(self.target, self.space, self._metrics)
+        return self._bounded(self._decided_by(one), (self._as_it_is(one, costs), self.limits))
+
+    def _decided_by(self, one: TunablePass) -> SearchSpace:
+        return SearchSpace(decision for decision in self.space if decision.kind in one.kinds)
+
+    def _columns(self, one: TunablePass) -> list[int]:
+        return [index for index, decision in enumerate(self.space) if decision.kind in one.kinds]
+
+    def _as_it_is(self, one: TunablePass, costs: IndexCosts) -> _Part:
+        """What decisions of one pass cost where no other changes anything."""
+        return _Part(costs, self._columns(one), self.space.encode(self.space.default()))
 
     def _bounded(self, space: SearchSpace, *bounds: tuple[_Part, npt.NDArray[np.float64]]) -> Constraint:
         """What keeps a part of the decisions within limits, whatever the others are counted on for.
@@ -256,10 +288,12 @@ class Job:
             # Speed is not a matter of weights.
             rows = workload.bind().rows
             shapes = digest(graph.code, *(rows[name].tobytes() for name in rows.dtype.names or ()))
-            record = self._record(f"fastest-bits-{shapes}.json")
             for one in self.passes:
-                if isinstance(one, Quantize):
-                    space = without_slow_integers(space, graph, self._example, one, record, self._show)
+                if isinstance(one, Quantize) and any(decision.kind in one.kinds for decision in space):
+                    if shapes not in self._fastest:
+                        record = self._record(f"fastest-bits-{shapes}.json")
+                        self._fastest[shapes] = measured_bits(graph, self._example, one, record, self._show)
+                    space = without_slow_integers(space, self._fastest[shapes])
         self._prepare(workload, space)
         return space
 

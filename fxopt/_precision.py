@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from fxopt.passes import Quantize, TunablePass
 from fxopt.passes.quantize import FLOAT
 from fxopt.progress import Progress, during
 
-__all__ = ["Quickest", "not_slower", "without_slow_integers"]
+__all__ = ["Quickest", "measured_bits", "not_slower", "without_slow_integers"]
 
 _STEP = "measuring layers in 8 bits"
 _LAST_STEP = "measuring the result against floats"
@@ -30,46 +29,39 @@ _RUNS = 25
 _CHOSEN, _FASTEST, _FLOATS = "chosen", "fastest", "floats"
 
 
-def without_slow_integers(
-    space: SearchSpace,
-    gm: fx.GraphModule,
-    example_inputs: object,
-    quantize: Quantize,
-    record: Path | None,
-    show: Progress,
-) -> SearchSpace:
-    """Leave no choice but floats to layers that are faster so on this machine.
+def measured_bits(
+    gm: fx.GraphModule, example_inputs: object, quantize: Quantize, record: Path | None, show: Progress
+) -> Policy:
+    """Measure which layers are faster in integers on this machine.
 
     Args:
-        space: The decisions.
-        gm: The graph that they are about.
+        gm: The graph.
         example_inputs: What to measure it with.
         quantize: The pass that quantizes.
         record: File that keeps what was measured, so that a resumed search has the same space; None for none.
         show: Where to tell that it takes a while.
 
     Returns:
-        The space without the choices that were measured to be slow.
+        Bits of layers: floats, or the integers that are faster.
 
     Raises:
         FxoptError: If the graph cannot be exported, or the file cannot be read or written.
     """
-    if not any(decision.kind in quantize.kinds for decision in space):
-        return space
     if record is not None and record.exists():
-        fast = Policy.load(record)
-    else:
-        with during(show, _STEP):
-            fast = fastest_bits(gm, example_inputs, quantize).policy
-        if record is not None:
-            record.parent.mkdir(parents=True, exist_ok=True)
-            fast.save(record)
-    slow = {key for key, bits in fast.items() if bits == FLOAT}
-    kept = [
-        dataclasses.replace(decision, choices=(FLOAT,), default=FLOAT) if decision.key in slow else decision
-        for decision in space
-    ]
-    return SearchSpace(decision for decision in kept if decision.choices != (FLOAT,))
+        return Policy.load(record)
+    with during(show, _STEP):
+        fast = fastest_bits(gm, example_inputs, quantize).policy
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        fast.save(record)
+    return fast
+
+
+def without_slow_integers(space: SearchSpace, fast: Policy) -> SearchSpace:
+    """Leave no choice to layers for which floats were measured to be faster."""
+    return SearchSpace(
+        decision for decision in space if fast.get(decision.key) != FLOAT and decision.choices != (FLOAT,)
+    )
 
 
 @dataclass(frozen=True)

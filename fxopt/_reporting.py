@@ -129,7 +129,7 @@ def _notes(course: Course, job: Job, made: Outcome) -> list[str]:
         if one.failed:
             first = next(trial.error for trial in one.trials if trial.failed)
             notes.append(f"{one.failed} of {len(one.trials)} trials failed; the first with: {first}")
-    return [*notes, *job.notes, *filter(None, (made.note,))]
+    return [*notes, *job.notes, *course.notes, *filter(None, (made.note,))]
 
 
 def _of_a_batch(job: Job) -> list[str]:

@@ -285,7 +285,7 @@ def optimize(
         judge, before = course.rehearse(job, groups[0], selector)
         made = course.run(job, groups, judge)
         job.check_budget(made.graph)
-        timed = _measured(job, made.graph, example_inputs, show) if verify_on_host else (None, None)
+        timed = _measured(course, job, made.graph, example_inputs) if verify_on_host else (None, None)
         report = build_report(
             course,
             job,
@@ -305,12 +305,12 @@ def _kept(folder: Path | None) -> AbstractContextManager[None]:
     return nullcontext() if folder is None or (together and distributed.get_rank()) else occupied(folder, JournalError)
 
 
-def _measured(job: Job, after: fx.GraphModule, inputs: object, show: Progress) -> tuple[float | None, float | None]:
+def _measured(course: Course, job: Job, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:
     """Seconds of the original and of the result; a note in their place where onnxruntime cannot compute them."""
     try:
-        with during(show, _MEASURING):
+        with during(course.show, _MEASURING):
             found = measure(job.source, inputs, runs=15, peers=(after,))
     except ExportError as failure:
-        job.notes = (*job.notes, f"Not measured in onnxruntime on this machine: {failure}")
+        course.notes.append(f"Not measured in onnxruntime on this machine: {failure}")
         return None, None
     return found.median_s, found.peers[0].median_s

@@ -132,27 +132,48 @@ def test_operators_go_as_far_as_they_have_to_on_a_machine_that_is_measured(
         optimize(make(), EXAMPLE, passes=(STEP, *others), budget={"latency": 0.02}, **told)
 
 
-def test_bits_that_gain_less_behind_the_cut_than_before_it_are_told_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine = Machine(tmp_path, monkeypatch)
-    slow = machine._fastest
-    monkeypatch.setattr(
-        machine, "_profile", lambda rows: 1e-7 + macs(rows) * 6e-10 / (1 + 2 * (compute_bits(rows) <= 8))
-    )
+class Fickle(Machine):
+    """A measured machine on which integers are three times as fast, until a network has fewer weights."""
 
-    def fastest(graph: torch.fx.GraphModule, example: object, quantize: Quantize) -> FastestBits:
-        found = slow(graph, example, quantize)
-        fewer = sum(weight.numel() for weight in graph.parameters()) < 0.9 * whole
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(folder, monkeypatch)
+        self._whole = sum(weight.numel() for weight in make().parameters())
+
+    def _profile(self, rows: Rows) -> Floats:
+        return 1e-7 + macs(rows) * 6e-10 / (1 + 2 * (compute_bits(rows) <= 8))
+
+    def _fastest(self, graph: torch.fx.GraphModule, example: object, quantize: Quantize) -> FastestBits:
+        found = super()._fastest(graph, example, quantize)
+        fewer = sum(weight.numel() for weight in graph.parameters()) < self._whole
         return found if fewer else FastestBits(Policy({}), median_s=1.0, float_s=1.0, integer_s=1.0)
 
-    monkeypatch.setattr(precision, "fastest_bits", fastest)
-    whole = sum(weight.numel() for weight in make().parameters())
-    told: dict[str, Any] = {"target": machine.target(), "train": DATA, "val": DATA, "epochs": 0, "trials": 1}
-    told |= {"passes": ("prune-channels", "quantize"), "budget": {"latency": 0.55}}
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_channels_go_further_where_bits_gain_less_behind_the_cut_than_before_it(
+    folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Fickle(tmp_path, monkeypatch)
+    told: dict[str, Any] = {"target": machine.target(), "passes": ("prune-channels", "quantize"), "trials": 1}
+    told |= {"train": DATA, "val": DATA, "epochs": 1, "budget": {"latency": 0.55}, "shares": {"quantize": 0.6}}
+    told |= {"workdir": tmp_path / "work"} if folder else {}
+    result = optimize(make(), EXAMPLE, **told)
+    assert result.report.budgets[0].met
+    assert [line.name for line in result.report.passes] == ["prune-channels", "fine-tune"]
+    assert [note for note in result.report.notes if note.startswith("prune-channels was searched twice")]
+    # The original, behind the first cut, behind the second.
+    assert machine.asked == 3
+    if folder:
+        assert outcome(optimize(make(), EXAMPLE, **told)) == outcome(result)
+        assert machine.asked == 3
+
+
+def test_a_cut_that_cannot_go_further_where_bits_gain_less_is_told_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {"target": Fickle(tmp_path, monkeypatch).target(), "train": DATA, "val": DATA, "trials": 1}
+    told |= {"passes": (PruneChannels(bounds={"*": (0.75, 1.0)}), "quantize"), "budget": {"latency": 0.4}}
     with pytest.raises(InfeasibleError, match=r'left too much .*shares=\{"quantize": 0\}'):
-        optimize(make(), EXAMPLE, shares={"quantize": 0.6}, **told)
-    assert optimize(make(), EXAMPLE, shares={"quantize": 0}, **told).report.budgets[0].met
+        optimize(make(), EXAMPLE, shares={"quantize": 0.8}, epochs=1, progress=Untrained("fine-tune"), **told)
 
 
 def test_a_run_on_a_machine_that_is_measured_goes_on_with_what_it_knew(
@@ -344,10 +365,13 @@ def test_operators_that_are_cheap_but_not_when_they_are_cut_do_not_make_a_budget
 
 
 class Untrained(Silent):
-    """Fails where a supernet is trained."""
+    """Fails where something is trained."""
+
+    def __init__(self, task: str = "supernet") -> None:
+        self.task = task
 
     def start(self, task: str, total: int) -> None:
-        assert task != "supernet"
+        assert task != self.task
 
 
 def mistyped(_: torch.nn.Module) -> float:
