@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import fx, nn
 from fxopt import _storage, targets
 from fxopt._arguments import check_weights
 from fxopt._digests import digest, digest_of
+from fxopt._parts import Parts
 from fxopt._precision import Quickest, measured_bits, not_slower, without_slow_integers
 from fxopt._selecting import Selection, Selector
 from fxopt.data import Loader
@@ -39,7 +40,6 @@ _EXACT = "exact"
 _MEASURING = "measuring what layers lose"
 _MEASURED_ON = 64
 """Samples."""
-_NO_LIMIT = 1e300
 _ADD_PASSES = "Add passes, or see fxopt.trace and the report's barriers."
 _LEFT_TOO_MUCH = (
     'The passes before left too much to the last. Let them go further (shares={"quantize": 0} leaves nothing to bits), '
@@ -47,32 +47,6 @@ _LEFT_TOO_MUCH = (
 )
 _RECOVERED = 4
 """Bits that a short training makes up for; how far bits are counted on to go where nobody says how far."""
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Costs of policies that decide some columns of a space; the others are given."""
-
-    costs: IndexCosts
-    columns: list[int]
-    others: npt.NDArray[np.intp]
-
-    def at(self, indices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
-        """Costs by choice indices of the columns, shape (policies, metrics)."""
-        rows = np.repeat(self.others[None], len(indices), axis=0)
-        rows[:, self.columns] = indices
-        return self.costs.at(rows)
-
-    def least(self, space: SearchSpace, metric: int) -> float:
-        """The least cost that the decisions of ``space``, which are the columns, reach in a metric."""
-
-        def cost(indices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
-            return self.at(indices)[:, metric]
-
-        free = Constraint(
-            space, lambda some: cost(np.array([space.encode(one) for one in some])), [_NO_LIMIT], by_index=cost
-        )
-        return float(cost(space.encode(free.cheapest())[None])[0])
 
 
 class Job:
@@ -200,18 +174,11 @@ class Job:
         space = self._decided_by(one)
         if len(space) == len(self.space) or self.constraint is None or self.costs is None or not len(space):
             return space, self.constraint if len(space) else None
-        columns, now = self._columns(one), self._as_it_is(one, self.costs)
-        own = np.maximum(self._limits_behind(one), [now.least(space, metric) for metric in range(len(self._metrics))])
-        far, counted_on = [self.constraint.cheapest()], self._counted_on(self.space)
+        others, counted_on = [self.constraint.cheapest()], self._counted_on(self.space)
         if counted_on != self.space:
             with contextlib.suppress(InfeasibleError):
-                far.insert(0, Constraint(counted_on, self.costs, self.limits, self._metrics).cheapest())
-        for others in far:
-            rest = _Part(self.costs, columns, self.space.encode(others))
-            with contextlib.suppress(InfeasibleError):
-                return space, self._bounded(space, (rest, self.limits), (now, own))
-        # Of several metrics not all can be as low as each of them alone; what counts is the end.
-        return space, self._bounded(space, (rest, self.limits))
+                others.insert(0, Constraint(counted_on, self.costs, self.limits, self._metrics).cheapest())
+        return space, self._parts(self.costs).shared(space, self._limits_behind(one), others)
 
     def short_behind(self, policy: Policy, one: TunablePass, passes: tuple[TunablePass, ...]) -> InfeasibleError | None:
         """Why ``passes`` cannot keep the limits behind a policy of one pass; None if they can.
@@ -233,33 +200,13 @@ class Job:
         """
         # By what the target has learnt since.
         costs = self.workload.index_costs(self.target, self.space, self._metrics)
-        return self._bounded(self._decided_by(one), (self._as_it_is(one, costs), self.limits))
+        return self._parts(costs).alone(self._decided_by(one))
 
     def _decided_by(self, one: TunablePass) -> SearchSpace:
         return SearchSpace(decision for decision in self.space if decision.kind in one.kinds)
 
-    def _columns(self, one: TunablePass) -> list[int]:
-        return [index for index, decision in enumerate(self.space) if decision.kind in one.kinds]
-
-    def _as_it_is(self, one: TunablePass, costs: IndexCosts) -> _Part:
-        """What decisions of one pass cost where no other changes anything."""
-        return _Part(costs, self._columns(one), self.space.encode(self.space.default()))
-
-    def _bounded(self, space: SearchSpace, *bounds: tuple[_Part, npt.NDArray[np.float64]]) -> Constraint:
-        """What keeps a part of the decisions within limits, whatever the others are counted on for.
-
-        Raises:
-            InfeasibleError: If nothing does.
-        """
-
-        def costs(indices: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
-            return np.hstack([part.at(indices) for part, _ in bounds])
-
-        def of_policies(policies: Sequence[Policy]) -> npt.NDArray[np.float64]:
-            return costs(np.array([space.encode(policy) for policy in policies]))
-
-        limits = np.concatenate([limit for _, limit in bounds])
-        return Constraint(space, of_policies, limits, self._metrics * len(bounds), by_index=costs)
+    def _parts(self, costs: IndexCosts) -> Parts:
+        return Parts(self.space, costs, self.limits, self._metrics)
 
     def _open(self, graph: fx.GraphModule, passes: tuple[TunablePass, ...]) -> None:
         self.graph, self.passes = graph, passes

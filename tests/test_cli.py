@@ -13,8 +13,9 @@ import fxopt
 from fxopt import api, targets
 from fxopt._cli.loading import call, load_function, load_model, parse_input
 from fxopt._cli.optimizing import tell
+from fxopt._cli.options import Options
 from fxopt._cli.output import only_json
-from fxopt._cli.recipe import Options, options_of
+from fxopt._cli.recipe import options_of
 from fxopt.cli import main
 from fxopt.errors import BudgetError, FxoptError, JournalError, ParityError, UnknownNameError
 from fxopt.export import ExportReport

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from fxopt import api
 from fxopt._cli.choosing import fine_tuning_of, objective_of, reconstruction_of
-from fxopt._cli.recipe import Options, read_recipe
+from fxopt._cli.options import Options
+from fxopt._cli.recipe import read_recipe
 from fxopt.cli import app
 from fxopt.errors import FxoptError, SearchError, UnknownNameError
 from fxopt.evaluate import Reconstruction

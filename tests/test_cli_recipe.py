@@ -16,7 +16,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from fxopt import api, cli
-from fxopt._cli.recipe import Options, kind_of, read_recipe
+from fxopt._cli.options import Options
+from fxopt._cli.recipe import kind_of, read_recipe
 from fxopt.errors import FxoptError
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "recipe.md"

@@ -9,7 +9,7 @@ from fxopt._cli.choosing import fine_tuning_of, objective_of, reconstruction_of
 from fxopt.errors import DataError
 
 if TYPE_CHECKING:
-    from fxopt._cli.recipe import Options
+    from fxopt._cli.options import Options
 
 __all__ = ["check_names", "check_option"]
 

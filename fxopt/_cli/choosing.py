@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fxopt.errors import FxoptError, UnknownNameError
 
 if TYPE_CHECKING:
-    from fxopt._cli.recipe import Options
+    from fxopt._cli.options import Options
     from fxopt.evaluate import Reconstruction
     from fxopt.objectives import Objective
     from fxopt.training import Distillation, FineTuning

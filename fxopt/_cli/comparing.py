@@ -16,7 +16,7 @@ from fxopt.progress import Progress
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fxopt._cli.recipe import Options
+    from fxopt._cli.options import Options
     from fxopt.search import Comparison
 
 __all__ = ["compare", "comparison_table"]

@@ -16,7 +16,7 @@ from fxopt.errors import FxoptError
 from fxopt.progress import Progress
 
 if TYPE_CHECKING:
-    from fxopt._cli.recipe import Options
+    from fxopt._cli.options import Options
     from fxopt.api import OptimizationResult
     from fxopt.export import ExportReport
 
