@@ -42,8 +42,8 @@ _MEASURED_ON = 64
 """Samples."""
 _ADD_PASSES = "Add passes, or see fxopt.trace and the report's barriers."
 _LEFT_TOO_MUCH = (
-    'The passes before left too much to the last. Let them go further (shares={"quantize": 0} leaves nothing to bits), '
-    "or raise the budget."
+    "The passes before left too much to the last, and cannot keep the budget by themselves. Raise it, or let operators "
+    'go further where they are selected (shares={"quantize": 0} leaves nothing to bits).'
 )
 _RECOVERED = 4
 """Bits that a short training makes up for; how far bits are counted on to go where nobody says how far."""
