@@ -38,6 +38,7 @@ from torch import fx, nn
 
 import fxopt
 from fxopt import models, targets
+from fxopt.data import TensorLoader
 from fxopt.decisions import Capabilities, SearchSpace
 from fxopt.errors import InfeasibleError
 from fxopt.evaluate import accuracy
@@ -85,25 +86,25 @@ def scaled(channels: int, width: float) -> int:
 
 
 @functools.cache
-def quantized_latency(width: float, bits: int) -> float:
-    """Seconds of the MobileNetV2-style network of a width, with these bits everywhere."""
-    target = targets.load("bitfusion")
+def quantized_latency(name: str, width: float, bits: int) -> float:
+    """Seconds of the MobileNetV2-style network of a width on a target, with these bits everywhere."""
+    target = targets.load(name)
     graph = fxopt.trace(network(width, 0).eval(), torch.zeros(2, 1, 28, 28))
     space = SameBits(everywhere=bits).search_space(graph, target.capabilities)
     workload = lower(graph, batch=target.capabilities.batch)
     return float(workload.estimate(target, [space.default()]).latency_s[0])
 
 
-def widest(limit: float, bits: int) -> float:
+def widest(name: str, limit: float, bits: int) -> float:
     """The largest width within a latency, in steps of a twentieth.
 
     Raises:
         InfeasibleError: If not even a fifth of the width is.
     """
     widths = [step / 20 for step in range(4, 31)]
-    fitting = bisect.bisect_right(widths, limit, key=lambda width: quantized_latency(width, bits))
+    fitting = bisect.bisect_right(widths, limit, key=lambda width: quantized_latency(name, width, bits))
     if not fitting:
-        least = quantized_latency(widths[0], bits)
+        least = quantized_latency(name, widths[0], bits)
         raise InfeasibleError(f"{bits} bits take {least:g} s.", metric="latency", limit=limit, least=least)
     return widths[fitting - 1]
 
@@ -121,7 +122,8 @@ class Experiment:
         """Training images, in memory as the network computes them."""
         chosen = self._order[: round(self.options.samples * share)]
         inputs = self.data.train.inputs[chosen].contiguous(memory_format=torch.channels_last)
-        return replace(self.data.train, inputs=inputs, labels=self.data.train.labels[chosen], seed=self.seed)
+        loader = fashion.Augmented if self.options.augment else TensorLoader
+        return loader(inputs, self.data.train.labels[chosen], self.data.train.batch_size, shuffle=True, seed=self.seed)
 
     def optimized(
         self, model: nn.Module, passes: tuple[TunablePass, ...], limit: float, name: str, train: Any, epochs: int
@@ -132,7 +134,7 @@ class Experiment:
         return fxopt.optimize(
             model,
             train.inputs[:2],
-            target="bitfusion",
+            target=self.options.target,
             budget={"latency": f"{limit!r}s"},
             passes=passes,
             engine=self.options.engine,
@@ -165,7 +167,8 @@ class Experiment:
         """The MobileNetV2-style network of a width, trained from scratch."""
         model = network(width, self.seed)
         work = self.options.work
-        kept = None if work is None else work / f"floats-{self.options.samples}-{width}-{epochs}-{self.seed}"
+        name = f"floats-{self.options.samples}-{width}-{epochs}-{self.seed}{'-augmented' * self.options.augment}"
+        kept = None if work is None else work / name
         fit(model, self.images(), epochs=epochs, learning_rate=self.options.rate, checkpoint=kept, seed=self.seed)
         return model.eval()
 
@@ -200,7 +203,7 @@ class Experiment:
             return self.optimized(brought, passes[name], limit, label, train, self.options.epochs)
         bits = int(name[0]) if name[0].isdigit() else 4
         train, epochs = self.images(), self.options.start + self.together - LAST
-        model = self.trained(widest(limit, bits), epochs)
+        model = self.trained(widest(self.options.target, limit, bits), epochs)
         last = quantize if name == "mixed bits" else replace(same, everywhere=bits)
         return self.optimized(model, (last,), limit, label, train, LAST)
 
@@ -210,6 +213,10 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--points", default="0.45,0.32,0.12", help="parts of the latency with 8 bits everywhere")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--target", default="bitfusion", help="the same accelerator at another batch is bitfusion:batch-16"
+    )
+    parser.add_argument("--augment", action="store_true", help="mirror and shift training images")
     parser.add_argument("--samples", type=int, default=20_000, help="training images")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of each of five parts of the training")
     parser.add_argument("--final", type=int, default=7, help="epochs of the last part in floats")
@@ -229,7 +236,9 @@ def main() -> None:
     torch.set_num_threads(1)
     keep_memory()
     parts = Parts(options.parts)
-    whole = quantized_latency(1.0, 8)
+    whole = quantized_latency(options.target, 1.0, 8)
+    others = {name: getattr(options, name) for name in ("target", "augment")}
+    others = {name: value for name, value in others.items() if value != parser.get_default(name)}
     for seed in map(int, options.seeds.split(",")):
         experiment = Experiment(seed, options)
         for point in map(float, options.points.split(",")):
@@ -237,7 +246,9 @@ def main() -> None:
                 # Results of other shares, or with more images, are others.
                 shares = [options.operators, options.share] if name in ("channels", "all") else None
                 key = {"seed": seed, "point": point, "way": name, "shares": shares, "samples": options.samples}
-                label = "-".join(map(str, (name.replace(" ", "-"), options.samples, point, seed, *(shares or ()))))
+                key |= others
+                kept = (name.replace(" ", "-"), options.samples, point, seed, *(shares or ()), *others.values())
+                label = "-".join(map(str, kept)).replace(":", "-")
                 try:
                     found = parts.add(key, experiment.way, name, point * whole, label)
                 except InfeasibleError as failure:

@@ -8,7 +8,7 @@ images are looked at once, at the end.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from fxopt.models import InvertedResidual
 from fxopt.training import fit
 
 HELD_OUT = 5_000
+SHIFT = 2
+"""Pixels."""
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -87,6 +89,25 @@ def resnet_50_like(width: int = 16) -> nn.Sequential:
             layers.append(Bottleneck(inputs, width * 2**stage, 2 if stage and index == 0 else 1))
             inputs = 4 * width * 2**stage
     return nn.Sequential(*layers, *classifier(inputs))
+
+
+@dataclass(frozen=True)
+class Augmented(TensorLoader):
+    """Batches of images, each mirrored or not and shifted by up to two pixels; anew in each pass, from the seed."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of (inputs, labels)."""
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch + 1)
+        for images, labels in super().__iter__():
+            count, _, height, width = images.shape
+            down, right = torch.randint(0, 2 * SHIFT + 1, (2, count, 1), generator=generator)
+            mirrored = torch.rand(count, 1, generator=generator) < 0.5
+            columns = torch.arange(width).expand(count, width)
+            rows, columns = down + torch.arange(height), right + torch.where(mirrored, columns.flip(1), columns)
+            padded = nn.functional.pad(images, (SHIFT,) * 4, value=float(images.min())).permute(0, 2, 3, 1)
+            found = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+            # A view of (batch, height, width, channels), as the images lie in memory.
+            yield found.permute(0, 3, 1, 2), labels
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,12 @@ def test_a_mode_changes_what_it_names_and_nothing_else() -> None:
     assert base.capabilities == mode.capabilities
     assert load("v100:eager-2020").capabilities.batch == 64
     assert load("v100:eager-2020").capabilities.bits == base.capabilities.bits
+
+
+def test_bitfusion_at_a_larger_batch_is_the_same_accelerator() -> None:
+    base, mode = preset(load("bitfusion")), preset(load("bitfusion:batch-16"))
+    assert base.preset.figures == mode.preset.figures
+    assert mode.capabilities == replace(base.capabilities, batch=16)
 
 
 def test_a_compiled_network_has_fewer_and_shorter_launches() -> None:
