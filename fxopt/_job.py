@@ -21,7 +21,7 @@ from fxopt._precision import Quickest, measured_bits, not_slower, without_slow_i
 from fxopt._selecting import Selection, Selector
 from fxopt.data import Loader
 from fxopt.decisions import Budget, Constraint, Policy, SearchSpace, Shares
-from fxopt.decisions._budget import within
+from fxopt.decisions._budget import format_quantity, within
 from fxopt.errors import InfeasibleError, PassError
 from fxopt.evaluate import Evaluator, apply_policy
 from fxopt.graph.edit import own_copy
@@ -292,9 +292,12 @@ class Job:
         for budget, limit, cost in zip(self.budgets, self.limits, self.achieved(graph), strict=True):
             least = float(cost)
             if not within(least, limit):
+                done = ", ".join(one.name for one in self.made_by)
+                where = f"Nothing is left to decide behind {done}" if done else "The passes find nothing to decide"
+                now, most = (format_quantity(budget.metric, value) for value in (least, float(limit)))
                 raise InfeasibleError(
-                    f"The passes find nothing to decide in this model, and its {budget.metric} is over the budget "
-                    f"{budget}. {_LEFT_TOO_MUCH if self.made_by else _ADD_PASSES}",
+                    f"{where}, and the {budget.metric} of {now} is over the budget of {most}. "
+                    f"{_LEFT_TOO_MUCH if done else _ADD_PASSES}",
                     metric=budget.metric,
                     limit=float(limit),
                     least=least,

@@ -23,22 +23,26 @@ def check_whole(least: int, error: type[FxoptError] = FxoptError, /, **values: A
             raise error(f"{name} has to be a whole number of at most 2**63 - 1, got {value!r}.")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_positive(error: type[FxoptError] = FxoptError, /, **values: Any) -> None:
     """Numbers are above zero and finite."""
     for name, value in values.items():
-        if not (isinstance(value, Real) and 0.0 < float(value) < math.inf):
+        if not (_is_number(value) and 0.0 < float(value) < math.inf):
             raise error(f"{name} has to be above zero and finite, got {value!r}.")
 
 
 def check_not_negative(error: type[FxoptError] = FxoptError, /, **values: Any) -> None:
     """Numbers are zero or above, and finite."""
     for name, value in values.items():
-        if not (isinstance(value, Real) and 0.0 <= float(value) < math.inf):
+        if not (_is_number(value) and 0.0 <= float(value) < math.inf):
             raise error(f"{name} has to be finite and not below zero, got {value!r}.")
 
 
 def check_below_one(error: type[FxoptError] = FxoptError, /, **values: Any) -> None:
     """Numbers are zero or above, and below one."""
     for name, value in values.items():
-        if not (isinstance(value, Real) and 0.0 <= float(value) < 1.0):
+        if not (_is_number(value) and 0.0 <= float(value) < 1.0):
             raise error(f"{name} lies in [0, 1), got {value!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -151,7 +152,8 @@ class Selector:
                 # Limits that can be met one by one, but not together, are told before anything is trained.
                 policy_within(supernet, table, limits)
             elif not self.alone and limits:
-                wanted = {metric: max(limit, ExpectedCost(table, metric).least) for metric, limit in limits.items()}
+                least = {metric: max(limit, ExpectedCost(table, metric).least) for metric, limit in limits.items()}
+                wanted = _together(supernet, table, least)
                 last, completed = _last(supernet, table, limits, completed)
         found = self._train(supernet, table, wanted, train)
         policy, fell_back = self._within(supernet, table, wanted, completed, found.duals, last)
@@ -257,6 +259,24 @@ def _told(found: SupernetResult, limits: Mapping[str, float]) -> SupernetLine:
         for one in found.history
     )
     return SupernetLine(limits, tuple(epochs))
+
+
+def _together(supernet: Supernet, table: OperatorTable, limits: Mapping[str, float]) -> dict[str, float]:
+    """Those of the limits that can be met together, the farthest from the original's costs first.
+
+    A metric that cannot be so low beside the others is held at what the original costs; if it cannot be, it is left to
+    the other passes.
+    """
+    row = supernet.space.encode(supernet.space.default())[None]
+    original = {metric: float(table.score(row, metric)[0]) for metric in limits}
+    found: dict[str, float] = {}
+    for metric in sorted(limits, key=lambda name: limits[name] / original[name]):
+        for limit in (limits[metric], max(limits[metric], original[metric])):
+            with contextlib.suppress(InfeasibleError):
+                policy_within(supernet, table, {**found, metric: limit})
+                found[metric] = limit
+                break
+    return {metric: found[metric] for metric in limits if metric in found}
 
 
 def _last(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.graph import ops
+from fxopt.graph._flow import tensor_inputs
 from fxopt.passes._operator_patterns import SQUEEZE, Block, Pattern, Squeeze, Unit
 from fxopt.passes._operator_style import NotHereError, style_of
 from fxopt.passes._operators import Shape
@@ -55,6 +56,7 @@ class _Scene:
         self._nodes = list(gm.graph.nodes)
         self._refused: dict[fx.Node, str] = {}
         self._taken: set[fx.Node] = set()
+        self._beside: dict[fx.Node, str] = {}
         self._paths = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
         self._shared = _shared_parameters(gm)
         self.units = {one.conv: one for one in self._units()}
@@ -66,9 +68,10 @@ class _Scene:
         told: set[object] = set()
         for node in self._nodes:
             module = self._module(node)
-            if isinstance(module, nn.modules.conv._ConvNd) and node not in self._taken and node.target not in told:
+            free = node not in self._taken or node in self._beside
+            if isinstance(module, nn.modules.conv._ConvNd) and free and node.target not in told:
                 told.add(node.target)
-                reason = self._refused.get(node) or self._why_alone(node, names)
+                reason = self._beside.get(node) or self._refused.get(node) or self._why_alone(node, names)
                 yield Refusal(node.name, str(node.target), reason)
             elif node.op == "call_function" and ops.semantics(self.gm, node).kind == "conv":
                 yield Refusal(
@@ -105,6 +108,10 @@ class _Scene:
             return None
         end = tail or join or last
         span = self._span(units[0].entry, body, end)
+        if join is not None and len(self._convolutions(span)) > 2 * len(units) and not pattern.shortcut:
+            # It is the shortcut itself, of a larger branch.
+            join, tail, end = None, None, last
+            span = self._span(units[0].entry, body, end)
         try:
             style = style_of(self.gm, units, squeeze)
             _check_strides(units)
@@ -113,6 +120,9 @@ class _Scene:
             self._refused.setdefault(start.conv, f"{pattern.name}: {reason}")
             return None
         self._taken.update(span)
+        site = self._site(body)
+        beside = [node for node in self._convolutions(span) if node not in body]
+        self._beside |= dict.fromkeys(beside, f"it is computed beside the block {site!r}, which is chosen without it")
         shape = Shape(
             units[0].module.in_channels,
             units[-1].module.out_channels,
@@ -120,7 +130,7 @@ class _Scene:
             join is not None,
             max(one.shift for one in units),
         )
-        return Block(self._site(body), pattern, units, squeeze, body, join, tail, span, shape, style)
+        return Block(site, pattern, units, squeeze, body, join, tail, span, shape, style)
 
     def _units(self) -> Iterator[Unit]:
         for node in self._nodes:
@@ -239,10 +249,12 @@ class _Scene:
         node = next(source for source in product.all_input_nodes if source is not value)
         nodes = [product]
         while node is not value:
-            if len(node.users) != 1 or len(node.all_input_nodes) != 1:
+            # A view may read the batch size, too.
+            sources = tensor_inputs(node)
+            if len(node.users) != 1 or len(sources) != 1:
                 return None
             nodes.append(node)
-            node = node.all_input_nodes[0]
+            node = sources[0]
         nodes.reverse()
         found = self._gate(nodes[:-1])
         if found is None:
@@ -300,6 +312,9 @@ class _Scene:
         inner = (leading & depending) | set(body)
         first = min(self.order[node] for node in inner)
         return tuple(self._nodes[first : self.order[end] + 1])
+
+    def _convolutions(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return [node for node in nodes if isinstance(self._module(node), nn.modules.conv._ConvNd)]
 
     def _check(self, end: fx.Node | None, span: Sequence[fx.Node]) -> None:
         """See that a block overlaps with no other and, if something else than an addition ends it, ends by itself."""

@@ -286,9 +286,10 @@ class _Placement:
             staying = {refusal.site for refusal in FoldBatchNorm().explain(self._gm)}
         for norm, layer in behind.items():
             if norm not in staying:
+                mode = ", on the graph in eval mode: graph.eval()" if self._gm.training else ""
                 raise PassError(
                     f"Batch normalization {norm!r} follows {layer!r}, which is to be quantized. "
-                    "Run the pass FoldBatchNorm first."
+                    f"Run the pass FoldBatchNorm first{mode}."
                 )
 
 

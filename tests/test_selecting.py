@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -17,7 +18,7 @@ from fxopt._tuning import Tuning
 from fxopt.decisions import Policy
 from fxopt.errors import InfeasibleError
 from fxopt.lowering import OperatorTable, lower, lower_operators
-from fxopt.nas import Supernet, policy_within
+from fxopt.nas import ExpectedCost, Supernet, policy_within
 from fxopt.passes import PruneChannels
 from fxopt.progress import Silent
 from tests.test_api_operators import DATA, EXAMPLE, STEP, make
@@ -91,3 +92,31 @@ def test_what_is_fallen_back_on_is_told_as_that() -> None:
     last = table().space.default()
     assert within({"latency": 1.0}, 0.0, last) == (last, False)
     assert within({"latency": cost(last, "latency") * 0.99}, 0.0, last) == (last, True)
+
+
+FUSED = dataclasses.replace(STEP, candidates=("mb{e}-k{k}", "fused{e}-k3"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        # Dense layers are the fastest there, and have more weights than any others.
+        ({"latency": 0.0, "size": 0.0}, {"latency": 0.0}),
+        ({"latency": 0.3, "size": 0.5}, {"latency": 0.3, "size": 1.0}),
+        ({"latency": 0.6, "size": 0.5}, {"latency": 0.6, "size": 0.5}),
+        ({"latency": 0.0, "size": 5.0}, {"latency": 0.0, "size": 5.0}),
+    ],
+)
+def test_limits_that_cannot_be_met_together_are_left_to_the_other_passes(
+    asked: dict[str, float], kept: dict[str, float]
+) -> None:
+    """Parts of the way from the least, 0, to the original, 1."""
+    supernet = Supernet(graph(), FUSED)
+    own = lower_operators(graph(), FUSED).table(TARGET)
+    row = supernet.space.encode(supernet.space.default())[None]
+    ends = {metric: (ExpectedCost(own, metric).least, float(own.score(row, metric)[0])) for metric in asked}
+    limits = {metric: ends[metric][0] * (1 - part) + ends[metric][1] * part for metric, part in asked.items()}
+    found = _selecting._together(supernet, own, limits)
+    parts = {metric: (limit - ends[metric][0]) / (ends[metric][1] - ends[metric][0]) for metric, limit in found.items()}
+    assert parts == pytest.approx(kept)
+    policy_within(supernet, own, found)

@@ -35,7 +35,7 @@ class CostTerm:
 
     - ``multiplicative``: loss x ((1 + ln(E / L)) / (1 + ln(R / L))) ^ weight. This is the product of Cai et al. (2019)
       and of Han et al. (equation 3) with its logarithm made free of units: it is 1 at the reference, rises with E, and
-      is defined for every E.
+      is defined for every E. A reference below L counts as L.
     - ``additive``: loss + weight x (E - R) / R.
     - ``budget``: loss + m x (E / R - 1), where m >= 0 rises by ``weight`` x (E / R - 1) with every step: a hard limit
       by its dual variable, which weighs the cost as much as it takes to meet R. In the first half of a search R comes

@@ -247,6 +247,12 @@ def test_numbers_of_a_training_are_checked_whether_it_trains_or_not(wrong: dict[
         fine_tune(supernet, supernet.space.default(), loader(), **({"epochs": 0} | wrong))
 
 
+@pytest.mark.parametrize("wrong", [{"reference": True}, {"weight": True}, {"reference": 0.0}, {"weight": float("inf")}])
+def test_numbers_of_a_cost_term_are_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BudgetError, match="has to be above zero and finite, got "):
+        CostTerm(**({"metric": "latency", "reference": 1.0} | wrong))
+
+
 @pytest.mark.parametrize("wrong", [{"metric": "speed"}, {"metric": [1]}, {"form": "hard"}, {"form": np.zeros(2)}])
 def test_names_of_a_cost_term_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(UnknownNameError, match=r"^Unknown (metric|form of a cost term) .* Known: "):

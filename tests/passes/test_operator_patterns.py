@@ -30,9 +30,11 @@ def unit(
 class Gate(nn.Module):
     """Squeeze and excite, of linear layers or convolutions, with a norm or without."""
 
-    def __init__(self, channels: int, linear: bool = False, norm: bool = False, hard: bool = False) -> None:
+    def __init__(
+        self, channels: int, linear: bool = False, norm: bool = False, hard: bool = False, sized: bool = False
+    ) -> None:
         super().__init__()
-        self.linear, self.hard = linear, hard
+        self.linear, self.hard, self.sized = linear, hard, sized
         layer: Any = nn.Linear if linear else lambda one, other: nn.Conv2d(one, other, 1)
         self.reduce = layer(channels, 4)
         self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
@@ -40,8 +42,11 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x.mean((2, 3)) if self.linear else functional.adaptive_avg_pool2d(x, 1)
+        y = y.view(x.size(0), x.size(1)) if self.sized else y
         y = self.expand(torch.relu(self.norm(self.reduce(y))))
         y = functional.relu6(y + 3) / 6 if self.hard else y.sigmoid()
+        if self.sized:
+            return x * y.view(x.size(0), x.size(1), 1, 1)
         return x * (y[:, :, None, None] if self.linear else y)
 
 
@@ -104,6 +109,9 @@ def padded(*before: nn.Module, stride: int = 2, groups: int = 1, outputs: int = 
 # What makes a block: its pattern, what it computes, and a candidate that begins as the block.
 BLOCKS: dict[str, tuple[Make, str, str, str]] = {
     "hard-swish spelled out": (lambda: inverted(24, act=HardSwish), "inverted-residual", "mb3-k3", "mb6-k5"),
+    "gate of views by size": (
+        lambda: inverted(24, Gate(24, linear=True, sized=True)), "inverted-residual", "mb3-k3", "mb6-k7"
+    ),
     "gate of linear layers": (lambda: inverted(24, Gate(24, linear=True)), "inverted-residual", "mb3-k3", "mb6-k7"),
     "hard gate": (lambda: inverted(24, Gate(24, hard=True), HardSwish), "inverted-residual", "mb3-k3", "mb3-k5"),
     "gate with norm": (lambda: inverted(24, Gate(24, norm=True)), "inverted-residual", "mb3-k3", "mb6-k5"),
@@ -355,6 +363,28 @@ def test_a_gate_that_is_expanded_is_one() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 1), *inverted(24, Expanded(24)), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     gm = Canonicalize()(trace(net, torch.randn(2, 3, 12, 12))).graph_module
     assert "mb3-k3" in [block.operator for block in SelectOperators().explain(gm)]
+
+
+@pytest.mark.parametrize(("first", "drop"), [(True, True), (True, False), (False, True), (False, False)])
+def test_every_convolution_of_a_residual_is_offered_or_refused_whatever_comes_first(first: bool, drop: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 16, 3, 1, 1)
+            self.down = nn.Conv2d(8, 16, 1, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            beside = self.down(x) if first else None
+            y = torch.relu(self.one(x))
+            y = self.other(functional.dropout(y, 0.1, self.training) if drop else y)
+            return torch.relu(y + (self.down(x) if beside is None else beside))
+
+    gm = trace(Block().eval(), torch.randn(2, 8, 8, 8))
+    found = {layer: block.site for block in SelectOperators().explain(gm) for layer in block.layers}
+    refused = {refusal.site: refusal.reason for refusal in SelectOperators().refusals(gm)}
+    assert {"one", "other"} <= found.keys()
+    assert found.keys() | refused.keys() == {"one", "other", "down"}
+    assert "down" in found or "computed beside the block" in refused["down"]
 
 
 def test_weights_that_are_computed_are_told() -> None:

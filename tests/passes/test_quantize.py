@@ -218,8 +218,10 @@ def test_parameters_that_are_not_finite_are_named() -> None:
 
 def test_batch_norm_behind_a_layer_asks_for_folding() -> None:
     gm = graph_of(lambda s, x: s.n(s.a(x)), a=conv(), n=nn.BatchNorm2d(3))
-    assert_refused(gm, PassError, "'n' follows 'a'.* FoldBatchNorm first")
+    assert_refused(gm, PassError, "'n' follows 'a'.* FoldBatchNorm first[.]")
     assert Quantize()(FoldBatchNorm()(gm).graph_module).modified
+    with pytest.raises(PassError, match="FoldBatchNorm first, on the graph in eval mode"):
+        Quantize()(FoldBatchNorm()(gm.train()).graph_module)
 
 
 def test_batch_norm_that_cannot_be_folded_stays_in_floats(tmp_path: Path) -> None:
