@@ -127,7 +127,8 @@ def recalibrate_batch_norm(model: nn.Module, loader: Loader, max_batches: int = 
         for name in ("running_mean", "running_var"):
             buffer = norm._buffers[name]
             norm._buffers[name] = None if buffer is None else torch.zeros_like(buffer)
-        norm._buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.long)
+        counter = norm._buffers["num_batches_tracked"]
+        norm._buffers["num_batches_tracked"] = None if counter is None else torch.zeros_like(counter)
         # Without a momentum batch norm keeps the plain average over all batches.
         norm.momentum, norm.training = None, True
     done = False

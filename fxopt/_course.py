@@ -23,6 +23,7 @@ from fxopt.decisions import Constraint, Policy, SearchSpace, format_score
 from fxopt.errors import InfeasibleError
 from fxopt.evaluate import Evaluator, Reconstruction, apply_policy
 from fxopt.graph.edit import own_copy
+from fxopt.nas._parallel import is_first_process
 from fxopt.objectives import Objective
 from fxopt.passes import Quantize, SelectOperators, TunablePass
 from fxopt.passes.quantize import CALIBRATION_META
@@ -265,7 +266,9 @@ class Course:
             if number:
                 judge = self.judging.of(job, group, self.tuning)
                 judge.rehearse()
-            search = self.searching.run(job, judge, space, constraint, self._journal(job, group, number), self.show)
+            # Which network a later search is about depends on what an earlier one found.
+            journal = self._journal(f"journal-{group[0].name}-{job.digest}.jsonl" if number else JOURNAL)
+            search = self.searching.run(job, judge, space, constraint, journal, self.show)
             if search is not None and rest:
                 search = self._enough(job, judge, group[0], rest, search)
             found += [] if search is None else [_completed(search, policy)]
@@ -299,7 +302,7 @@ class Course:
             alone = job.alone(one)
         except InfeasibleError:
             raise short from None
-        journal = None if self.folder is None else self.folder / f"journal-{one.name}-alone-{job.digest}.jsonl"
+        journal = self._journal(f"journal-{one.name}-alone-{job.digest}.jsonl")
         again = self.searching.run(job, judge, alone.space, alone, journal, self.show) or search
         short = job.short_behind(again.policy, one, rest)
         if short is not None:
@@ -313,11 +316,9 @@ class Course:
             told = _POORLY_SELECTED if self.tuning.epochs else _UNTRAINED
             self.notes.append(told.format(format_score(name, selected), format_score(name, original)))
 
-    def _journal(self, job: Job, group: tuple[TunablePass, ...], number: int) -> Path | None:
-        if self.folder is None:
-            return None
-        # Which network a later search is about depends on what an earlier one found.
-        return self.folder / (f"journal-{group[0].name}-{job.digest}.jsonl" if number else JOURNAL)
+    def _journal(self, name: str) -> Path | None:
+        """Where a search's journal is; of several processes that search alike the first keeps it."""
+        return None if self.folder is None or not is_first_process() else self.folder / name
 
     def _built(
         self,

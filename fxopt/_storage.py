@@ -63,7 +63,17 @@ def save(
     original_state: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Write everything that :func:`load` needs to ``folder``; the recipe, which tells the files' digests, last."""
-    inputs = _written(example_inputs)
+    recipe: dict[str, Any] = {
+        "schema": _SCHEMA,
+        "passes": [{"name": one.name, "options": _options(one)} for one in passes],
+        "inputs": _written(example_inputs),
+        "original_state": {name: list(shape) for name, shape in original_state.items()},
+        "calibration": model.meta.get(CALIBRATION_META),
+    }
+    try:
+        json.dumps(recipe)
+    except (TypeError, ValueError) as failure:
+        raise FxoptError(f"Cannot write the options of the passes as JSON: {failure}. Give plain values.") from failure
     tensors, shapes = _packed(model)
     with replacing(folder / _WEIGHTS) as scratch:
         try:
@@ -71,14 +81,7 @@ def save(
         except SafetensorError as failure:
             raise FxoptError(f"Cannot write {folder / _WEIGHTS}: {failure}. Choose a folder with space.") from failure
     policy.save(folder / _POLICY)
-    recipe = {
-        "schema": _SCHEMA,
-        "passes": [{"name": one.name, "options": _options(one)} for one in passes],
-        "inputs": inputs,
-        "original_state": {name: list(shape) for name, shape in original_state.items()},
-        "calibration": model.meta.get(CALIBRATION_META),
-        "digests": {name: _file_digest(folder / name) for name in (_WEIGHTS, _POLICY)},
-    }
+    recipe["digests"] = {name: _file_digest(folder / name) for name in (_WEIGHTS, _POLICY)}
     write_text(folder / _RECIPE, json.dumps(recipe, indent=1))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, fx, nn
+from torch import fx, nn
 
 from fxopt import _storage, targets
 from fxopt._arguments import (
@@ -32,6 +32,7 @@ from fxopt._host import load_target
 from fxopt._job import Job
 from fxopt._numbers import check_whole
 from fxopt._reporting import build_report, export_data
+from fxopt._seeding import seeded
 from fxopt._selecting import Selector, parted
 from fxopt._tuning import Tuning
 from fxopt.data import Loader
@@ -39,6 +40,7 @@ from fxopt.decisions import Budget, Policy
 from fxopt.errors import ExportError, JournalError, SearchError
 from fxopt.evaluate import Reconstruction, accuracy
 from fxopt.export import ExportReport, Format, OnnxModule, export_onnx, measure
+from fxopt.nas._parallel import is_first_process
 from fxopt.objectives import Objective
 from fxopt.passes import TunablePass
 from fxopt.progress import Progress, during, reporter, tracked
@@ -255,6 +257,7 @@ def optimize(
             to, or holds another search.
         FxoptError: On bad input; the message says what, where and what to do.
     """
+    passes = tuple(passes) if isinstance(passes, Iterator) else passes
     everything = resolve_passes(passes)
     budgets = Budget.parse_all(budget or {})
     engines.load(engine)
@@ -279,7 +282,7 @@ def optimize(
     divided = wanted_shares(shares, everything, budgets)
     if selecting is not None:
         check_objective_of_operators(wanted, rest)
-    with _kept(folder):
+    with _kept(folder), seeded(seed):
         job = Job(model, example_inputs, device, rest, budgets, folder, show, divided)
         groups = tuple((one,) for one in rest) if divided is not None and rest else (rest,)
         judge, before = course.rehearse(job, groups[0], selector)
@@ -301,8 +304,7 @@ def optimize(
 
 def _kept(folder: Path | None) -> AbstractContextManager[None]:
     """Keeps a folder from other runs; of several processes that train one network the first keeps it for all."""
-    together = distributed.is_available() and distributed.is_initialized()
-    return nullcontext() if folder is None or (together and distributed.get_rank()) else occupied(folder, JournalError)
+    return nullcontext() if folder is None or not is_first_process() else occupied(folder, JournalError)
 
 
 def _measured(course: Course, job: Job, after: fx.GraphModule, inputs: object) -> tuple[float | None, float | None]:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from fxopt._seeding import seeded
 from fxopt.errors import DataError, FxoptError
 
 __all__ = [
@@ -202,7 +203,8 @@ def first_batch(loader: Loader, what: str) -> Any:
             pair, is empty, or holds NaN or infinity.
     """
     check_loader(loader, what)
-    batch = next(read(loader, what, 1), None)
+    with seeded(0):
+        batch = next(read(loader, what, 1), None)
     if batch is None:
         raise DataError(f"{what} yields nothing; give a loader with at least one batch, every time that it is read.")
     for part, name in zip(split_batch(batch, what), ("inputs", "labels"), strict=True):

@@ -277,7 +277,7 @@ class _Scene:
                 parts.append(("norm", node))
             elif ops.is_activation(self.gm, node):
                 parts.append(("activation", node))
-            elif ops.semantics(self.gm, node).kind not in ("pool", "none"):
+            elif ops.semantics(self.gm, node).kind != "none" and not self._is_mean(node):
                 parts.append(("other", node))
         words = tuple(word for word, _ in parts)
         found = [node for _, node in parts]
@@ -286,6 +286,12 @@ class _Scene:
         if words == ("layer", "norm", "activation", "layer", "activation"):
             return found[0], found[1], found[2], found[3], found[4]
         return None
+
+    def _is_mean(self, node: fx.Node) -> bool:
+        """Whether a node averages, as candidates' gates do."""
+        meaning = ops.semantics(self.gm, node)
+        name = meaning.name.replace("_", "").lower()
+        return meaning.kind == "pool" and (name == "mean" or "avgpool" in name)
 
     def _join(self, value: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         """The addition that alone reads a value, and the activation that alone reads the addition."""

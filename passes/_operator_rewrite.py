@@ -14,6 +14,7 @@ from torch import fx, nn
 from fxopt.errors import PassError, TraceError
 from fxopt.graph import edit, ops, propagate
 from fxopt.graph import trace as trace_graph
+from fxopt.graph.shapes import eval_mode
 from fxopt.passes._operator_patterns import Block, blaming
 from fxopt.passes._operators import IDENTITY, ORIGINAL, OWN, ZERO, SqueezeExcite, build, fits, is_custom
 
@@ -173,9 +174,9 @@ def _inline_traced(gm: fx.GraphModule, path: str, module: nn.Module, value: fx.N
         propagate(gm)
     sizes = (_EXAMPLE_BATCH, *edit.shape(value)[1:])
     like = next(module.parameters(), torch.zeros(()))
-    with blaming("A candidate of your own", path):
+    with blaming("A candidate of your own", path), eval_mode(module):
         try:
-            inner = trace_graph(module.eval(), torch.zeros(sizes, dtype=like.dtype, device=like.device))
+            inner = trace_graph(module, torch.zeros(sizes, dtype=like.dtype, device=like.device))
         except TraceError as failure:
             raise PassError(f"The candidate for {path!r} cannot be traced: {failure}") from failure
     names: dict[fx.Node, fx.Node] = {}

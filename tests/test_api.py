@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fxopt
 from fxopt.errors import (
@@ -512,3 +513,21 @@ def test_a_second_call_in_the_same_folder_is_told_at_once(tmp_path: Path) -> Non
 
     optimize(passes="prune-channels", evaluate=evaluate, workdir=tmp_path, trials=1)
     assert seen[0] == seen[1]
+
+
+def test_the_seed_alone_decides_which_batches_a_shuffling_loader_gives() -> None:
+    data = make_batches(4)
+    images, labels = (torch.cat(parts) for parts in zip(*data, strict=True))
+
+    def weights(given: int) -> list[torch.Tensor]:
+        torch.manual_seed(given)
+        train = DataLoader(TensorDataset(images, labels), 4, shuffle=True)
+        result = optimize(passes=("prune-channels", "quantize"), train=train, val=data, epochs=0)
+        return list(result.model.state_dict().values())
+
+    assert all(map(torch.equal, weights(0), weights(1)))
+
+
+def test_passes_may_come_from_a_generator() -> None:
+    one, other = (optimize(passes=make(("quantize",)), target="bitfusion", trials=1) for make in (iter, tuple))
+    assert one.passes == other.passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -23,7 +25,7 @@ from fxopt import _digests, _storage
 from fxopt.api import OptimizationResult
 from fxopt.decisions import Policy
 from fxopt.errors import FxoptError, PolicyError
-from fxopt.passes import PruneChannels, Quantize, SparsifyWeights
+from fxopt.passes import PruneChannels, Quantize, SelectOperators, SparsifyWeights
 
 EXAMPLE = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 FILES = {"model.safetensors", "policy.json", "recipe.json", "report.json", "report.html"}
@@ -376,3 +378,11 @@ def test_sparse_weights_are_saved_in_the_bytes_that_the_report_tells(tmp_path: P
         (folder / "recipe.json").write_text(json.dumps(recipe))
         with pytest.raises(FxoptError, match=r"Cannot read .*Save the result again"):
             fxopt.load(folder, make_net(width=64))
+
+
+def test_options_that_are_no_json_are_told_before_anything_is_written(result: OptimizationResult, copied: Path) -> None:
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    other = dataclasses.replace(result, passes=(SelectOperators(seed=np.int64(3)),))
+    with pytest.raises(FxoptError, match="options of the passes as JSON"):
+        other.save(copied)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before

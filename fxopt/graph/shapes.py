@@ -115,6 +115,8 @@ class ShapeInterpreter(fx.Interpreter):
         self.found: dict[fx.Node, Any] = {}
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._modules: dict[int, torch.nn.Module] = {}
+        devices = {parameter.device for parameter in gm.parameters()}
+        self._device = devices.pop() if len(devices) == 1 else None
 
     def values(self, inputs: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
         """The value of every node, from those of the inputs."""
@@ -138,10 +140,11 @@ class ShapeInterpreter(fx.Interpreter):
         return value
 
     def fresh(self, value: Any) -> Any:
-        """A value of these sizes in the present fake mode."""
+        """A value of these sizes in the present fake mode, where the graph is: it may have been moved."""
         if not isinstance(value, torch.Tensor):
             return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        device = self._device or value.device
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
     def fetch_attr(self, target: str) -> Any:
         """The fake of a parameter or buffer, or a copy of a module that holds fakes."""
@@ -195,7 +198,8 @@ class _BatchInterpreter(ShapeInterpreter):
     def fresh(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.dim() or value.shape[0] != self._example:
             return super().fresh(value)
-        return torch.empty((self._batch, *value.shape[1:]), dtype=value.dtype, device=value.device)
+        device = self._device or value.device
+        return torch.empty((self._batch, *value.shape[1:]), dtype=value.dtype, device=device)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         args, kwargs = super().fetch_args_kwargs_from_env(n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,8 +71,7 @@ def _part(loader: Any, chosen: torch.Tensor, seed: int) -> Loader:
     if samples and len(chosen) > 1 and len(chosen) % loader.batch_size == 1 < loader.batch_size:
         chosen = chosen[:-1]  # Batch norm can take no variance of a last batch of one sample.
     if isinstance(loader, TensorLoader):
-        inputs, labels = loader.inputs[chosen], loader.labels[chosen]
-        return TensorLoader(inputs, labels, loader.batch_size, shuffle=True, seed=loader.seed)
+        return replace(loader, inputs=loader.inputs[chosen], labels=loader.labels[chosen], shuffle=True)
     if not samples:
         if getattr(loader, "persistent_workers", False):
             raise DataError("The parts of train cannot share persistent workers; give persistent_workers=False.")

@@ -51,21 +51,26 @@ class PathScore:
         train: Batches of (input, label) to estimate batch norms on; the first few are read.
         val: Batches of (input, label) to judge by.
         max_batches: Batches of ``val`` to look at; None for all.
+        seed: Seed of the order of loaders that shuffle by torch's global generator.
 
     Raises:
         DataError: If a loader yields nothing.
     """
 
-    def __init__(self, supernet: Supernet, train: Loader, val: Loader, max_batches: int | None = None) -> None:
+    def __init__(
+        self, supernet: Supernet, train: Loader, val: Loader, max_batches: int | None = None, *, seed: int = 0
+    ) -> None:
         check_kinds(supernet=supernet)
         first_batch(train, "train")
         first_batch(val, "val")
         if max_batches is not None:
             check_whole(1, max_batches=max_batches)
+        check_whole(0, seed=seed)
         self._net, self._space = supernet.net, supernet.space
         self._mixed = tuple(supernet.mixed.values())
-        self._train = list(read(train, "train", _SETTLING_BATCHES))
-        self._val: Loader = val if max_batches is None else list(read(val, "val", max_batches))
+        with seeded(seed):
+            self._train = list(read(train, "train", _SETTLING_BATCHES))
+            self._val: Loader = val if max_batches is None else list(read(val, "val", max_batches))
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, policy: Policy) -> float:
@@ -83,7 +88,6 @@ class PathScore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Everything for another process, where the graph is built anew."""
-        choose_path(self._mixed, [0] * len(self._mixed))
         kept = {name: one for name, one in self.__dict__.items() if name not in ("_net", "_one_at_a_time")}
         build, (body, *rest) = self._net.__reduce__()
         specs = {name: pytree.treespec_dumps(one) for name, one in body.items() if isinstance(one, pytree.TreeSpec)}

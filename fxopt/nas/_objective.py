@@ -15,6 +15,7 @@ import torch
 from fxopt._named import check_known
 from fxopt._numbers import check_positive
 from fxopt.decisions import format_quantity
+from fxopt.decisions._budget import within
 from fxopt.errors import BudgetError, InfeasibleError
 from fxopt.lowering import OperatorTable
 from fxopt.targets import METRICS
@@ -143,7 +144,7 @@ class Cost:
         self.duals = [0.0] * len(self.terms)
         self.references = [term.reference for term in self.terms]
         for term, expected in zip(self.terms, self.expected, strict=True):
-            if term.form == "budget" and expected.least > term.reference:
+            if term.form == "budget" and not within(expected.least, term.reference):
                 raise InfeasibleError(
                     f"The cheapest architecture has a {term.metric} of "
                     f"{format_quantity(term.metric, expected.least)}, over the "
@@ -158,7 +159,7 @@ class Cost:
         """The budgets that an architecture, an index for each block, does not meet, in words."""
         for term in self.terms:
             value = float(self._table.score(indices[np.newaxis], term.metric)[0])
-            if term.form == "budget" and value > term.reference * (1.0 + 1e-9):
+            if term.form == "budget" and not within(value, term.reference):
                 yield (
                     f"The most probable network has a {term.metric} of {format_quantity(term.metric, value)}, over the "
                     f"limit of {format_quantity(term.metric, term.reference)}: fxopt.nas.policy_within gives the most "

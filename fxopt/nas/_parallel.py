@@ -33,6 +33,12 @@ class _WithSpare(nn.Module):
         return self.net(*args, **kwargs)
 
 
+def is_first_process() -> bool:
+    """Whether this process is the first of torch.distributed's, or alone; it writes files."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return not together or distributed.get_rank() == 0
+
+
 class Workers:
     """The processes of torch.distributed, or this one alone, while a network is trained.
 

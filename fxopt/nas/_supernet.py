@@ -261,6 +261,7 @@ class Supernet:
             PassError: If all is to begin anew, and nothing tells how a parameter begins.
         """
         encoded(self.space, policy)
+        self._take_buffers()
         twin = edit.fork(self._base)
         modules = {
             (decision.site, str(name)): module
@@ -277,6 +278,12 @@ class Supernet:
                     "anew and give its graph to the pass with this policy."
                 )
         return found.eval()
+
+    def _take_buffers(self) -> None:
+        """Have the buffers of the net's root as they are: where it was moved or cast, they are other tensors."""
+        for name, buffer in self.net._buffers.items():
+            if name in self._base._buffers:
+                self._base._buffers[name] = buffer
 
     def _make_net(self) -> fx.GraphModule:
         """The graph with a mixed operator for every block; its other modules are those of the base graph."""

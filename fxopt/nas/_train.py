@@ -122,8 +122,8 @@ def train_supernet(
                 show.finish("supernet")
                 if stem is not None:
                     supernet.leave()
-    supernet.choose_policy(supernet.most_likely())
-    supernet.net.eval()
+                supernet.choose_policy(supernet.most_likely())
+                supernet.net.eval()
     return SupernetResult(supernet, supernet.most_likely(), run.history, run.notes(), start)
 
 

@@ -23,7 +23,7 @@ from fxopt.errors import (
     VerifyError,
 )
 from fxopt.evaluate import recalibrate_batch_norm
-from fxopt.nas import CostTerm, PathScore, Supernet, check_budget, fine_tune, policy_within
+from fxopt.nas import Cost, CostTerm, ExpectedCost, PathScore, Supernet, check_budget, fine_tune, policy_within
 from fxopt.search import engines, run_search
 from tests.nas.toys import between, loader, mobile, mobile_table, paths, table, toy
 
@@ -260,3 +260,29 @@ def test_names_of_a_cost_term_are_checked(wrong: dict[str, Any]) -> None:
     if "metric" in wrong:
         with pytest.raises(UnknownNameError, match=r"^Unknown metric"):
             mobile_table().of(wrong["metric"])
+
+
+def test_scores_of_paths_depend_on_the_seed_alone() -> None:
+    supernet = Supernet(*mobile())
+    data = loader()
+    shuffled = DataLoader(TensorDataset(data.inputs, data.labels), 4, shuffle=True)
+
+    def scored(given: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        torch.manual_seed(given)
+        score = PathScore(supernet, shuffled, shuffled, 1, seed=3)
+        return [labels for _, labels in score._train], torch.rand(1)
+
+    (one, before), (other, after) = scored(0), scored(1)
+    assert all(map(torch.equal, one, other))
+    for given, drawn in ((0, before), (1, after)):
+        torch.manual_seed(given)
+        assert torch.equal(torch.rand(1), drawn)
+
+
+def test_the_least_that_there_is_can_be_asked_for() -> None:
+    table = mobile_table()
+    least = ExpectedCost(table, "latency").least
+    for limit in (least, least * (1 - 1e-15)):
+        Cost(table, [CostTerm("latency", limit)])
+    with pytest.raises(InfeasibleError):
+        Cost(table, [CostTerm("latency", least * 0.999)])

@@ -124,3 +124,28 @@ def test_all_of_a_network_from_scratch_begins_anew() -> None:
     supernet = Supernet(trace(Scaled().eval(), torch.randn(2, 2, 5, 5)), step)
     with pytest.raises(PassError, match="how scale began; keep the weights"):
         supernet.derive(supernet.space.default(), keep_weights=False)
+
+
+class Normalized(nn.Module):
+    """Reads a buffer of its own, as models do that normalize their input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.net(x - self.mean)
+        return found
+
+
+def test_what_a_moved_supernet_gives_is_where_it_is() -> None:
+    supernet = Supernet(trace(Normalized().eval(), torch.randn(2, 3, 8, 8)), SelectOperators(kernels=(3, 5)))
+    supernet.net.double()
+    first, last = (supernet.space.decode([index] * len(supernet.space)) for index in (0, 1))
+    for policy in (first, last):
+        derived = supernet.derive(policy)
+        assert {tensor.dtype for tensor in derived.state_dict().values()} == {torch.float64}
+    supernet.net.to("meta")
+    for policy in (first, last):
+        assert {tensor.device.type for tensor in supernet.derive(policy).state_dict().values()} == {"meta"}

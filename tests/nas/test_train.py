@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 from fxopt import _files, targets
-from fxopt.data import Loader
+from fxopt.data import Loader, TensorLoader
 from fxopt.decisions import Policy
 from fxopt.errors import BudgetError, DataError, FxoptError, PassError, UnknownNameError
 from fxopt.lowering import lower_operators
@@ -576,3 +579,33 @@ def test_a_result_tells_how_much_costs_weighed_at_most() -> None:
     # A variable may be back at zero when its limit has been met; the network was held back all the same.
     first, second = (dataclasses.replace(result.history[0], duals=duals) for duals in ([0.5, 0.0], [0.0, 0.2]))
     assert dataclasses.replace(result, history=[first, second]).duals == [0.5, 0.2]
+
+
+@dataclass(frozen=True)
+class Sevens(TensorLoader):
+    """Gives other inputs than it holds, as augmentation does."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return ((torch.full_like(inputs, 7.0), labels) for inputs, labels in super().__iter__())
+
+
+def test_parts_of_a_loader_of_ones_own_give_what_it_gives() -> None:
+    for part in split(Sevens(torch.randn(20, 3), torch.arange(20) % 4, 4)):
+        assert all((inputs == 7.0).all() for inputs, _ in part)
+
+
+@pytest.mark.parametrize("method", ["binary", "relaxed"])
+def test_a_training_that_fails_leaves_a_path_behind(method: Any) -> None:
+    def failing(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 5:
+            raise ValueError("a typo")
+        return functional.cross_entropy(outputs, labels)
+
+    calls: list[int] = []
+    supernet = Supernet(*mobile())
+    with pytest.raises(FxoptError, match="a typo"):
+        trained(supernet, loss=failing, settings=SupernetSettings(method=method, warm_up=0, epochs=2))
+    copy.deepcopy(supernet.net)
+    assert not supernet.net.training
+    assert all(mixed.mixture is None for mixed in supernet.mixed.values())

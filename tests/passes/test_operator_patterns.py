@@ -387,6 +387,16 @@ def test_every_convolution_of_a_residual_is_offered_or_refused_whatever_comes_fi
     assert "down" in found or "computed beside the block" in refused["down"]
 
 
+def test_a_gate_of_largest_values_is_none() -> None:
+    class Largest(Gate):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.expand(torch.relu(self.reduce(functional.adaptive_max_pool2d(x, 1))))
+            return x * y.sigmoid()
+
+    operators = [block.operator for block in SelectOperators().explain(graph_of(lambda: inverted(24, Largest(24))))]
+    assert "mb3-k3" not in operators
+
+
 def test_weights_that_are_computed_are_told() -> None:
     net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3, padding=1)), nn.ReLU()).eval()
     gm = trace(net, torch.randn(2, 3, 8, 8))
