@@ -88,6 +88,9 @@ class PathScore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Everything for another process, where the graph is built anew."""
+        with self._one_at_a_time:
+            # Neither gates nor mixtures can be sent; the path stays what it is.
+            choose_path(self._mixed, [one.active for one in self._mixed])
         kept = {name: one for name, one in self.__dict__.items() if name not in ("_net", "_one_at_a_time")}
         build, (body, *rest) = self._net.__reduce__()
         specs = {name: pytree.treespec_dumps(one) for name, one in body.items() if isinstance(one, pytree.TreeSpec)}

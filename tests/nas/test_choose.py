@@ -125,7 +125,9 @@ def test_paths_are_judged_alike_on_threads_and_in_other_processes(supernet: Supe
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(score, policies)) == wanted
     supernet.mix()
+    active = [mixed.active for mixed in supernet.mixed.values()]
     arrived = ForkingPickler.loads(ForkingPickler.dumps(score))
+    assert [mixed.active for mixed in supernet.mixed.values()] == active
     assert [arrived(policy) for policy in policies] == wanted
     assert arrived(policies[0].merged(Policy({("channels", "stem.0"): 4}))) == wanted[0]
 
