@@ -369,3 +369,19 @@ def test_terms_out_of_range() -> None:
             CostTerm("latency", reference)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="additive"):
         CostTerm("latency", 1.0, "addition")
+
+
+def test_a_limit_above_what_candidates_cost_on_average_stays_where_it_is() -> None:
+    costs = table(toy())
+    reference = 3 * ExpectedCost(costs, "latency").mean
+    cost = Cost(costs, [CostTerm("latency", reference, "budget")])
+    for part in (0.0, 0.1, 0.4, 1.0):
+        cost.tighten(part)
+        assert cost.references == [pytest.approx(reference)]
+
+
+def test_memory_is_at_least_what_everything_outside_of_blocks_takes() -> None:
+    expected = ExpectedCost(table(toy()), "memory")
+    assert expected.fixed > 0.0
+    assert float(expected.total(torch.tensor([0.1, 0.2]).double())) == expected.fixed
+    assert float(expected.total(torch.tensor([0.1, 2.0]).double() * expected.fixed)) == 2.0 * expected.fixed

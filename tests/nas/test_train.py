@@ -609,3 +609,14 @@ def test_a_training_that_fails_leaves_a_path_behind(method: Any) -> None:
     copy.deepcopy(supernet.net)
     assert not supernet.net.training
     assert all(mixed.mixture is None for mixed in supernet.mixed.values())
+
+
+@pytest.mark.parametrize("weight_steps", [1, 2])
+def test_limits_have_come_down_at_the_end_however_many_steps_the_weights_take(
+    weight_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[float] = []
+    monkeypatch.setattr(Cost, "tighten", lambda _, part: parts.append(part))
+    trained(settings=dataclasses.replace(SETTINGS, warm_up=0, weight_steps=weight_steps))
+    assert parts == sorted(parts)
+    assert parts[-1] == pytest.approx(1.0, abs=0.3)
