@@ -192,7 +192,7 @@ def check_loader(loader: object, what: str) -> None:
 
 
 def first_batch(loader: Loader, what: str) -> Any:
-    """The first batch of a loader, checked.
+    """The first batch of a loader, checked; torch's generators are left as they are.
 
     Args:
         loader: What should be a loader of (input, label).

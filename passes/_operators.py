@@ -329,8 +329,8 @@ def register_candidate(name: str, build: Builder, fits: Callable[[Shape], bool] 
             and norms in it get their weights from the pass's seed, and what it draws itself comes from that, too. It
             may be anything that ``fxopt.trace`` accepts and that uses each of its layers once, parameters being those
             of layers.
-        fits: Whether it can stand in the place of a block; by default of every one, and
-            one that does not keep the block's shape is refused.
+        fits: Whether it can stand in the place of a block; by default of every one, and one that does not keep the
+            block's shape is refused.
 
     Raises:
         PassError: If the name is one of fxopt's own, or of a candidate that was registered before; if it is no name, or

@@ -53,7 +53,7 @@ class Workers:
         self.net = self._plain = net
         if distributed.is_available() and distributed.is_initialized():
             self.size, self._rank = distributed.get_world_size(), distributed.get_rank()
-        self.is_first = self._rank == 0
+        self.is_first = is_first_process()
         if self.size > 1:
             # Which candidates are computed is the same in all processes.
             self.net = nn.parallel.DistributedDataParallel(_WithSpare(net), find_unused_parameters=True)

@@ -261,7 +261,7 @@ class Supernet:
             PassError: If all is to begin anew, and nothing tells how a parameter begins.
         """
         encoded(self.space, policy)
-        self._take_buffers()
+        self._follow_net()
         twin = edit.fork(self._base)
         modules = {
             (decision.site, str(name)): module
@@ -279,11 +279,12 @@ class Supernet:
                 )
         return found.eval()
 
-    def _take_buffers(self) -> None:
-        """Have the buffers of the net's root as they are: where it was moved or cast, they are other tensors."""
-        for name, buffer in self.net._buffers.items():
-            if name in self._base._buffers:
-                self._base._buffers[name] = buffer
+    def _follow_net(self) -> None:
+        """Take the tensors that graphs read themselves from the net: where it was moved or cast, they are others."""
+        ours = _tensors_of(self.net)
+        for path, tensor in _tensors_of(self._base).items():
+            if ours.get(path, tensor) is not tensor:
+                edit.replace_tensor(self._base, path, ours[path])
 
     def _make_net(self) -> fx.GraphModule:
         """The graph with a mixed operator for every block; its other modules are those of the base graph."""
@@ -366,3 +367,11 @@ def _body(base: fx.GraphModule, block: Block) -> fx.GraphModule:
             values[node] = graph.node_copy(node, values.__getitem__)
     graph.output(values[block.exit])
     return fx.GraphModule(base, graph)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by path."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }

@@ -126,26 +126,42 @@ def test_all_of_a_network_from_scratch_begins_anew() -> None:
         supernet.derive(supernet.space.default(), keep_weights=False)
 
 
-class Normalized(nn.Module):
-    """Reads a buffer of its own, as models do that normalize their input."""
+class Normalize(nn.Module):
+    """Reads tensors of its own, of every kind that a module holds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.ones(1, 3, 1, 1), persistent=False)
+        self.gain = nn.Parameter(torch.ones(1, 3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = (x - self.mean) / self.deviation * self.gain
+        return found
+
+
+class Normalized(Normalize):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Normalize()
         self.net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.net(x - self.mean)
+        found: torch.Tensor = self.net(self.inner(super().forward(x)))
         return found
 
 
 def test_what_a_moved_supernet_gives_is_where_it_is() -> None:
     supernet = Supernet(trace(Normalized().eval(), torch.randn(2, 3, 8, 8)), SelectOperators(kernels=(3, 5)))
+    policies = [supernet.space.decode([index] * len(supernet.space)) for index in (0, 1)]
     supernet.net.double()
-    first, last = (supernet.space.decode([index] * len(supernet.space)) for index in (0, 1))
-    for policy in (first, last):
+    for policy in policies:
         derived = supernet.derive(policy)
-        assert {tensor.dtype for tensor in derived.state_dict().values()} == {torch.float64}
+        tensors = [*derived.parameters(), *derived.buffers()]
+        assert len(tensors) == 10
+        assert {tensor.dtype for tensor in tensors} == {torch.float64}
+        assert derived(torch.randn(3, 3, 8, 8).double()).dtype == torch.float64
     supernet.net.to("meta")
-    for policy in (first, last):
-        assert {tensor.device.type for tensor in supernet.derive(policy).state_dict().values()} == {"meta"}
+    for policy in policies:
+        derived = supernet.derive(policy)
+        assert {tensor.device.type for tensor in (*derived.parameters(), *derived.buffers())} == {"meta"}
